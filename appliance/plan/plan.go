@@ -1,0 +1,251 @@
+// Package plan holds the Plan: everything that a host is to be, decided in
+// advance. It is data with a canonical JSON form and a digest. It never looks
+// at a machine, and it never holds a secret.
+package plan
+
+import (
+	"net/netip"
+
+	"github.com/fleetingd/fleetingd/seed"
+)
+
+// Version is the format of plan.json. A reader refuses any other.
+const Version = 1
+
+// Plan is one compiled host. The same spec gives the same bytes.
+type Plan struct {
+	Version         int      `json:"version"`
+	Host            string   `json:"host"`
+	EgressInterface string   `json:"egress_interface"`
+	User            string   `json:"user"` // runs the runner, the plugin and the VMMs
+	Paths           Paths    `json:"paths"`
+	Refresh         Duration `json:"refresh"` // 0: images are never rebuilt by the clock
+
+	Disks      Disks      `json:"disks"`
+	Hypervisor Hypervisor `json:"hypervisor"`
+	Network    Network    `json:"network"`
+	Images     []Image    `json:"images"`
+	Pools      []Pool     `json:"pools"`
+	Slots      []Slot     `json:"slots"`
+	Runners    []Runner   `json:"runners"`
+
+	Files   []File   `json:"files"`
+	Units   []Unit   `json:"units"`
+	Sysctls []Sysctl `json:"sysctls"`
+
+	// Origins says which line of the spec an item came from, by the item's
+	// address ("pool.small", "file./etc/…": see Origin). It is outside the digest:
+	// a comment added to the spec restarts nothing.
+	Origins map[string]string `json:"origins,omitempty"`
+}
+
+// Paths are the absolute paths below which fleetingd keeps what it makes.
+type Paths struct {
+	State   string `json:"state"`   // state_dir
+	Disks   string `json:"disks"`   // sealed images and clones, on one file system that can clone
+	Images  string `json:"images"`  // below Disks: base and sealed images
+	Clones  string `json:"clones"`  // below Disks: one folder a worker
+	Workers string `json:"workers"` // below State: worker records, a folder a pool
+	Cache   string `json:"cache"`   // below State: downloads
+	Run     string `json:"run"`     // sockets and process state, gone at reboot; short, for sun_path's 108 bytes
+}
+
+// Disks says where clones live. Backing is "auto", "directory", "xfs-image" or
+// "tmpfs"; Size is bytes, 0 where the backing takes none.
+type Disks struct {
+	Backing string `json:"backing"`
+	Size    int64  `json:"size"`
+}
+
+// Hypervisor is the VMM of every worker on the host.
+type Hypervisor struct {
+	Driver  string `json:"driver"` // "cloud-hypervisor" or "qemu"
+	Binary  string `json:"binary"` // a name on PATH or an absolute path
+	Sandbox bool   `json:"sandbox"`
+	Accel   string `json:"accel,omitempty"` // qemu: "auto", "kvm" or "tcg"
+}
+
+// Network is what all slots share.
+type Network struct {
+	Subnet   netip.Prefix  `json:"subnet"`
+	Subnet6  *netip.Prefix `json:"subnet6,omitempty"` // nil: workers have no IPv6 at all
+	Gateway  netip.Addr    `json:"gateway"`           // on the host's loopback, as /32
+	Gateway6 *netip.Addr   `json:"gateway6,omitempty"`
+	DNS      []netip.Addr  `json:"dns"`
+	MTU      int           `json:"mtu"`
+	HostMAC  string        `json:"host_mac"`   // of every TAP's host end
+	GuestMAC string        `json:"worker_mac"` // of every worker
+	Egress   []Egress      `json:"egress"`
+	Ruleset  Ruleset       `json:"ruleset"`
+}
+
+// Egress is one rule of the spec's egress list; the first match wins. Empty To
+// or Ports means any.
+type Egress struct {
+	Name   string         `json:"name"`
+	Action string         `json:"action"` // "allow" or "deny"
+	To     []netip.Prefix `json:"to"`
+	Ports  []PortRange    `json:"ports"`
+}
+
+// PortRange is "tcp/9000-9001": Protocol "tcp" or "udp", ports inclusive.
+type PortRange struct {
+	Protocol string `json:"protocol"`
+	First    uint16 `json:"first"`
+	Last     uint16 `json:"last"`
+}
+
+// Slot is a worker's place: it exists before the worker and outlives it.
+type Slot struct {
+	Index    int         `json:"index"` // 0-based, unique on the host
+	TAP      string      `json:"tap"`   // interface name, at most 15 bytes (IFNAMSIZ)
+	Address  netip.Addr  `json:"address"`
+	Address6 *netip.Addr `json:"address6,omitempty"`
+	// Queues is how many RX/TX pairs the TAP has. Above 1 the TAP is made with
+	// IFF_MULTI_QUEUE, and whoever opens it must say the same.
+	Queues int `json:"queues"`
+}
+
+// Image is what a pool's workers are cloned from.
+type Image struct {
+	Name     string    `json:"name"`
+	Source   Source    `json:"source"`
+	Prebuild *Prebuild `json:"prebuild,omitempty"` // nil: the source is used as it is, found ready over SSH
+	User     string    `json:"user"`               // the account that jobs run as
+	// BuildSlot is the slot index that prebuilds of this image use, so that
+	// a refresh needs no worker's place.
+	BuildSlot int `json:"build_slot"`
+}
+
+// Source says where an image's disk, kernel and initrd come from. Exactly one
+// field is set.
+type Source struct {
+	File   *FileSource   `json:"file,omitempty"`
+	URL    *URLSource    `json:"url,omitempty"`
+	Ubuntu *UbuntuSource `json:"ubuntu,omitempty"`
+	Debian *DebianSource `json:"debian,omitempty"`
+}
+
+// FileSource is a disk on this host, raw or qcow2.
+type FileSource struct {
+	Disk    string `json:"disk"`
+	Kernel  string `json:"kernel"`
+	Initrd  string `json:"initrd,omitempty"`
+	Cmdline string `json:"cmdline,omitempty"` // replaces the default kernel command line
+}
+
+// URLSource is fetched over HTTP(S). SHA256 is the disk's digest in hex, or
+// empty where SHA256SUMS beside the disk names all of the files.
+type URLSource struct {
+	Disk       string `json:"disk"`
+	Kernel     string `json:"kernel"`
+	Initrd     string `json:"initrd,omitempty"`
+	SHA256     string `json:"sha256,omitempty"`
+	SHA256Sums string `json:"sha256sums,omitempty"` // URL of a SHA256SUMS file
+	Cmdline    string `json:"cmdline,omitempty"`
+}
+
+// UbuntuSource is a cloud image of Canonical's, its SHA256SUMS signed.
+type UbuntuSource struct {
+	Release string `json:"release"`
+	Mirror  string `json:"mirror"` // https://cloud-images.ubuntu.com
+	Arch    string `json:"arch"`   // amd64, arm64, riscv64
+}
+
+// DebianSource is built from a package mirror with mmdebstrap.
+type DebianSource struct {
+	Suite    string   `json:"suite"`
+	Mirror   string   `json:"mirror,omitempty"` // empty: what apt on this host is configured with
+	Packages []string `json:"packages"`
+	Arch     string   `json:"arch"`
+}
+
+// Prebuild is run once in the base image; its result is sealed.
+type Prebuild struct {
+	Steps   []Step   `json:"steps"` // files, then packages, then commands: the order they run in
+	Timeout Duration `json:"timeout"`
+	// Seed is the NoCloud seed of the prebuild VM. The guest binary is added to
+	// its ISO when it is built: it is no part of a Plan.
+	Seed seed.Seed `json:"seed"`
+}
+
+// Step is one prebuild step. Exactly one of Command, Packages and File is set.
+type Step struct {
+	Name     string    `json:"name"`              // as the user knows it: `run[0]: curl …`
+	Command  string    `json:"command,omitempty"` // for /bin/sh -c
+	Packages []string  `json:"packages,omitempty"`
+	File     *StepFile `json:"file,omitempty"`
+}
+
+// StepFile is a file that the prebuild writes into the image.
+type StepFile struct {
+	Path    string `json:"path"`
+	Content string `json:"content"`
+	Mode    string `json:"mode"` // octal, "0644"
+}
+
+// Pool is a number of equal workers. Its slots are FirstSlot … FirstSlot+MaxInstances-1.
+type Pool struct {
+	Name         string   `json:"name"`
+	Image        string   `json:"image"`
+	CPUs         int      `json:"cpus"`
+	Memory       int64    `json:"memory"` // bytes
+	Disk         int64    `json:"disk"`   // bytes, sparse
+	Start        string   `json:"start"`  // "warm" or "cold"
+	Console      bool     `json:"console"`
+	FirstSlot    int      `json:"first_slot"`
+	MaxInstances int      `json:"max_instances"`
+	Limits       Limits   `json:"limits"`
+	StartTimeout Duration `json:"start_timeout"` // from Increase to ready; then the worker is StateTimeout
+}
+
+// Limits are per worker; 0 is no limit.
+type Limits struct {
+	CPUQuotaPercent int `json:"cpu_quota_percent,omitempty"` // 400 is four CPUs
+	DiskIOPS        int `json:"disk_iops,omitempty"`
+	NetworkMbps     int `json:"network_mbps,omitempty"` // 10^6 bit/s, each direction
+}
+
+// Runner is one [[runners]] section; its whole text is in the File
+// etc/gitlab-runner/config.toml.
+type Runner struct {
+	Name  string `json:"name"`
+	Pool  string `json:"pool"`
+	Token Secret `json:"token"`
+}
+
+// Secret is where a secret is to be read when it is written, never its value.
+type Secret struct {
+	From string `json:"from"` // "file:/run/secrets/x", "env:NAME" or "var:name"
+}
+
+// File is a file of the host. Content may hold the Placeholder of each of its
+// Secrets; who writes the file puts the values in.
+type File struct {
+	Path    string       `json:"path"` // absolute
+	Mode    string       `json:"mode"` // octal, "0644"
+	Owner   string       `json:"owner"`
+	Group   string       `json:"group"`
+	Content string       `json:"content"`
+	Secrets []FileSecret `json:"secrets,omitempty"`
+}
+
+// FileSecret is a secret's place in a File.
+type FileSecret struct {
+	Placeholder string `json:"placeholder"`
+	Secret      Secret `json:"secret"`
+}
+
+// Unit is a systemd unit whose text is one of the Files (or that the
+// distribution brings); Enable and Start say what apply does with it.
+type Unit struct {
+	Name   string `json:"name"`
+	Enable bool   `json:"enable"`
+	Start  bool   `json:"start"`
+}
+
+// Sysctl is one kernel setting, "net.ipv4.ip_forward" = "1".
+type Sysctl struct {
+	Key   string `json:"key"`
+	Value string `json:"value"`
+}

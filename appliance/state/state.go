@@ -1,0 +1,75 @@
+// Package state keeps what must survive: files written whole or not at all, and
+// locks. It knows nothing of what is in them.
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+)
+
+// WriteFile writes a file whole or not at all: temporary file beside it, chmod,
+// fsync, rename, fsync of the folder. Mode is not subject to the umask.
+func WriteFile(path string, data []byte, mode os.FileMode) error {
+	f, err := renameio.NewPendingFile(path, renameio.WithStaticPermissions(mode), renameio.WithExistingPermissions())
+	if err != nil {
+		return err
+	}
+	defer f.Cleanup()
+	if err := f.Chmod(mode); err != nil {
+		return err
+	}
+	if _, err := f.Write(data); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return f.CloseAtomicallyReplace()
+}
+
+// ErrLocked is TryLock's answer when another process holds the lock.
+var ErrLocked = errors.New("locked by another process")
+
+// Lock is an flock(2) on a file: it ends with the process, however that ends.
+type Lock struct{ f *os.File }
+
+// TryLock takes the lock at path, or returns ErrLocked at once.
+func TryLock(path string) (*Lock, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%s: %w", path, ErrLocked)
+		}
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return &Lock{f}, nil
+}
+
+// WaitLock takes the lock at path, or gives up when ctx ends. flock has no
+// deadline of its own, so it asks again every 50 ms.
+func WaitLock(ctx context.Context, path string) (*Lock, error) {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		l, err := TryLock(path)
+		if !errors.Is(err, ErrLocked) {
+			return l, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", err, ctx.Err())
+		case <-tick.C:
+		}
+	}
+}
+
+// Unlock gives the lock up. The file stays: removing it would let two
+// processes hold two different files of one name.
+func (l *Lock) Unlock() error { return l.f.Close() }

@@ -1,0 +1,49 @@
+// Command fleetingd turns a bare-metal Linux host into a GitLab CI appliance.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/urfave/cli/v2"
+)
+
+func main() { os.Exit(run(os.Args)) }
+
+// run is main for tests (testscript calls it in-process): the exit code is 0
+// for done, 1 for failed, 2 for wrong usage.
+func run(args []string) int {
+	app := &cli.App{
+		Name:           "fleetingd",
+		Usage:          "a GitLab CI appliance: every job in a fresh virtual machine",
+		HideVersion:    true,
+		Commands:       commands(),
+		ExitErrHandler: func(*cli.Context, error) {},
+		OnUsageError: func(_ *cli.Context, err error, _ bool) error {
+			return usageError{err}
+		},
+	}
+	err := app.Run(args)
+	if err == nil {
+		return 0
+	}
+	if msg := err.Error(); msg != "" {
+		fmt.Fprintln(os.Stderr, "fleetingd: "+msg)
+	}
+	var coder cli.ExitCoder
+	if errors.As(err, &coder) {
+		return coder.ExitCode()
+	}
+	return 1
+}
+
+// usageError is wrong usage: exit code 2.
+type usageError struct{ error }
+
+func (usageError) ExitCode() int { return 2 }
+
+// commands is every command; each has a file of its own.
+func commands() []*cli.Command {
+	return nil
+}

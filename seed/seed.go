@@ -1,0 +1,45 @@
+// Package seed holds cloud-init NoCloud seeds as values and writes them as ISO
+// 9660 images. It knows the format
+// (https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html) and
+// nothing of hosts, pools or hypervisors.
+package seed
+
+import "net/netip"
+
+// Seed is what one boot of a guest is given: who it is, how it is reached, who
+// may log in. Its ISO has the volume label "cidata".
+type Seed struct {
+	InstanceID string   `json:"instance_id"` // a new one makes cloud-init run once more
+	Hostname   string   `json:"hostname"`
+	Network    *Network `json:"network,omitempty"` // nil: cloud-init's own default
+	Users      []User   `json:"users,omitempty"`
+	// WriteFiles and RunCmd are cloud-config's write_files and runcmd.
+	WriteFiles []File     `json:"write_files,omitempty"`
+	RunCmd     [][]string `json:"run_cmd,omitempty"`
+	// Extra are more files in the root of the ISO, by name; they are not part of the JSON
+	// form (the guest binary would be tens of MB).
+	Extra map[string][]byte `json:"-"`
+}
+
+// Network is the one interface of a guest: routed, each address its own /32 or
+// /128, the gateway on-link.
+type Network struct {
+	MAC       string       `json:"mac"`
+	Addresses []netip.Addr `json:"addresses"`
+	Gateways  []netip.Addr `json:"gateways"` // one a family in Addresses
+	DNS       []netip.Addr `json:"dns"`
+	MTU       int          `json:"mtu"`
+}
+
+// User is an account that may log in with a key and use sudo.
+type User struct {
+	Name           string   `json:"name"`
+	AuthorizedKeys []string `json:"authorized_keys,omitempty"`
+}
+
+// File is a file that cloud-init writes.
+type File struct {
+	Path    string `json:"path"`
+	Content string `json:"content"`
+	Mode    string `json:"mode"` // octal, "0644"
+}
