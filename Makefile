@@ -1,0 +1,61 @@
+# Two commands do all the set-up on a fresh Debian or Ubuntu machine (root, apt, Go):
+#   make demo   installs what is needed, builds, and runs a job in a fresh VM
+#   make test   installs what the tests need, and runs them all, VMs included
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+BIN      := bin/fleetingd
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+GOBUILD  := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+TOOLS    := $(CURDIR)/.cache/tools
+GOLANGCI := v2.15.0
+STATICCHECK := v0.8.2
+# The interface of the default route, where the demo's workers reach the world.
+EGRESS   ?= $(shell ip -o route show default 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -1)
+JOB      ?= 'echo "hello from $$(hostname), up $$(cut -d" " -f1 /proc/uptime) s"; uname -srm'
+
+.PHONY: build demo test check lint cross bench hostlab deps clean
+
+build: ## the static binary
+	$(GOBUILD) -o $(BIN) ./cmd/fleetingd
+
+demo: deps build ## a job in a VM that did not exist a minute ago
+	$(BIN) run --var egress_interface=$(EGRESS) packaging/examples/quickstart/host.hcl -- $(JOB)
+
+test: deps lint ## every test, VMs included; nothing that can run here is skipped
+	FLEETINGD_TEST=full go test -race -timeout 60m ./...
+
+check: ## what needs neither root nor VMs: under a minute, anywhere
+	go test ./...
+
+lint: $(TOOLS)/golangci-lint-$(GOLANGCI) $(TOOLS)/staticcheck-$(STATICCHECK)
+	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
+	go vet ./...
+	$(TOOLS)/staticcheck-$(STATICCHECK) ./...
+	$(TOOLS)/golangci-lint-$(GOLANGCI) run
+
+$(TOOLS)/golangci-lint-$(GOLANGCI):
+	GOBIN=$(TOOLS) go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI)
+	mv $(TOOLS)/golangci-lint $@
+
+$(TOOLS)/staticcheck-$(STATICCHECK):
+	GOBIN=$(TOOLS) go install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK)
+	mv $(TOOLS)/staticcheck $@
+
+cross: ## the other architectures build, too
+	for arch in amd64 arm64 riscv64; do GOARCH=$$arch $(GOBUILD) -o bin/fleetingd-$$arch ./cmd/fleetingd; done
+
+bench: ## the figures that README quotes
+	go test -run '^$$' -bench . ./...
+
+hostlab: deps build ## a shell in a throw-away Debian host with systemd, KVM and the binary inside
+	go run ./appliance/hostlab/shell
+
+deps: ## Debian packages; does nothing where they are installed
+	packaging/deps.sh
+
+clean:
+	rm -rf bin

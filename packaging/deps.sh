@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Installs the Debian or Ubuntu packages that `make demo` and `make test` need. It does
+# nothing, and needs no root and no network, where they are all there.
+set -euo pipefail
+
+packages=(
+  qemu-system-x86 qemu-utils # VMs, and qemu-img
+  mmdebstrap e2fsprogs zstd  # guest images from a package mirror
+  debian-archive-keyring     # signs the mirror; ubuntu hosts lack it
+  xfsprogs                   # a file system that can clone
+  nftables iproute2 iputils-ping
+  openssh-client
+  procps
+)
+
+missing=()
+for p in "${packages[@]}"; do
+  dpkg-query -W -f '${db:Status-Status}\n' "$p" 2>/dev/null | grep -qx installed || missing+=("$p")
+done
+
+# Debian 12's QEMU 7.2 crashes kernels from 6.12 on under emulation.
+qemu_major=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\).*/\1/p' || true)
+if [ -n "$qemu_major" ] && [ "$qemu_major" -lt 8 ]; then
+  missing+=(qemu-system-x86 qemu-utils)
+fi
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+if [ "$(id -u)" != 0 ]; then
+  echo "deps.sh: these packages are missing and installing them needs root: ${missing[*]}" >&2
+  exit 1
+fi
+. /etc/os-release
+export DEBIAN_FRONTEND=noninteractive
+backports=()
+if [ "$ID" = debian ] && [ "$VERSION_ID" = 12 ]; then
+  cat > /etc/apt/sources.list.d/fleetingd-backports.sources <<EOF
+# QEMU for fleetingd's tests and demo: packaging/deps.sh
+Types: deb
+URIs: http://deb.debian.org/debian
+Suites: bookworm-backports
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+EOF
+  backports=(qemu-system-x86/bookworm-backports qemu-utils/bookworm-backports
+    qemu-system-common/bookworm-backports qemu-system-data/bookworm-backports)
+fi
+# One unreachable third-party source must not stop the rest; the install below fails if it matters.
+apt-get update -q || echo "deps.sh: apt-get update had errors; going on with the lists there are" >&2
+apt-get install -y -q --no-install-recommends "${missing[@]}" "${backports[@]}"

@@ -1,0 +1,40 @@
+# The smallest host that runs anywhere: Debian guests built from this machine's
+# own package mirror, in QEMU, with KVM where it works and emulation elsewhere.
+#
+#   fleetingd run packaging/examples/quickstart/host.hcl -- uname -a
+
+variable "egress_interface" {
+  type        = string
+  default     = "eth0"
+  description = "the interface with the default route: ip route show default"
+}
+
+host "quickstart" {
+  egress_interface = var.egress_interface
+
+  network {
+    subnet = "172.30.64.0/24"
+  }
+
+  hypervisor "qemu" {}
+}
+
+image "debian" {
+  debian {
+    suite    = "trixie"
+    packages = ["git"]
+  }
+
+  prebuild {
+    run = ["git --version > /etc/motd"]
+  }
+}
+
+pool "small" {
+  image         = image.debian
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "10GiB"
+  start         = "cold" # a warm start, restored from memory, comes later
+  max_instances = 4
+}
