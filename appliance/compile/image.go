@@ -1,0 +1,120 @@
+package compile
+
+import (
+	"fmt"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/hcl/hostspec"
+	"github.com/fleetingd/fleetingd/seed"
+)
+
+// guestPath is where the guest part lies inside of an image.
+const guestPath = "/usr/lib/fleetingd/fleetingd"
+
+// prebuildTimeout is for an image that is prebuilt with no prebuild block: the block's own default.
+const prebuildTimeout = 30 * time.Minute
+
+// images compiles the image blocks; image i has the i-th slot after the pools'.
+func (c *compiler) images() {
+	first := len(c.plan.Slots) - len(c.host.Images)
+	for i, s := range c.host.Images {
+		im := plan.Image{Name: s.Name, Source: source(s), User: s.User, BuildSlot: first + i}
+		// A distribution's image has no guest part in it and often not even the user: it is always prebuilt. A disk that
+		// somebody made is theirs: without a prebuild block it is used as it is.
+		if s.Prebuild != nil || s.Ubuntu != nil || s.Debian != nil {
+			im.Prebuild = c.prebuild(s, c.plan.Slots[im.BuildSlot])
+		}
+		c.plan.Images = append(c.plan.Images, im)
+		c.from(s.Range, plan.KindImage, s.Name)
+	}
+}
+
+func source(s *hostspec.Image) plan.Source {
+	switch {
+	case s.File != nil:
+		return plan.Source{File: &plan.FileSource{
+			Disk: s.File.Disk, Kernel: s.File.Kernel, Initrd: s.File.Initrd, Cmdline: s.File.Cmdline,
+		}}
+	case s.URL != nil:
+		return plan.Source{URL: &plan.URLSource{
+			Disk: s.URL.Disk, Kernel: s.URL.Kernel, Initrd: s.URL.Initrd,
+			SHA256: s.URL.SHA256, SHA256Sums: s.URL.SHA256Sums, Cmdline: s.URL.Cmdline,
+		}}
+	case s.Ubuntu != nil:
+		return plan.Source{Ubuntu: &plan.UbuntuSource{
+			Release: s.Ubuntu.Release, Mirror: s.Ubuntu.Mirror, Arch: s.Ubuntu.Arch,
+		}}
+	case s.Debian != nil:
+		return plan.Source{Debian: &plan.DebianSource{
+			Suite: s.Debian.Suite, Mirror: s.Debian.Mirror, Arch: s.Debian.Arch, Packages: notNil(s.Debian.Packages),
+		}}
+	}
+	return plan.Source{}
+}
+
+func (c *compiler) prebuild(s *hostspec.Image, slot plan.Slot) *plan.Prebuild {
+	p := &plan.Prebuild{
+		Steps:   []plan.Step{},
+		Timeout: plan.Duration(prebuildTimeout),
+		Seed:    prebuildSeed(s, c.plan.SlotNetwork(slot)),
+	}
+	if s.Prebuild == nil {
+		return p
+	}
+	p.Timeout = plan.Duration(s.Prebuild.Timeout)
+	for i, f := range s.Prebuild.Files {
+		p.Steps = append(p.Steps, plan.Step{
+			Name: fmt.Sprintf("file[%d]: %s", i, short(f.Path)),
+			File: &plan.StepFile{Path: f.Path, Content: f.Content, Mode: f.Mode},
+		})
+	}
+	if len(s.Prebuild.Packages) > 0 {
+		p.Steps = append(p.Steps, plan.Step{
+			Name:     "packages: " + short(strings.Join(s.Prebuild.Packages, " ")),
+			Packages: s.Prebuild.Packages,
+		})
+	}
+	for i, run := range s.Prebuild.Run {
+		p.Steps = append(p.Steps, plan.Step{Name: fmt.Sprintf("run[%d]: %s", i, short(run)), Command: run})
+	}
+	return p
+}
+
+// short is a step's text as one line of a log: control characters are spaces, and no more than 60 characters.
+func short(s string) string {
+	line := strings.Join(strings.FieldsFunc(s, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) }), " ")
+	if r := []rune(line); len(r) > 60 {
+		return string(r[:59]) + "…"
+	}
+	return line
+}
+
+// prebuildSeed boots the VM in which an image is prebuilt. It makes the job user, takes the guest part off the
+// seed's own ISO and starts it; from there on the host leads.
+func prebuildSeed(s *hostspec.Image, n *seed.Network) seed.Seed {
+	return seed.Seed{
+		InstanceID: "prebuild-" + s.Name,
+		Hostname:   "prebuild",
+		Network:    n,
+		Users:      []seed.User{{Name: s.User}},
+		RunCmd: [][]string{
+			{"mkdir", "-p", "/run/fleetingd-seed", "/usr/lib/fleetingd"},
+			{"mount", "-o", "ro", "LABEL=" + seed.Label, "/run/fleetingd-seed"},
+			{"install", "-m", "0755", "/run/fleetingd-seed/fleetingd", guestPath},
+			{"umount", "/run/fleetingd-seed"},
+			// As a unit of its own: cloud-init ends then, and steps that wait for it do not wait for themselves.
+			{"systemd-run", "--unit=fleetingd-prebuild", "--no-block", guestPath, "guest", "--prebuild"},
+		},
+	}
+}
+
+// notNil makes of no list an empty one: JSON writes it as [] and not as null.
+func notNil[T any](s []T) []T {
+	if s == nil {
+		return []T{}
+	}
+	return s
+}
