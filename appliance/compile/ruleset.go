@@ -1,0 +1,430 @@
+package compile
+
+import (
+	"cmp"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// tableName is the name of both tables: `inet fleetingd` judges IP, `arp fleetingd` ARP.
+const tableName = "fleetingd"
+
+// The hooks' places among others' (netfilter_ipv4.h). Raw comes before connection tracking: what is
+// forged leaves no entry there.
+const (
+	priorityRaw     = -300
+	priorityFilter  = 0
+	prioritySrcNAT  = 100
+	setTAPs         = "taps"
+	setWorkers      = "workers"
+	setWorkers6     = "workers6"
+	setPrivate      = "private"
+	setPrivate6     = "private6"
+	setResolvers    = "resolvers"
+	setResolvers6   = "resolvers6"
+	setICMPErrors   = "icmp_errors"
+	setICMPv6Errors = "icmpv6_errors"
+	chainFromWorker = "from_worker"
+	chainToHost     = "to_host"
+)
+
+// private4 is what a worker does not reach by default: what IANA's IPv4 Special-Purpose Address Registry has as
+// not globally reachable, and multicast. Metadata services live in 169.254.0.0/16, carriers' NAT in 100.64.0.0/10.
+var private4 = []string{
+	"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+	"192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3",
+}
+
+// private6 is all but global unicast (2000::/3), and of that what embeds or replaces other addresses: Teredo and the
+// rest of 2001::/23, documentation, and 6to4, through which 10.0.0.1 is 2002:a00:1::. 64:ff9b::/96 (NAT64) is in
+// the first: a translator would lead to private IPv4.
+var private6 = []string{
+	"::/3", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "4000::/2", "8000::/1",
+}
+
+// Ruleset is the firewall of a host: it judges what comes from and goes to the slots' TAPs and nothing else. A packet
+// that it accepts, another table may still drop (nftables asks every table).
+//
+// ARP senders are checked in a table of the arp family. A netdev chain on the TAPs would see the same frames a little earlier,
+// but it is bound to its devices: they must exist before the rules do, and one chain takes 256 of
+// them at most (the kernel's NFT_NETDEVICE_MAX), so that chains and rules would grow with the slots.
+func Ruleset(egressInterface string, n plan.Network) plan.Ruleset {
+	r := ruler{egress: egressInterface, net: n, six: n.Subnet6 != nil}
+	return plan.Ruleset{Tables: []plan.Table{r.inet(), r.arp()}}
+}
+
+// ruler makes the tables of one network.
+type ruler struct {
+	egress string
+	net    plan.Network
+	six    bool // the workers have IPv6
+}
+
+func (r *ruler) inet() plan.Table {
+	forward, toHost, sets := r.egressRules()
+	return plan.Table{
+		Family: "inet", Name: tableName,
+		Sets: append(r.sets(), sets...),
+		Chains: []plan.Chain{
+			{Name: chainFromWorker, Rules: r.fromWorker(forward)},
+			{Name: chainToHost, Rules: r.toHost(toHost)},
+			{Name: "prerouting", Type: "filter", Hook: "prerouting", Priority: priorityRaw, Rules: r.senders()},
+			{Name: "input", Type: "filter", Hook: "input", Priority: priorityFilter, Rules: append(r.replies(),
+				rule("from a worker to the host itself", jump(chainToHost), in(plan.IIFName, setTAPs)))},
+			{Name: "forward", Type: "filter", Hook: "forward", Priority: priorityFilter, Rules: append(r.replies(),
+				rule("from a worker to elsewhere", jump(chainFromWorker), in(plan.IIFName, setTAPs)),
+				counted("from elsewhere to a worker: only answers", plan.Drop, in(plan.OIFName, setTAPs)))},
+			{Name: "postrouting", Type: "nat", Hook: "postrouting", Priority: prioritySrcNAT, Rules: []plan.Rule{
+				rule("workers leave with the host's address", verdict(plan.Masquerade), in(plan.IIFName, setTAPs)),
+			}},
+		},
+	}
+}
+
+// sets are those that every host has; the egress blocks bring their own.
+func (r *ruler) sets() []plan.Set {
+	sets := []plan.Set{
+		{Name: setTAPs, Key: []plan.DataType{plan.TypeIFName}, Slots: true},
+		{Name: setWorkers, Key: []plan.DataType{plan.TypeIFName, plan.TypeIPv4}, Slots: true},
+		{Name: setPrivate, Key: []plan.DataType{plan.TypeIPv4}, Interval: true, Elements: private4},
+		// Unreachable, time exceeded, parameter problem. No redirect: connection tracking calls that one related too.
+		{Name: setICMPErrors, Key: []plan.DataType{plan.TypeICMP}, Elements: []string{"3", "11", "12"}},
+	}
+	if res := r.resolvers(netip.Addr.Is4, private4); len(res) > 0 {
+		sets = append(sets, plan.Set{Name: setResolvers, Key: []plan.DataType{plan.TypeIPv4}, Elements: res})
+	}
+	if !r.six {
+		return sets
+	}
+	sets = append(sets,
+		plan.Set{Name: setWorkers6, Key: []plan.DataType{plan.TypeIFName, plan.TypeIPv6}, Slots: true},
+		plan.Set{Name: setPrivate6, Key: []plan.DataType{plan.TypeIPv6}, Interval: true, Elements: private6},
+		// Unreachable, packet too big (path MTU), time exceeded, parameter problem.
+		plan.Set{Name: setICMPv6Errors, Key: []plan.DataType{plan.TypeICMPv6}, Elements: []string{"1", "2", "3", "4"}})
+	if res := r.resolvers(netip.Addr.Is6, private6); len(res) > 0 {
+		sets = append(sets, plan.Set{Name: setResolvers6, Key: []plan.DataType{plan.TypeIPv6}, Elements: res})
+	}
+	return sets
+}
+
+// resolvers are the DNS servers of one family that lie where workers are not let by default.
+func (r *ruler) resolvers(family func(netip.Addr) bool, private []string) []string {
+	var found []string
+	for _, a := range r.net.DNS {
+		if !family(a) {
+			continue
+		}
+		own := r.net.Subnet.Contains(a) || r.six && r.net.Subnet6.Contains(a) // the host's own, on the gateway's address
+		inside := slices.ContainsFunc(private, func(p string) bool { return netip.MustParsePrefix(p).Contains(a) })
+		if (own || inside) && !slices.Contains(found, a.String()) {
+			found = append(found, a.String())
+		}
+	}
+	return found
+}
+
+// senders drops what does not carry the slot's addresses. A right packet costs one look-up in
+// a set, and what came in on no TAP at all only the comparison of its interface's kind.
+func (r *ruler) senders() []plan.Rule {
+	tun := is(plan.IIFKind, "tun")
+	mac := is(plan.EtherSource, r.net.GuestMAC)
+	rules := []plan.Rule{
+		rule("fleetingd: a worker's own MAC and IPv4", verdict(plan.Accept), tun, slot(plan.IPSource, setWorkers), mac),
+	}
+	if r.six {
+		rules = append(rules,
+			rule("a worker's own MAC and IPv6", verdict(plan.Accept), tun, slot(plan.IP6Source, setWorkers6), mac),
+			rule("neighbour discovery from its link-local address", verdict(plan.Accept),
+				tun, in(plan.IIFName, setTAPs), mac, is(plan.IP6Source, linkLocal(r.net.GuestMAC)), neighbours))
+	}
+	return append(rules,
+		counted("a worker with an address that is not its own", plan.Drop, tun, in(plan.IIFName, setTAPs)))
+}
+
+// neighbours is a neighbour solicitation or advertisement (RFC 4861).
+var neighbours = is(plan.ICMPv6Kind, "135-136")
+
+// linkLocal is the address that a kernel makes of its MAC (RFC 4291, appendix A).
+func linkLocal(mac string) string {
+	m, err := net.ParseMAC(mac)
+	if err != nil || len(m) != 6 {
+		return "fe80::" // unreachable with a checked plan; and no guest has it
+	}
+	return netip.AddrFrom16([16]byte{
+		0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5],
+	}).String()
+}
+
+// replies come first in their chains: most packets are one, whoever's they are, and no look-up is needed.
+// Related is taken for ICMP errors only, or a helper on the host (FTP, SIP) could open a way in.
+func (r *ruler) replies() []plan.Rule {
+	related := is(plan.CTState, "related")
+	rules := []plan.Rule{
+		rule("judged when the connection began", verdict(plan.Accept), is(plan.CTState, "established")),
+		rule("path MTU and other errors", verdict(plan.Accept), related, in(plan.ICMPKind, setICMPErrors)),
+	}
+	if r.six {
+		rules = append(rules,
+			rule("path MTU and other errors", verdict(plan.Accept), related, in(plan.ICMPv6Kind, setICMPv6Errors)))
+	}
+	return rules
+}
+
+// fromWorker judges a connection that a worker begins, through the host.
+func (r *ruler) fromWorker(egress []plan.Rule) []plan.Rule {
+	rules := []plan.Rule{
+		counted("no part of a connection", plan.Drop, is(plan.CTState, "invalid")),
+		counted("another worker", plan.Reject, is(plan.IPDest, r.net.Subnet.String())),
+	}
+	if r.six {
+		rules = append(rules, counted("another worker", plan.Reject, is(plan.IP6Dest, r.net.Subnet6.String())))
+	}
+	rules = append(append(rules, egress...), r.dns()...)
+	rules = append(rules, counted("private, link-local, metadata, multicast", plan.Reject, in(plan.IPDest, setPrivate)))
+	if r.six {
+		rules = append(rules, counted("all but global unicast", plan.Reject, in(plan.IP6Dest, setPrivate6)))
+	}
+	return append(rules,
+		counted("out of another interface", plan.Reject, isNot(plan.OIFName, r.egress)),
+		rule("the internet", verdict(plan.Accept)))
+}
+
+// toHost judges a connection that a worker begins to the host itself.
+func (r *ruler) toHost(egress []plan.Rule) []plan.Rule {
+	var rules []plan.Rule
+	if r.six {
+		rules = append(rules, rule("neighbour discovery", verdict(plan.Accept), neighbours))
+	}
+	rules = append(append(rules, egress...), r.dns()...)
+	return append(rules, counted("the host itself", plan.Reject))
+}
+
+// dns lets workers to the spec's resolvers where those are private.
+func (r *ruler) dns() []plan.Rule {
+	var rules []plan.Rule
+	add := func(dest plan.Field, set string) {
+		for _, port := range []plan.Field{plan.UDPDest, plan.TCPDest} {
+			rules = append(rules, rule("the resolvers of the spec", verdict(plan.Accept), in(dest, set), is(port, "53")))
+		}
+	}
+	if len(r.resolvers(netip.Addr.Is4, private4)) > 0 {
+		add(plan.IPDest, setResolvers)
+	}
+	if r.six && len(r.resolvers(netip.Addr.Is6, private6)) > 0 {
+		add(plan.IP6Dest, setResolvers6)
+	}
+	return rules
+}
+
+// egressRules are the egress blocks in their order: for what is forwarded, for what goes to the host itself, and
+// the sets that both use. Where a block names no destination (or a /0), it means what lies outside: an "allow https"
+// opens neither the LAN nor the metadata service. The host itself is opened only by its very address (a /32 or /128): an
+// allowed LAN does not open the host's own address in it.
+func (r *ruler) egressRules() (forward, toHost []plan.Rule, sets []plan.Set) {
+	for i, e := range r.net.Egress {
+		b := block{ruler: r, Egress: e, prefix: "egress" + strconv.Itoa(i)}
+		forward = append(forward, b.rules(false)...)
+		toHost = append(toHost, b.rules(true)...)
+		sets = append(sets, b.sets...)
+	}
+	slices.SortFunc(sets, func(a, b plan.Set) int { return cmp.Compare(a.Name, b.Name) })
+	return forward, toHost, slices.CompactFunc(sets, func(a, b plan.Set) bool { return a.Name == b.Name })
+}
+
+// block is one egress block while its rules are made.
+type block struct {
+	*ruler
+	plan.Egress
+	prefix string // of its sets' names
+	sets   []plan.Set
+}
+
+// rules are the block's: one for each family and protocol that it names.
+func (b *block) rules(toHost bool) []plan.Rule {
+	var rules []plan.Rule
+	for _, dest := range b.destinations(toHost) {
+		for _, port := range b.ports() {
+			rules = append(rules, b.rule(slices.Concat(dest, port)))
+		}
+	}
+	return rules
+}
+
+func (b *block) rule(matches []plan.Match) plan.Rule {
+	comment := "egress " + b.Name
+	if b.Action == "allow" {
+		return rule(comment, verdict(plan.Accept), matches...)
+	}
+	return counted(comment, plan.Reject, matches...)
+}
+
+// destinations are the alternatives that the block's `to` stands for, each as the matches that it takes.
+func (b *block) destinations(toHost bool) [][]plan.Match {
+	anywhere := len(b.To) == 0 || slices.ContainsFunc(b.To, func(p netip.Prefix) bool { return p.Bits() == 0 })
+	switch {
+	case anywhere && b.Action == "deny":
+		return [][]plan.Match{nil}
+	case anywhere && toHost:
+		return nil
+	case anywhere:
+		outside := is(plan.OIFName, b.egress)
+		dests := [][]plan.Match{{outside, notIn(plan.IPDest, setPrivate)}}
+		if b.six {
+			dests = append(dests, []plan.Match{outside, notIn(plan.IP6Dest, setPrivate6)})
+		}
+		return dests
+	}
+	var to4, to6 []netip.Prefix
+	for _, p := range b.To {
+		switch {
+		case toHost && b.Action == "allow" && !p.IsSingleIP():
+		case p.Addr().Is4():
+			to4 = append(to4, p)
+		case b.six:
+			to6 = append(to6, p)
+		}
+	}
+	suffix := "_to"
+	if toHost {
+		suffix = "_host"
+	}
+	var dests [][]plan.Match
+	if len(to4) > 0 {
+		dests = append(dests, []plan.Match{b.oneOf(plan.IPDest, plan.TypeIPv4, suffix, prefixes(to4))})
+	}
+	if len(to6) > 0 {
+		dests = append(dests, []plan.Match{b.oneOf(plan.IP6Dest, plan.TypeIPv6, suffix+"6", prefixes(to6))})
+	}
+	return dests
+}
+
+// ports are the alternatives that the block's `ports` stands for.
+func (b *block) ports() [][]plan.Match {
+	if len(b.Ports) == 0 {
+		return [][]plan.Match{nil}
+	}
+	var alternatives [][]plan.Match
+	for _, p := range []struct {
+		name  string
+		field plan.Field
+	}{{"tcp", plan.TCPDest}, {"udp", plan.UDPDest}} {
+		if r := ranges(b.Ports, p.name); len(r) > 0 {
+			alternatives = append(alternatives, []plan.Match{b.oneOf(p.field, plan.TypePort, "_"+p.name, r)})
+		}
+	}
+	return alternatives
+}
+
+// oneOf matches any of the values: a literal for one, a set for more.
+func (b *block) oneOf(f plan.Field, t plan.DataType, suffix string, values []string) plan.Match {
+	if len(values) == 1 {
+		return is(f, values[0])
+	}
+	name := b.prefix + suffix
+	b.sets = append(b.sets, plan.Set{Name: name, Key: []plan.DataType{t}, Interval: true, Elements: values})
+	return in(f, name)
+}
+
+// prefixes are the networks in order, as nft writes them, without those inside another: an interval set refuses overlaps.
+func prefixes(nets []netip.Prefix) []string {
+	sorted := slices.Clone(nets)
+	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
+	var out []string
+	var last netip.Prefix
+	for _, p := range sorted {
+		if last.IsValid() && last.Contains(p.Addr()) {
+			continue
+		}
+		last = p
+		if p.IsSingleIP() {
+			out = append(out, p.Addr().String())
+		} else {
+			out = append(out, p.String())
+		}
+	}
+	return out
+}
+
+// ranges are a protocol's ports in order, those that overlap or touch made one.
+func ranges(ports []plan.PortRange, protocol string) []string {
+	var own []plan.PortRange
+	for _, p := range ports {
+		if p.Protocol == protocol {
+			own = append(own, p)
+		}
+	}
+	slices.SortFunc(own, func(a, b plan.PortRange) int { return cmp.Compare(a.First, b.First) })
+	var merged []plan.PortRange
+	for _, p := range own {
+		if n := len(merged); n > 0 && int(p.First) <= int(merged[n-1].Last)+1 {
+			merged[n-1].Last = max(merged[n-1].Last, p.Last)
+			continue
+		}
+		merged = append(merged, p)
+	}
+	out := make([]string, len(merged))
+	for i, p := range merged {
+		if out[i] = strconv.Itoa(int(p.First)); p.First != p.Last {
+			out[i] = fmt.Sprintf("%d-%d", p.First, p.Last)
+		}
+	}
+	return out
+}
+
+// arp lets a worker ask for the gateway, as itself, and nothing else: no answer that could be
+// a lie, and no question about the host's other addresses.
+func (r *ruler) arp() plan.Table {
+	return plan.Table{
+		Family: "arp", Name: tableName,
+		Sets: []plan.Set{
+			{Name: setTAPs, Key: []plan.DataType{plan.TypeIFName}, Slots: true},
+			{Name: setWorkers, Key: []plan.DataType{plan.TypeIFName, plan.TypeIPv4}, Slots: true},
+		},
+		Chains: []plan.Chain{{Name: "input", Type: "filter", Hook: "input", Priority: priorityFilter, Rules: []plan.Rule{
+			rule("fleetingd: a worker asks for the gateway", verdict(plan.Accept),
+				slot(plan.ARPSourceIP, setWorkers), is(plan.ARPOperation, "request"),
+				is(plan.ARPSourceMAC, r.net.GuestMAC), is(plan.ARPTargetIP, r.net.Gateway.String())),
+			counted("any other ARP of a worker", plan.Drop, in(plan.IIFName, setTAPs)),
+		}}},
+	}
+}
+
+func rule(comment string, v plan.Verdict, m ...plan.Match) plan.Rule {
+	return plan.Rule{Comment: plan.Comment(comment), Matches: m, Verdict: v}
+}
+
+// counted is a rule that refuses. Its counter tells an operator which one it was.
+func counted(comment string, a plan.Action, m ...plan.Match) plan.Rule {
+	return plan.Rule{Comment: plan.Comment(comment), Matches: m, Counter: true, Verdict: verdict(a)}
+}
+
+func verdict(a plan.Action) plan.Verdict { return plan.Verdict{Action: a} }
+func jump(chain string) plan.Verdict      { return plan.Verdict{Action: plan.Goto, Chain: chain} }
+
+func is(f plan.Field, value string) plan.Match {
+	return plan.Match{Fields: []plan.Field{f}, Value: value}
+}
+
+func isNot(f plan.Field, value string) plan.Match {
+	return plan.Match{Fields: []plan.Field{f}, Not: true, Value: value}
+}
+
+func in(f plan.Field, set string) plan.Match {
+	return plan.Match{Fields: []plan.Field{f}, Set: set}
+}
+
+func notIn(f plan.Field, set string) plan.Match {
+	return plan.Match{Fields: []plan.Field{f}, Not: true, Set: set}
+}
+
+// slot looks up the pair of TAP and address.
+func slot(f plan.Field, set string) plan.Match {
+	return plan.Match{Fields: []plan.Field{plan.IIFName, f}, Set: set}
+}
