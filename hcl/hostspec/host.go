@@ -5,6 +5,7 @@
 package hostspec
 
 import (
+	"errors"
 	"net/netip"
 	"time"
 
@@ -163,5 +164,11 @@ type Secret struct {
 	read func() (string, error)
 }
 
-// Read gives the secret's value, without a final newline.
-func (s Secret) Read() (string, error) { return s.read() }
+// Read gives the secret's value, one line without its end. It fails where the
+// secret is not there, is empty, or has more lines; the error names the place.
+func (s Secret) Read() (string, error) {
+	if s.read == nil {
+		return "", errors.New("no secret was given")
+	}
+	return s.read()
+}

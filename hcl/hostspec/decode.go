@@ -1,0 +1,404 @@
+package hostspec
+
+import (
+	"errors"
+	"fmt"
+	"math/big"
+	"net/netip"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/zclconf/go-cty/cty"
+)
+
+var rootSchema = &hcl.BodySchema{Blocks: []hcl.BlockHeaderSchema{
+	{Type: "variable", LabelNames: []string{"name"}},
+	{Type: "locals"},
+	{Type: "host", LabelNames: []string{"name"}},
+	{Type: "image", LabelNames: []string{"name"}},
+	{Type: "pool", LabelNames: []string{"name"}},
+	{Type: "runner", LabelNames: []string{"name"}},
+}}
+
+// spec is all blocks of a file.
+type spec struct {
+	hosts   []*Host
+	images  []*Image
+	pools   []*Pool
+	runners []*Runner
+}
+
+// decode turns blocks into structs. It finds wrong types, units and references'
+// forms; what values mean together is validate's.
+func (l *loader) decode(content *hcl.BodyContent) *spec {
+	s := &spec{}
+	for _, b := range content.Blocks {
+		switch b.Type {
+		case "host":
+			s.hosts = append(s.hosts, l.decodeHost(b))
+		case "image":
+			s.images = append(s.images, l.decodeImage(b))
+		case "pool":
+			s.pools = append(s.pools, l.decodePool(b))
+		case "runner":
+			s.runners = append(s.runners, l.decodeRunner(b))
+		}
+	}
+	for _, h := range s.hosts {
+		h.Images, h.Pools, h.Runners = s.images, s.pools, s.runners
+	}
+	return s
+}
+
+func (l *loader) decodeHost(b *hcl.Block) *Host {
+	h := &Host{Name: b.Labels[0], Range: b.DefRange}
+	s := l.open(b, h, []attrSpec{
+		{"egress_interface", `"eno1"`, true},
+		{"state_dir", `"/var/lib/fleetingd"`, false},
+		{"refresh", `"24h"`, false},
+	}, hcl.BlockHeaderSchema{Type: "disks"}, hcl.BlockHeaderSchema{Type: "network"},
+		hcl.BlockHeaderSchema{Type: "hypervisor", LabelNames: []string{"driver"}})
+	s.text("egress_interface", &h.EgressInterface)
+	s.text("state_dir", &h.StateDir)
+	s.duration("refresh", &h.Refresh)
+
+	// A block that is not there is the host itself, for what there is to say about it.
+	h.Disks.Range, h.Network.Range, h.Hypervisor.Range = b.DefRange, b.DefRange, b.DefRange
+	for _, owner := range []any{&h.Disks, &h.Network, &h.Hypervisor} {
+		l.attrs[attrKey{owner, ""}] = attrInfo{rng: b.DefRange}
+	}
+	if b := s.one("disks"); b != nil {
+		l.decodeDisks(b, &h.Disks)
+	}
+	if b := s.one("network"); b != nil {
+		l.decodeNetwork(b, &h.Network)
+	}
+	if b := s.one("hypervisor"); b != nil {
+		l.decodeHypervisor(b, &h.Hypervisor)
+	}
+	return h
+}
+
+func (l *loader) decodeDisks(b *hcl.Block, d *Disks) {
+	d.Range = b.DefRange
+	s := l.open(b, d, []attrSpec{{"backing", `"auto"`, false}, {"size", `"200GiB"`, false}})
+	s.text("backing", &d.Backing)
+	s.size("size", &d.Size)
+}
+
+func (l *loader) decodeNetwork(b *hcl.Block, n *Network) {
+	n.Range = b.DefRange
+	s := l.open(b, n, []attrSpec{
+		{"subnet", `"172.16.120.0/22"`, false},
+		{"subnet6", `"fd7e:1ee7::/64"`, false},
+		{"dns", `["1.1.1.3", "1.0.0.3"]`, false},
+		{"mtu", `1500`, false},
+	}, hcl.BlockHeaderSchema{Type: "egress", LabelNames: []string{"name"}})
+	parsed(s, "subnet", parsePrefix, &n.Subnet)
+	parsed(s, "subnet6", parsePrefix, &n.Subnet6)
+	parsedList(s, "dns", parseAddr, &n.DNS)
+	s.integer("mtu", &n.MTU)
+	for _, b := range s.content.Blocks.OfType("egress") {
+		n.Egress = append(n.Egress, l.decodeEgress(b))
+	}
+}
+
+func parseAddr(text string) (netip.Addr, error) {
+	a, err := netip.ParseAddr(text)
+	if err != nil || a.Zone() != "" {
+		return netip.Addr{}, errors.New(`an address is written as "1.1.1.3" or "2606:4700:4700::1113"`)
+	}
+	return a, nil
+}
+
+func (l *loader) decodeEgress(b *hcl.Block) *Egress {
+	e := &Egress{Name: b.Labels[0], Range: b.DefRange}
+	s := l.open(b, e, []attrSpec{
+		{"action", `"allow"`, true},
+		{"to", `["10.20.0.15/32"]`, false},
+		{"ports", `["tcp/443"]`, false},
+	})
+	s.text("action", &e.Action)
+	parsedList(s, "to", parsePrefix, &e.To)
+	parsedList(s, "ports", parsePorts, &e.Ports)
+	return e
+}
+
+func (l *loader) decodeHypervisor(b *hcl.Block, h *Hypervisor) {
+	h.Driver, h.Range = b.Labels[0], b.DefRange
+	s := l.open(b, h, []attrSpec{
+		{"binary", `"cloud-hypervisor"`, false},
+		{"sandbox", `true`, false},
+		{"accel", `"auto"`, false},
+	})
+	s.text("binary", &h.Binary)
+	s.boolean("sandbox", &h.Sandbox)
+	s.text("accel", &h.Accel)
+}
+
+func (l *loader) decodeImage(b *hcl.Block) *Image {
+	i := &Image{Name: b.Labels[0], Range: b.DefRange}
+	s := l.open(b, i, []attrSpec{{"user", `"ci"`, false}},
+		hcl.BlockHeaderSchema{Type: "file"}, hcl.BlockHeaderSchema{Type: "url"},
+		hcl.BlockHeaderSchema{Type: "ubuntu"}, hcl.BlockHeaderSchema{Type: "debian"},
+		hcl.BlockHeaderSchema{Type: "prebuild"})
+	s.text("user", &i.User)
+	if b := s.one("file"); b != nil {
+		i.File = l.decodeFileSource(b)
+	}
+	if b := s.one("url"); b != nil {
+		i.URL = l.decodeURLSource(b)
+	}
+	if b := s.one("ubuntu"); b != nil {
+		i.Ubuntu = l.decodeUbuntuSource(b)
+	}
+	if b := s.one("debian"); b != nil {
+		i.Debian = l.decodeDebianSource(b)
+	}
+	if b := s.one("prebuild"); b != nil {
+		i.Prebuild = l.decodePrebuild(b)
+	}
+	return i
+}
+
+func (l *loader) decodeFileSource(b *hcl.Block) *FileSource {
+	f := &FileSource{}
+	s := l.open(b, f, []attrSpec{
+		{"disk", `"/srv/images/golden.qcow2"`, true},
+		{"kernel", `"/srv/images/vmlinuz"`, true},
+		{"initrd", `"/srv/images/initrd.img"`, false},
+		{"cmdline", `"root=/dev/vda1 console=ttyS0"`, false},
+	})
+	s.text("disk", &f.Disk)
+	s.text("kernel", &f.Kernel)
+	s.text("initrd", &f.Initrd)
+	s.text("cmdline", &f.Cmdline)
+	return f
+}
+
+func (l *loader) decodeURLSource(b *hcl.Block) *URLSource {
+	u := &URLSource{}
+	s := l.open(b, u, []attrSpec{
+		{"disk", `"https://images.example.com/golden.qcow2"`, true},
+		{"kernel", `"https://images.example.com/vmlinuz"`, true},
+		{"initrd", `"https://images.example.com/initrd.img"`, false},
+		{"sha256", `"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"`, false},
+		{"sha256sums", `"https://images.example.com/SHA256SUMS"`, false},
+		{"cmdline", `"root=/dev/vda1 console=ttyS0"`, false},
+	})
+	s.text("disk", &u.Disk)
+	s.text("kernel", &u.Kernel)
+	s.text("initrd", &u.Initrd)
+	s.text("sha256", &u.SHA256)
+	s.text("sha256sums", &u.SHA256Sums)
+	s.text("cmdline", &u.Cmdline)
+	return u
+}
+
+func (l *loader) decodeUbuntuSource(b *hcl.Block) *UbuntuSource {
+	u := &UbuntuSource{}
+	s := l.open(b, u, []attrSpec{
+		{"release", `"noble"`, true},
+		{"mirror", `"https://cloud-images.ubuntu.com"`, false},
+		{"arch", `"amd64"`, false},
+	})
+	s.text("release", &u.Release)
+	s.text("mirror", &u.Mirror)
+	s.text("arch", &u.Arch)
+	return u
+}
+
+func (l *loader) decodeDebianSource(b *hcl.Block) *DebianSource {
+	d := &DebianSource{}
+	s := l.open(b, d, []attrSpec{
+		{"suite", `"trixie"`, true},
+		{"mirror", `"https://deb.debian.org/debian"`, false},
+		{"packages", `["git"]`, false},
+		{"arch", `"amd64"`, false},
+	})
+	s.text("suite", &d.Suite)
+	s.text("mirror", &d.Mirror)
+	s.texts("packages", &d.Packages)
+	s.text("arch", &d.Arch)
+	return d
+}
+
+func (l *loader) decodePrebuild(b *hcl.Block) *Prebuild {
+	p := &Prebuild{Range: b.DefRange}
+	s := l.open(b, p, []attrSpec{
+		{"packages", `["git", "podman"]`, false},
+		{"run", `["systemctl enable podman.socket"]`, false},
+		{"timeout", `"30m"`, false},
+	}, hcl.BlockHeaderSchema{Type: "file", LabelNames: []string{"path"}})
+	s.texts("packages", &p.Packages)
+	s.texts("run", &p.Run)
+	s.duration("timeout", &p.Timeout)
+	for _, b := range s.content.Blocks.OfType("file") {
+		f := &PrebuildFile{Path: b.Labels[0]}
+		s := l.open(b, f, []attrSpec{{"content", `"text"`, true}, {"mode", `"0644"`, false}})
+		s.text("content", &f.Content)
+		parsed(s, "mode", parseMode, &f.Mode)
+		p.Files = append(p.Files, f)
+	}
+	return p
+}
+
+// parseMode reads permissions as four octal digits.
+func parseMode(text string) (string, error) {
+	var mode uint32
+	if len(text) < 3 || len(text) > 4 {
+		return "", errors.New(`a mode is octal digits, such as "0644" or "0755"`)
+	}
+	for _, c := range text {
+		if c < '0' || c > '7' {
+			return "", errors.New(`a mode is octal digits, such as "0644" or "0755"`)
+		}
+		mode = mode<<3 | uint32(c-'0')
+	}
+	return fmt.Sprintf("%04o", mode), nil
+}
+
+func (l *loader) decodePool(b *hcl.Block) *Pool {
+	p := &Pool{Name: b.Labels[0], Range: b.DefRange}
+	s := l.open(b, p, []attrSpec{
+		{"image", `image.ubuntu`, true},
+		{"cpus", `4`, true},
+		{"memory", `"8GiB"`, true},
+		{"disk", `"30GiB"`, true},
+		{"start", `"warm"`, false},
+		{"console", `false`, false},
+		{"max_instances", `20`, true},
+	}, hcl.BlockHeaderSchema{Type: "limits"})
+	s.reference("image", &p.Image)
+	s.integer("cpus", &p.CPUs)
+	s.size("memory", &p.Memory)
+	s.size("disk", &p.Disk)
+	s.text("start", &p.Start)
+	s.boolean("console", &p.Console)
+	s.integer("max_instances", &p.MaxInstances)
+	if b := s.one("limits"); b != nil {
+		s := l.open(b, &p.Limits, []attrSpec{
+			{"cpu_quota", `"400%"`, false}, {"disk_iops", `5000`, false}, {"network_mbps", `500`, false},
+		})
+		parsed(s, "cpu_quota", parsePercent, &p.Limits.CPUQuotaPercent)
+		s.integer("disk_iops", &p.Limits.DiskIOPS)
+		s.integer("network_mbps", &p.Limits.NetworkMbps)
+	}
+	return p
+}
+
+func (l *loader) decodeRunner(b *hcl.Block) *Runner {
+	r := &Runner{Name: b.Labels[0], Range: b.DefRange}
+	s := l.open(b, r, []attrSpec{
+		{"pool", `pool.small`, true},
+		{"url", `"https://gitlab.example.com"`, true},
+		{"token", `file("/run/secrets/gitlab-token")`, true},
+		{"executor", `"instance"`, false},
+		{"capacity_per_instance", `1`, false},
+		{"max_use_count", `1`, false},
+		{"settings", `{ output_limit = 8192 }`, false},
+	}, hcl.BlockHeaderSchema{Type: "policy"})
+	s.reference("pool", &r.Pool)
+	s.text("url", &r.URL)
+	s.secret("token", &r.Token)
+	s.text("executor", &r.Executor)
+	s.integer("capacity_per_instance", &r.CapacityPerInstance)
+	s.integer("max_use_count", &r.MaxUseCount)
+	s.settings("settings", &r.Settings)
+	for _, b := range s.content.Blocks.OfType("policy") {
+		r.Policies = append(r.Policies, l.decodePolicy(b))
+	}
+	return r
+}
+
+func (l *loader) decodePolicy(b *hcl.Block) *Policy {
+	p := &Policy{Range: b.DefRange}
+	s := l.open(b, p, []attrSpec{
+		{"periods", `["* 8-18 * * mon-fri"]`, false},
+		{"timezone", `"Europe/Berlin"`, false},
+		{"idle_count", `4`, false},
+		{"idle_time", `"5m"`, false},
+		{"scale_factor", `1.5`, false},
+		{"scale_factor_limit", `10`, false},
+		{"preemptive_mode", `true`, false},
+	})
+	s.texts("periods", &p.Periods)
+	s.text("timezone", &p.Timezone)
+	s.integer("idle_count", &p.IdleCount)
+	s.duration("idle_time", &p.IdleTime)
+	s.float("scale_factor", &p.ScaleFactor)
+	s.integer("scale_factor_limit", &p.ScaleFactorLimit)
+	var preemptive bool
+	s.boolean("preemptive_mode", &preemptive)
+	if l.ok(p, "preemptive_mode") {
+		p.PreemptiveMode = &preemptive
+	}
+	return p
+}
+
+// settings is a map of another program's settings, as plain Go values.
+func (s *section) settings(name string, to *map[string]any) {
+	a, v := s.value(name)
+	if v == nil {
+		return
+	}
+	if t := v.Type(); !t.IsObjectType() && !t.IsMapType() {
+		s.fail(a, nil, "a map is wanted, and this is %s. Write, for example: %s", t.FriendlyName(), s.example(name))
+		return
+	}
+	got, err := plain(*v)
+	if err != nil {
+		s.fail(a, nil, "%v", err)
+		return
+	}
+	*to = got.(map[string]any)
+	s.done(a)
+}
+
+// plain is a value as string, bool, int64, float64, []any or map[string]any. What is
+// null in a map is left out; TOML has no null.
+func plain(v cty.Value) (any, error) {
+	t := v.Type()
+	switch {
+	case v.IsNull():
+		return nil, errors.New("a list in it has a null, and GitLab Runner's config.toml has no such thing; leave it out")
+	case t == cty.String:
+		return v.AsString(), nil
+	case t == cty.Bool:
+		return v.True(), nil
+	case t == cty.Number:
+		f := v.AsBigFloat()
+		if n, acc := f.Int64(); acc == big.Exact {
+			return n, nil
+		}
+		if f.IsInt() || f.IsInf() {
+			return nil, fmt.Errorf("%s is too large a number", f.Text('g', 10))
+		}
+		n, _ := f.Float64()
+		return n, nil
+	case t.IsObjectType() || t.IsMapType():
+		m := map[string]any{}
+		for k, e := range v.AsValueMap() {
+			if e.IsNull() {
+				continue
+			}
+			got, err := plain(e)
+			if err != nil {
+				return nil, err
+			}
+			m[k] = got
+		}
+		return m, nil
+	case t.IsListType() || t.IsTupleType() || t.IsSetType():
+		list := []any{}
+		for _, e := range v.AsValueSlice() {
+			got, err := plain(e)
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, got)
+		}
+		return list, nil
+	default:
+		return nil, fmt.Errorf("%s is no value for a setting", t.FriendlyName())
+	}
+}

@@ -1,0 +1,91 @@
+package hostspec
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/agext/levenshtein"
+	"github.com/hashicorp/hcl/v2"
+)
+
+// errorf adds an error. The summary names the problem, the detail gives the
+// value, the reason and the cure.
+func (l *loader) errorf(at *hcl.Range, summary, detail string, args ...any) {
+	l.diags = append(l.diags, &hcl.Diagnostic{
+		Severity: hcl.DiagError,
+		Summary:  summary,
+		Detail:   fmt.Sprintf(detail, args...),
+		Subject:  at,
+	})
+}
+
+// warnf adds a warning: the spec is valid, but hardly what was meant.
+func (l *loader) warnf(at *hcl.Range, summary, detail string, args ...any) {
+	l.errorf(at, summary, detail, args...)
+	l.diags[len(l.diags)-1].Severity = hcl.DiagWarning
+}
+
+// didYouMean is `; did you mean "x"?`-like text for a near miss, or "".
+func didYouMean(given string, known []string) string {
+	if s := nearest(given, known); s != "" {
+		return fmt.Sprintf(" (did you mean %q?)", s)
+	}
+	return ""
+}
+
+// nearest is the known name that a typo of given most likely meant, or "".
+func nearest(given string, known []string) string {
+	// The distance is quadratic in the length, and no name of ours is longer.
+	if len(given) > 64 {
+		return ""
+	}
+	best, bestDist := "", 3
+	for _, k := range slices.Sorted(slices.Values(known)) {
+		if strings.EqualFold(given, k) {
+			return k
+		}
+		d := levenshtein.Distance(given, k, nil)
+		if d < bestDist && d < len(k) {
+			best, bestDist = k, d
+		}
+	}
+	if best != "" {
+		return best
+	}
+	// "cloudhypervisor-v2" and the like: one is the start of the other.
+	for _, k := range known {
+		if len(given) >= 3 && (strings.HasPrefix(k, given) || strings.HasPrefix(given, k) && len(k) >= 3) {
+			return k
+		}
+	}
+	return ""
+}
+
+// quotedList is `"a", "b" and "c"`, cut where it gets long.
+func quotedList(names []string) string {
+	const most = 12
+	var more string
+	if len(names) > most {
+		more = fmt.Sprintf(" and %d more", len(names)-most)
+		names = names[:most]
+	}
+	quoted := make([]string, len(names))
+	for i, n := range names {
+		quoted[i] = fmt.Sprintf("%q", n)
+	}
+	if more == "" && len(quoted) > 1 {
+		last := len(quoted) - 1
+		return strings.Join(quoted[:last], ", ") + " and " + quoted[last]
+	}
+	return strings.Join(quoted, ", ") + more
+}
+
+// quote shows a value in a message: in quotes, control characters escaped, and not too long.
+func quote(s string) string {
+	const most = 80
+	if len(s) > most {
+		return fmt.Sprintf("%q…", strings.ToValidUTF8(s[:most], ""))
+	}
+	return fmt.Sprintf("%q", s)
+}

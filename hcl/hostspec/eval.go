@@ -1,0 +1,130 @@
+package hostspec
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/zclconf/go-cty/cty"
+)
+
+// eval gives an expression's value; false after a finding, which it has added, and
+// where the value is unknown because an earlier finding left it so.
+func (l *loader) eval(expr hcl.Expression) (cty.Value, bool) {
+	if !l.guardExpr(expr) || !l.checkReferences(expr) {
+		return cty.DynamicVal, false
+	}
+	val, diags := l.value(expr, l.scope.ctx)
+	l.diags = append(l.diags, l.withhold(diags, l.mentionsSecret(expr))...)
+	if diags.HasErrors() || !val.IsWhollyKnown() {
+		return cty.DynamicVal, false
+	}
+	return val, true
+}
+
+// value evaluates without letting a bug below end the program: specs come from
+// people and from other programs, and a finding with a line helps them more.
+func (l *loader) value(expr hcl.Expression, ctx *hcl.EvalContext) (val cty.Value, diags hcl.Diagnostics) {
+	defer func() {
+		if r := recover(); r != nil {
+			val = cty.DynamicVal
+			diags = append(diags, &hcl.Diagnostic{
+				Severity: hcl.DiagError,
+				Summary:  "This expression cannot be evaluated",
+				Detail:   fmt.Sprintf("The HCL library gave up on it: %v. Write it in another way.", r),
+				Subject:  expr.Range().Ptr(),
+			})
+		}
+	}()
+	return expr.Value(ctx)
+}
+
+// withhold takes the details out of findings about secrets: functions put the
+// value that they did not like into their message.
+func (l *loader) withhold(diags hcl.Diagnostics, secret bool) hcl.Diagnostics {
+	for _, d := range diags {
+		d.EvalContext = nil // a printer would show the values of all variables
+		if secret {
+			d.Detail = "The reason is not shown, because it may hold the value of a sensitive variable."
+		}
+	}
+	return diags
+}
+
+// mentionsSecret reports whether an expression refers to a sensitive value.
+func (l *loader) mentionsSecret(expr hcl.Expression) bool {
+	for _, t := range expr.Variables() {
+		if name, ok := member(t, "var"); ok {
+			if v := l.scope.vars[name]; v != nil && v.sensitive {
+				return true
+			}
+			continue
+		}
+		if name, ok := member(t, "local"); ok {
+			if loc := l.scope.locals[name]; loc != nil && loc.value.ContainsMarked() {
+				return true
+			}
+			continue
+		}
+		if len(t) == 1 && t.RootName() == "var" {
+			return true // all of them at once
+		}
+	}
+	return false
+}
+
+// checkReferences finds var.x and local.x that are not there, with a suggestion,
+// and says so once for each expression.
+func (l *loader) checkReferences(expr hcl.Expression) bool {
+	ok := true
+	for _, t := range expr.Variables() {
+		at := t.SourceRange()
+		if name, is := member(t, "var"); is && l.scope.vars[name] == nil {
+			l.errorf(&at, "Unknown variable", "There is no variable %q%s. %s",
+				name, didYouMean(name, l.variableNames()), l.declaredVariables())
+			ok = false
+		}
+		if name, is := member(t, "local"); is && l.scope.locals[name] == nil {
+			known := slices.Sorted(maps.Keys(l.scope.locals))
+			detail := "There are no locals."
+			if len(known) > 0 {
+				detail = "The locals are " + quotedList(known) + "."
+			}
+			l.errorf(&at, "Unknown local", "There is no local.%s%s. %s", name, didYouMean(name, known), detail)
+			ok = false
+		}
+		if _, is := member(t, "local"); !is && t.RootName() == "local" {
+			l.errorf(&at, "Which local?", "Write local.NAME: the locals all together have no value.")
+			ok = false
+		}
+		switch root := t.RootName(); root {
+		case "image", "pool":
+			l.errorf(&at, "A reference in the wrong place", "%s.NAME stands alone, as in %s = %s.NAME; "+
+				"it has no value that an expression could use.", root, root, root)
+			ok = false
+		}
+	}
+	return ok
+}
+
+// valueSize is the number of elements of a value and bytes of its strings.
+func valueSize(v cty.Value) int {
+	v, _ = v.UnmarkDeep()
+	n := 0
+	_ = cty.Walk(v, func(_ cty.Path, v cty.Value) (bool, error) {
+		n++
+		if v.IsKnown() && !v.IsNull() {
+			switch v.Type() {
+			case cty.String:
+				n += len(v.AsString())
+			case cty.Number:
+				// 1e9999999 is a few bytes until it is written out in decimal.
+				exp := v.AsBigFloat().MantExp(nil)
+				n += max(exp, -exp) / 3
+			}
+		}
+		return true, nil
+	})
+	return n
+}

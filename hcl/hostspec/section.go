@@ -1,0 +1,367 @@
+package hostspec
+
+import (
+	"fmt"
+	"math/big"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/hclsyntax"
+	"github.com/zclconf/go-cty/cty"
+	"github.com/zclconf/go-cty/cty/convert"
+)
+
+// attrSpec is an attribute that a block may have. The example is what messages
+// tell people to write.
+type attrSpec struct {
+	name, example string
+	required      bool
+}
+
+// attrKey is an attribute of a decoded block, owner being the pointer to its
+// struct. The name "" is the block itself, "label" its label.
+type attrKey struct {
+	owner any
+	name  string
+}
+
+// attrInfo says where an attribute is, and whether its value could be used.
+type attrInfo struct {
+	rng   hcl.Range
+	ok    bool
+	elems []hcl.Range // of a list's elements
+}
+
+// at is the place to point to for an attribute: its value, or its block where it is not there.
+func (l *loader) at(owner any, name string) *hcl.Range {
+	if a, ok := l.attrs[attrKey{owner, name}]; ok {
+		return &a.rng
+	}
+	if a, ok := l.attrs[attrKey{owner, ""}]; ok {
+		return &a.rng
+	}
+	return nil
+}
+
+// atElem is at for the i-th element of a list.
+func (l *loader) atElem(owner any, name string, i int) *hcl.Range {
+	if a := l.attrs[attrKey{owner, name}]; i < len(a.elems) {
+		return &a.elems[i]
+	}
+	return l.at(owner, name)
+}
+
+// ok reports whether an attribute was given a value that could be used.
+func (l *loader) ok(owner any, name string) bool { return l.attrs[attrKey{owner, name}].ok }
+
+// section is one block while it is decoded.
+type section struct {
+	l       *loader
+	owner   any
+	what    string // `pool "small"`
+	content *hcl.BodyContent
+	attrs   []attrSpec
+}
+
+// open reads a block by its attributes and the blocks within.
+func (l *loader) open(b *hcl.Block, owner any, attrs []attrSpec, blocks ...hcl.BlockHeaderSchema) *section {
+	s := &section{l: l, owner: owner, what: blockName(b), attrs: attrs}
+	schema := &hcl.BodySchema{Blocks: blocks}
+	for _, a := range attrs {
+		schema.Attributes = append(schema.Attributes, hcl.AttributeSchema{Name: a.name})
+	}
+	content, diags := b.Body.Content(schema)
+	l.diags = append(l.diags, explain(diags, s.what, attrs, blocks)...)
+	s.content = content
+	l.attrs[attrKey{owner, ""}] = attrInfo{rng: b.DefRange, ok: true}
+	if len(b.LabelRanges) > 0 {
+		l.attrs[attrKey{owner, "label"}] = attrInfo{rng: b.LabelRanges[0], ok: true}
+	}
+	for _, a := range attrs {
+		if a.required && content.Attributes[a.name] == nil {
+			l.errorf(&b.DefRange, "Missing attribute", "%s needs %s. Write, for example: %s = %s", s.what, a.name, a.name, a.example)
+		}
+	}
+	return s
+}
+
+// explain adds to HCL's findings about unknown names which ones are known.
+func explain(diags hcl.Diagnostics, what string, attrs []attrSpec, blocks []hcl.BlockHeaderSchema) hcl.Diagnostics {
+	for _, d := range diags {
+		switch d.Summary {
+		case "Unsupported argument", "Unsupported block type", "Extraneous JSON object property":
+		default:
+			continue
+		}
+		var names []string
+		for _, a := range attrs {
+			names = append(names, a.name)
+		}
+		for _, b := range blocks {
+			names = append(names, b.Type+" { }")
+		}
+		if !strings.Contains(d.Detail, "Did you mean") {
+			d.Detail += fmt.Sprintf(" %s may have: %s.", what, strings.Join(names, ", "))
+		}
+	}
+	return diags
+}
+
+func blockName(b *hcl.Block) string {
+	name := b.Type
+	for _, label := range b.Labels {
+		name += " " + quote(label)
+	}
+	return name
+}
+
+// one is the only block of a type, or nil; more than one is a finding.
+func (s *section) one(typ string) *hcl.Block {
+	blocks := s.content.Blocks.OfType(typ)
+	if len(blocks) == 0 {
+		return nil
+	}
+	for _, b := range blocks[1:] {
+		s.l.errorf(&b.DefRange, "Duplicate block", "%s has a %s block at %s already; it takes one.", s.what, typ, blocks[0].DefRange)
+	}
+	return blocks[0]
+}
+
+// fail says that an attribute's value is of no use, and what would be.
+func (s *section) fail(a *hcl.Attribute, at *hcl.Range, format string, args ...any) {
+	if at == nil {
+		at = a.Expr.Range().Ptr()
+	}
+	s.l.errorf(at, "Invalid "+a.Name, "%s: %s: %s.", s.what, a.Name, fmt.Sprintf(format, args...))
+}
+
+func (s *section) example(name string) string {
+	i := slices.IndexFunc(s.attrs, func(a attrSpec) bool { return a.name == name })
+	return name + " = " + s.attrs[i].example
+}
+
+// value evaluates an attribute; nil where it is not given, is null, or is of no use.
+func (s *section) value(name string) (*hcl.Attribute, *cty.Value) {
+	a := s.content.Attributes[name]
+	if a == nil {
+		return nil, nil
+	}
+	key := attrKey{s.owner, name}
+	s.l.attrs[key] = attrInfo{rng: a.Expr.Range()}
+	val, ok := s.l.eval(a.Expr)
+	if !ok {
+		return a, nil
+	}
+	if val.ContainsMarked() {
+		s.fail(a, nil, "this is a sensitive value, and all but a runner's token is written to the plan, which is no secret. "+
+			"Take sensitive = true away from the variable, or give the secret to jobs as a CI/CD variable in GitLab")
+		return a, nil
+	}
+	if val.IsNull() {
+		// As in Terraform, null is as if it were not written.
+		delete(s.l.attrs, key)
+		if s.required(name) {
+			s.l.errorf(a.Expr.Range().Ptr(), "Missing attribute", "%s needs %s, and this is null. Write, for example: %s",
+				s.what, name, s.example(name))
+		}
+		return a, nil
+	}
+	return a, &val
+}
+
+func (s *section) required(name string) bool {
+	return slices.ContainsFunc(s.attrs, func(a attrSpec) bool { return a.name == name && a.required })
+}
+
+// done notes that an attribute's value can be used.
+func (s *section) done(a *hcl.Attribute, elems ...hcl.Range) {
+	s.l.attrs[attrKey{s.owner, a.Name}] = attrInfo{rng: a.Expr.Range(), ok: true, elems: elems}
+}
+
+// scalar is an attribute as a value of a primitive type.
+func (s *section) scalar(name string, want cty.Type) (*hcl.Attribute, *cty.Value) {
+	a, val := s.value(name)
+	if val == nil {
+		return nil, nil
+	}
+	conv, err := convert.Convert(*val, want)
+	if err != nil || conv.IsNull() {
+		s.fail(a, nil, "a %s is wanted, and this is %s. Write, for example: %s",
+			want.FriendlyName(), val.Type().FriendlyName(), s.example(name))
+		return nil, nil
+	}
+	return a, &conv
+}
+
+func (s *section) text(name string, to *string) {
+	if a, v := s.scalar(name, cty.String); v != nil {
+		*to = v.AsString()
+		s.done(a)
+	}
+}
+
+func (s *section) boolean(name string, to *bool) {
+	if a, v := s.scalar(name, cty.Bool); v != nil {
+		*to = v.True()
+		s.done(a)
+	}
+}
+
+func (s *section) integer(name string, to *int) {
+	a, v := s.scalar(name, cty.Number)
+	if v == nil {
+		return
+	}
+	n, acc := v.AsBigFloat().Int64()
+	if acc != big.Exact || n < -1<<31 || n >= 1<<31 {
+		s.fail(a, nil, "a whole number is wanted, such as %s", s.example(name))
+		return
+	}
+	*to = int(n)
+	s.done(a)
+}
+
+func (s *section) float(name string, to *float64) {
+	if a, v := s.scalar(name, cty.Number); v != nil {
+		*to, _ = v.AsBigFloat().Float64()
+		s.done(a)
+	}
+}
+
+// parsed is an attribute whose text has a syntax of its own.
+func parsed[T any](s *section, name string, parse func(string) (T, error), to *T) {
+	a, v := s.scalar(name, cty.String)
+	if v == nil {
+		return
+	}
+	got, err := parse(v.AsString())
+	if err != nil {
+		s.fail(a, nil, "%s: %v", quote(v.AsString()), err)
+		return
+	}
+	*to = got
+	s.done(a)
+}
+
+func (s *section) size(name string, to *int64)             { parsed(s, name, parseSize, to) }
+func (s *section) duration(name string, to *time.Duration) { parsed(s, name, parseDuration, to) }
+
+// parsedList is a list of such texts.
+func parsedList[T any](s *section, name string, parse func(string) (T, error), to *[]T) {
+	a, v := s.value(name)
+	if v == nil {
+		return
+	}
+	t := v.Type()
+	if t == cty.String {
+		s.fail(a, nil, "a list is wanted: write %s = [%s]", name, quote(v.AsString()))
+		return
+	}
+	if !t.IsListType() && !t.IsTupleType() && !t.IsSetType() {
+		s.fail(a, nil, "a list is wanted, and this is %s. Write, for example: %s", t.FriendlyName(), s.example(name))
+		return
+	}
+	values, ranges := v.AsValueSlice(), elementRanges(a.Expr, v.LengthInt())
+	list, ok := make([]T, 0, len(values)), true
+	for i, e := range values {
+		text, err := convert.Convert(e, cty.String)
+		if err != nil || text.IsNull() {
+			s.fail(a, &ranges[i], "element %d of the list is %s. Write, for example: %s", i, typeOrNull(e), s.example(name))
+			ok = false
+			continue
+		}
+		got, err := parse(text.AsString())
+		if err != nil {
+			s.fail(a, &ranges[i], "%s: %v", quote(text.AsString()), err)
+			ok = false
+			continue
+		}
+		list = append(list, got)
+	}
+	if ok {
+		*to = list
+		s.done(a, ranges...)
+	}
+}
+
+func typeOrNull(v cty.Value) string {
+	if v.IsNull() {
+		return "null"
+	}
+	return v.Type().FriendlyName()
+}
+
+func (s *section) texts(name string, to *[]string) {
+	parsedList(s, name, func(t string) (string, error) { return t, nil }, to)
+}
+
+// elementRanges are the places of n elements: each one's own where the list is
+// written out, else the whole expression's.
+func elementRanges(expr hcl.Expression, n int) []hcl.Range {
+	ranges := make([]hcl.Range, n)
+	exprs, diags := hcl.ExprList(expr)
+	for i := range ranges {
+		ranges[i] = expr.Range()
+		if !diags.HasErrors() && len(exprs) == n {
+			ranges[i] = exprs[i].Range()
+		}
+	}
+	return ranges
+}
+
+// reference is an attribute such as image.ubuntu: the name after the dot.
+func (s *section) reference(name string, to *string) {
+	a := s.content.Attributes[name]
+	if a == nil {
+		return
+	}
+	s.l.attrs[attrKey{s.owner, name}] = attrInfo{rng: a.Expr.Range()}
+	var traversal hcl.Traversal
+	if expr := unwrap(a.Expr); expr != nil {
+		traversal, _ = hcl.AbsTraversalForExpr(expr)
+	} else if text, ok := jsonString(a.Expr); ok {
+		traversal, _ = hclsyntax.ParseTraversalAbs([]byte(text), "", hcl.InitialPos)
+	}
+	if got, ok := member(traversal, name); ok && len(traversal) == 2 {
+		*to = got
+		s.done(a)
+		return
+	}
+	s.fail(a, nil, "write the name of %s %s block: %s", article(name), name, s.example(name))
+}
+
+// unwrap takes parentheses and "${…}" off an expression that is written out; nil for
+// a plain string in JSON syntax.
+func unwrap(expr hcl.Expression) hclsyntax.Expression {
+	native, ok := expr.(hclsyntax.Expression)
+	if !ok {
+		text, ok := jsonString(expr)
+		if !ok {
+			return nil
+		}
+		parsed, diags := hclsyntax.ParseTemplate([]byte(text), expr.Range().Filename, expr.Range().Start)
+		if _, wraps := parsed.(*hclsyntax.TemplateWrapExpr); diags.HasErrors() || !wraps {
+			return nil
+		}
+		native = parsed
+	}
+	for {
+		switch e := native.(type) {
+		case *hclsyntax.ParenthesesExpr:
+			native = e.Expression
+		case *hclsyntax.TemplateWrapExpr:
+			native = e.Wrapped
+		default:
+			return native
+		}
+	}
+}
+
+func article(noun string) string {
+	if strings.ContainsRune("aeiou", rune(noun[0])) {
+		return "an"
+	}
+	return "a"
+}
