@@ -64,13 +64,15 @@ func Compile(h *hostspec.Host, o Options) (*plan.Plan, hcl.Diagnostics) {
 		Pools:   []plan.Pool{},
 		Images:  []plan.Image{},
 		Runners: []plan.Runner{},
+		Files:   []plan.File{},
+		Units:   []plan.Unit{},
 	}
 	c := &compiler{host: h, opts: o, plan: p, origins: map[string]string{}}
 	if c.slots(); c.diags.HasErrors() {
 		return nil, c.diags
 	}
 	c.images()
-	if c.diags.HasErrors() {
+	if c.artifacts(); c.diags.HasErrors() {
 		return nil, c.diags
 	}
 	p.Origins = c.origins

@@ -1,0 +1,208 @@
+package compile
+
+import (
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/unit"
+	"github.com/hashicorp/hcl/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/templates"
+)
+
+// Where the artifacts lie on the host.
+const (
+	PlanPath   = "/etc/fleetingd/plan.json" // the Plan itself is no File of the Plan
+	configPath = "/etc/gitlab-runner/config.toml"
+	nftPath    = "/etc/nftables.d/fleetingd.nft"
+	unitDir    = "/etc/systemd/system"
+	sysctlPath = "/etc/sysctl.d/60-fleetingd.conf"
+	tmpfiles   = "/etc/tmpfiles.d/fleetingd.conf"
+	sysusers   = "/etc/sysusers.d/fleetingd.conf"
+)
+
+// values is what the templates are given.
+type values struct {
+	Host, User, Plan, Fleetingd  string
+	Config, ConfigDir, RunnerDir string
+	Tmpfiles                     string
+	LastTAP                      string
+	Paths                        plan.Paths
+	Sysctls                      []plan.Sysctl
+
+	// The refresh timer.
+	Every                       string
+	EverySeconds, SpreadSeconds int64
+
+	// The disks' file system.
+	Image, ImageDir, MountUnit string
+	Size                       int64 // bytes
+}
+
+// artifacts are the files and units of the host.
+func (c *compiler) artifacts() {
+	p := c.plan
+	if !c.pathsFit() {
+		return
+	}
+	p.Sysctls = c.sysctls()
+	v := values{
+		Host: p.Host, User: p.User, Plan: PlanPath, Fleetingd: c.opts.bin("fleetingd"),
+		Config: configPath, ConfigDir: path.Dir(configPath), RunnerDir: c.runnerDir(),
+		Tmpfiles: tmpfiles, Paths: p.Paths, Sysctls: p.Sysctls,
+	}
+	if n := len(p.Slots); n > 0 {
+		v.LastTAP = p.Slots[n-1].TAP
+	}
+	host := c.host.Range
+	c.file(host, sysusers, "sysusers.conf", v)
+	c.file(host, tmpfiles, "tmpfiles.conf", v)
+	c.file(c.host.Network.Range, sysctlPath, "sysctl.conf", v)
+	c.ruleset()
+	c.file(c.host.Network.Range, "/etc/systemd/network/10-fleetingd.link", "tap.link", v)
+	c.file(c.host.Network.Range, "/etc/systemd/network/10-fleetingd.network", "tap.network", v)
+
+	c.unit(c.host.Network.Range, "fleetingd-network.service", "network.service", v, plan.Unit{Enable: true, Start: true})
+	c.disks(v)
+	c.refresh(v)
+	if len(c.host.Runners) > 0 {
+		c.file(host, unitDir+"/gitlab-runner.service.d/10-fleetingd.conf", "gitlab-runner.conf", v)
+		c.config()
+		p.Units = append(p.Units, plan.Unit{Name: "gitlab-runner.service", Enable: true, Start: true})
+		c.from(host, plan.KindUnit, "gitlab-runner.service")
+	}
+}
+
+// runnerDir is the runner's home and working directory.
+func (c *compiler) runnerDir() string { return path.Join(c.plan.Paths.State, "runner") }
+
+// plainPath is a path that means itself in a unit, in tmpfiles.d and in sysusers.d, none of which quote alike.
+var plainPath = regexp.MustCompile(`^/[A-Za-z0-9_./+@:-]*$`)
+
+// pathsFit refuses a folder that a unit could not name.
+func (c *compiler) pathsFit() bool {
+	ok := true
+	if !plainPath.MatchString(c.plan.Paths.State) || path.Clean(c.plan.Paths.State) != c.plan.Paths.State {
+		c.fail(c.host.Range, "Unusable state_dir",
+			"state_dir is %q. systemd units name it, so it must be an absolute path of letters, digits and _ . / + @ : - with no "+
+				"“..” in it.", c.plan.Paths.State)
+		ok = false
+	}
+	if c.opts.BinDir != "" && !plainPath.MatchString(c.opts.BinDir) {
+		c.fail(c.host.Range, "Unusable folder of programs",
+			"fleetingd is to be in %q. systemd units name it, so it must be an absolute path of letters, digits and _ . / + @ : -.",
+			c.opts.BinDir)
+		ok = false
+	}
+	return ok
+}
+
+// file adds a root-owned, world-readable file made from a template.
+func (c *compiler) file(from hcl.Range, name, template string, v values) {
+	text, err := templates.Render(template, v)
+	if err != nil { // a mistake in the template: the tests render them all
+		c.fail(from, "Cannot write "+name, "This is a bug in fleetingd: %s.", err)
+		return
+	}
+	c.add(from, plan.File{Path: name, Mode: "0644", Owner: "root", Group: "root", Content: text})
+}
+
+func (c *compiler) add(from hcl.Range, f plan.File) {
+	c.plan.Files = append(c.plan.Files, f)
+	c.from(from, plan.KindFile, f.Path)
+}
+
+// unit adds a unit and its file; how says what apply does with it.
+func (c *compiler) unit(from hcl.Range, name, template string, v values, how plan.Unit) {
+	c.file(from, path.Join(unitDir, name), template, v)
+	how.Name = name
+	c.plan.Units = append(c.plan.Units, how)
+	c.from(from, plan.KindUnit, name)
+}
+
+// ruleset adds the firewall, and its text for who wants to read it: "network up" sends the rules themselves.
+func (c *compiler) ruleset() {
+	n := &c.plan.Network
+	n.Ruleset = Ruleset(c.plan.EgressInterface, *n)
+	c.add(c.host.Network.Range, plan.File{
+		Path: nftPath, Mode: "0644", Owner: "root", Group: "root", Content: n.Ruleset.Text(c.plan.Slots),
+	})
+}
+
+// disks adds what mounts the clones' file system. "directory" is a folder of the state_dir's own file system, and "auto"
+// is settled on the host, where it is seen whether that one can clone.
+func (c *compiler) disks(v values) {
+	d := c.plan.Disks
+	if d.Backing != "xfs-image" && d.Backing != "tmpfs" {
+		return
+	}
+	from := c.host.Disks.Range
+	// What mkfs.xfs takes since xfsprogs 5.19.
+	if d.Size < 300<<20 {
+		c.fail(from, "Disks too small", "XFS needs 300 MiB, and size is %d bytes: give disks a size such as \"200GiB\".", d.Size)
+		return
+	}
+	v.Size, v.ImageDir = d.Size, v.Paths.State
+	// A mount unit's name is its path (systemd.mount(5)).
+	v.MountUnit = unit.UnitNamePathEscape(v.Paths.Disks) + ".mount"
+	if d.Backing == "tmpfs" {
+		v.ImageDir = path.Join(v.Paths.State, "ram")
+		c.unit(from, unit.UnitNamePathEscape(v.ImageDir)+".mount", "ram.mount", v, plan.Unit{})
+	}
+	v.Image = path.Join(v.ImageDir, "disks.xfs")
+	c.unit(from, "fleetingd-disks.service", "disks.service", v, plan.Unit{})
+	c.unit(from, v.MountUnit, "disks.mount", v, plan.Unit{Enable: true, Start: true})
+}
+
+func (c *compiler) refresh(v values) {
+	every := time.Duration(c.plan.Refresh)
+	if every <= 0 || len(c.plan.Images) == 0 {
+		return
+	}
+	v.Every, v.EverySeconds, v.SpreadSeconds = every.String(), int64(every.Seconds()), int64(every.Seconds()/10)
+	c.unit(c.host.Range, "fleetingd-refresh.service", "refresh.service", v, plan.Unit{})
+	c.unit(c.host.Range, "fleetingd-refresh.timer", "refresh.timer", v, plan.Unit{Enable: true, Start: true})
+}
+
+// sysctls are the kernel settings of the host. None of them is one that a neighbour (Docker, libvirt, a VPN) would want
+// otherwise; what only concerns our TAPs is set on the TAPs.
+func (c *compiler) sysctls() []plan.Sysctl {
+	s := []plan.Sysctl{}
+	set := func(key, value string) {
+		s = append(s, plan.Sysctl{Key: key, Value: value})
+		c.from(c.host.Network.Range, plan.KindSysctl, key)
+	}
+	set("net.ipv4.ip_forward", "1")
+	if c.plan.Network.Subnet6 != nil {
+		// The kernel forwards IPv6 only where all.forwarding is on (ip6_forward), and a host that forwards no longer
+		// listens to router advertisements but on interfaces with 2: without it the uplink would lose its own address.
+		set("net.ipv6.conf.all.forwarding", "1")
+		set(interfaceKey("net/ipv6/conf", c.plan.EgressInterface, "accept_ra"), "2")
+	}
+	// Each worker is a neighbour. The kernel's own limit is 1,024 for all interfaces together (arp(7), gc_thresh3).
+	if n := len(c.plan.Slots); n > 512 {
+		for _, family := range []string{"ipv4", "ipv6"} {
+			if family == "ipv6" && c.plan.Network.Subnet6 == nil {
+				continue
+			}
+			for i, factor := range []int{1, 2, 4} {
+				set("net."+family+".neigh.default.gc_thresh"+strconv.Itoa(i+1), strconv.Itoa(n*factor))
+			}
+		}
+	}
+	return s
+}
+
+// interfaceKey names a setting of one interface. With a dot in the interface's name ("eno1.100") the key is
+// written with slashes, which sysctl.d(5) takes as it is.
+func interfaceKey(dir, link, setting string) string {
+	key := path.Join(dir, link, setting)
+	if strings.Contains(link, ".") {
+		return key
+	}
+	return strings.ReplaceAll(key, "/", ".")
+}

@@ -1,0 +1,219 @@
+package compile
+
+import (
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/BurntSushi/toml"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/hcl/hostspec"
+)
+
+// How often the runner asks the plugin what has become of its instances. Its defaults are 1 min and 2 s, made for cloud
+// APIs; our Update costs microseconds, and the interval is a part of every job's wait.
+const (
+	updateInterval              = time.Second
+	updateIntervalWhenExpecting = 100 * time.Millisecond
+)
+
+// maxRequests caps a runner's job requests under way. With one (the runner's default) a request that GitLab
+// holds open for its long poll of 50 s keeps the next job waiting.
+const maxRequests = 4
+
+// readyCommand is for an image with no guest part, which is called running when it answers over SSH. Exit
+// code 2 is cloud-init's "degraded": done, with warnings.
+const readyCommand = "cloud-init status --wait || test $? -eq 2"
+
+// table is a TOML table.
+type table = map[string]any
+
+// config adds config.toml. Its tables are maps: the encoder sorts their keys, and a runner's settings are merged in.
+func (c *compiler) config() {
+	jobs := 0
+	file := plan.File{Path: configPath, Mode: "0600", Owner: c.plan.User, Group: c.plan.User}
+	var runners []table
+	owner := map[string]string{} // the pool's runner
+	for _, r := range c.host.Runners {
+		pool, err := c.plan.Pool(r.Pool)
+		if err != nil {
+			c.fail(r.Range, "Unknown pool", "Runner %q: %s.", r.Name, err)
+			continue
+		}
+		if other, taken := owner[r.Pool]; taken {
+			c.fail(r.Range, "Pool has two runners",
+				"The runners %q and %q both use pool %q. A runner has the slots of its pool to itself: give each a pool of its own.",
+				other, r.Name, r.Pool)
+			continue
+		}
+		owner[r.Pool] = r.Name
+		secret := plan.FileSecret{Placeholder: "@SECRET:runner." + r.Name + ".token@", Secret: plan.Secret{From: r.Token.From}}
+		section := c.runner(r, pool, secret.Placeholder)
+		if !c.merge(r, section, r.Settings, "settings") {
+			continue
+		}
+		runners = append(runners, section)
+		file.Secrets = append(file.Secrets, secret)
+		jobs += pool.MaxInstances * r.CapacityPerInstance
+		c.plan.Runners = append(c.plan.Runners, plan.Runner{Name: r.Name, Pool: r.Pool, Token: secret.Secret})
+		c.from(r.Range, plan.KindRunner, r.Name)
+	}
+	text, err := encode(table{"concurrent": max(jobs, 1), "runners": runners})
+	if err != nil {
+		c.fail(c.host.Range, "Cannot write config.toml", "%s.", err)
+		return
+	}
+	file.Content = fmt.Sprintf("# Written by fleetingd for host %q. Change the spec and apply it again: changes made here are drift.\n\n%s",
+		c.host.Name, text)
+	c.add(c.host.Range, file)
+}
+
+func encode(t table) (string, error) {
+	var b strings.Builder
+	if err := toml.NewEncoder(&b).Encode(t); err != nil {
+		return "", err
+	}
+	return b.String(), nil
+}
+
+// runner is one [[runners]] section.
+func (c *compiler) runner(r *hostspec.Runner, pool *plan.Pool, token string) table {
+	jobs := pool.MaxInstances * r.CapacityPerInstance
+	t := table{
+		"name": r.Name, "url": r.URL, "token": token, "executor": r.Executor,
+		"limit":               jobs,
+		"request_concurrency": min(jobs, maxRequests),
+		"autoscaler":          c.autoscaler(r, pool),
+	}
+	if r.Executor == "docker-autoscaler" {
+		// The section must be there, and a job without an image needs one.
+		t["docker"] = table{"image": "debian:stable-slim"}
+	}
+	return t
+}
+
+func (c *compiler) autoscaler(r *hostspec.Runner, pool *plan.Pool) table {
+	image, _ := c.plan.Image(pool.Image) // hostspec resolved it
+	t := table{
+		"plugin":                         c.opts.bin("fleeting-plugin-fleetingd"),
+		"plugin_config":                  table{"plan": PlanPath, "pool": r.Pool},
+		"connector_config":               connector(image),
+		"capacity_per_instance":          r.CapacityPerInstance,
+		"max_use_count":                  r.MaxUseCount,
+		"max_instances":                  pool.MaxInstances,
+		"update_interval":                updateInterval.String(),
+		"update_interval_when_expecting": updateIntervalWhenExpecting.String(),
+		// A restarted runner finds its idle workers again. One that had a job is not used again: that job is gone.
+		"state_storage": table{
+			"enabled": true, "dir": path.Join(c.runnerDir(), "state"), "keep_instance_with_acquisitions": false,
+		},
+		// A restart of the runner, for a new version of it, ends no worker that waits for a job.
+		"delete_instances_on_shutdown": false,
+		"policy":                       policies(r.Policies),
+	}
+	if image != nil && image.Prebuild == nil {
+		t["instance_ready_command"] = readyCommand
+	}
+	return t
+}
+
+func connector(image *plan.Image) table {
+	t := table{"os": "linux", "protocol": "ssh", "use_external_addr": false, "keepalive": "30s", "timeout": "1m0s"}
+	if image == nil {
+		return t
+	}
+	t["username"] = image.User
+	switch { // a disk that somebody made does not say what it is for: the plugin does, in ConnectInfo
+	case image.Source.Ubuntu != nil:
+		t["arch"] = image.Source.Ubuntu.Arch
+	case image.Source.Debian != nil:
+		t["arch"] = image.Source.Debian.Arch
+	}
+	return t
+}
+
+// policies are the policy blocks; with none there is one that keeps nothing idle, which is what the
+// runner would do, written out.
+func policies(blocks []*hostspec.Policy) []table {
+	if len(blocks) == 0 {
+		blocks = []*hostspec.Policy{{}}
+	}
+	all := make([]table, 0, len(blocks))
+	for _, b := range blocks {
+		t := table{
+			"periods":    []string{"* * * * *"},
+			"idle_count": b.IdleCount,
+			// Left out, the runner takes it for idle_count > 0 and its schema check complains.
+			"preemptive_mode": b.IdleCount > 0,
+		}
+		if len(b.Periods) > 0 {
+			t["periods"] = b.Periods
+		}
+		if b.Timezone != "" {
+			t["timezone"] = b.Timezone
+		}
+		if b.IdleTime > 0 {
+			t["idle_time"] = b.IdleTime.String()
+		}
+		if b.ScaleFactor > 0 {
+			t["scale_factor"] = b.ScaleFactor
+		}
+		if b.ScaleFactorLimit > 0 {
+			t["scale_factor_limit"] = b.ScaleFactorLimit
+		}
+		if b.PreemptiveMode != nil {
+			t["preemptive_mode"] = *b.PreemptiveMode
+		}
+		all = append(all, t)
+	}
+	return all
+}
+
+// fixed are the keys that settings may not set, and where they come from instead.
+var fixed = map[string]string{
+	"settings.name":                             "the runner block's label",
+	"settings.url":                              "url",
+	"settings.token":                            "token",
+	"settings.executor":                         "executor",
+	"settings.limit":                            "max_instances and capacity_per_instance",
+	"settings.autoscaler.plugin":                "fleetingd itself",
+	"settings.autoscaler.plugin_config":         "fleetingd itself",
+	"settings.autoscaler.max_instances":         "the pool's max_instances",
+	"settings.autoscaler.capacity_per_instance": "capacity_per_instance",
+	"settings.autoscaler.max_use_count":         "max_use_count",
+	"settings.autoscaler.policy":                "the policy blocks",
+}
+
+// merge puts a runner's settings into its section, each by its own name and at its own place. What is only a default
+// of ours (an interval, the docker executor's image) gives way.
+func (c *compiler) merge(r *hostspec.Runner, into table, settings map[string]any, at string) bool {
+	ok := true
+	for _, key := range slices.Sorted(maps.Keys(settings)) {
+		place := at + "." + key
+		if instead, is := fixed[place]; is {
+			c.fail(r.Range, "Setting is fleetingd's own", "Runner %q sets %s, which comes from %s: remove it.", r.Name, place, instead)
+			ok = false
+			continue
+		}
+		ours, haveTable := into[key].(table)
+		theirs, isTable := settings[key].(map[string]any)
+		switch {
+		case haveTable && isTable:
+			ok = c.merge(r, ours, theirs, place) && ok
+		case haveTable:
+			c.fail(r.Range, "Setting of a wrong type", "Runner %q: %s is a table ({ … }) in config.toml.", r.Name, place)
+			ok = false
+		case isTable:
+			own := table{} // the spec's own map stays as it is
+			into[key] = own
+			ok = c.merge(r, own, theirs, place) && ok
+		default:
+			into[key] = settings[key]
+		}
+	}
+	return ok
+}
