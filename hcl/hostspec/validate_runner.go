@@ -106,11 +106,10 @@ func titleZone(s string) string {
 
 // ours are the keys of a [[runners]] section that the spec has its own words for.
 var ours = map[string]string{
-	"name":       "it is the runner block's label",
-	"url":        "write url = … in the runner block",
-	"token":      "write token = … in the runner block",
-	"executor":   "write executor = … in the runner block",
-	"autoscaler": "write capacity_per_instance, max_use_count and policy blocks in the runner block, and max_instances in the pool",
+	"name":     "it is the runner block's label",
+	"url":      "write url = … in the runner block",
+	"token":    "write token = … in the runner block",
+	"executor": "write executor = … in the runner block",
 	// GitLab writes these three down when a runner is registered.
 	"id":                "GitLab Runner finds it out by the token",
 	"token_obtained_at": "it belongs to a registration, and the token is given here",
@@ -119,10 +118,29 @@ var ours = map[string]string{
 	"machine": "it belongs to the docker+machine executor; pools take its place",
 }
 
+// oursAutoscaler are the same of its autoscaler table. The others there may be set.
+var oursAutoscaler = map[string]string{
+	"plugin":                "fleetingd is the plugin",
+	"plugin_config":         "fleetingd writes it",
+	"capacity_per_instance": "write capacity_per_instance = … in the runner block",
+	"max_use_count":         "write max_use_count = … in the runner block",
+	"max_instances":         "write max_instances = … in the pool block",
+	"policy":                "write policy { … } blocks in the runner block",
+}
+
+// autoscalerKeys are the others, from
+// https://docs.gitlab.com/runner/configuration/advanced-configuration/#the-runnersautoscaler-section
+var autoscalerKeys = []string{
+	"connector_config", "delete_instances_on_shutdown", "deletion_retry_interval", "failure_threshold",
+	"instance_acquire_timeout", "instance_ready_command", "log_external_ip", "log_internal_ip", "reservation_throttling",
+	"scale_throttle", "shutdown_deletion_interval", "shutdown_deletion_retries", "state_storage", "update_interval",
+	"update_interval_when_expecting", "vm_isolation",
+}
+
 // runnerKeys are the others, from
 // https://docs.gitlab.com/runner/configuration/advanced-configuration/#the-runners-section
 var runnerKeys = []string{
-	"builds_dir", "cache", "cache_dir", "clean_git_config", "clone_url", "custom_build_dir", "debug_trace_disabled", "docker",
+	"autoscaler", "builds_dir", "cache", "cache_dir", "clean_git_config", "clone_url", "custom_build_dir", "debug_trace_disabled", "docker",
 	"environment", "feature_flags", "instance", "job_status_final_update_retry_limit", "labels", "limit", "monitoring", "output_limit",
 	"post_build_script", "post_get_sources_script", "pre_build_script", "pre_get_sources_script", "referees", "request_concurrency",
 	"shell", "strict_check_interval", "store", "tls-ca-file", "tls-cert-file", "tls-key-file", "unhealthy_interval",
@@ -135,18 +153,29 @@ func (l *loader) checkSettings(r *Runner) {
 	if !l.ok(r, "settings") {
 		return
 	}
-	at := l.at(r, "settings")
-	for _, key := range slices.Sorted(maps.Keys(r.Settings)) {
-		at := l.settingAt(r, key, at)
+	l.checkKeys(r, "", r.Settings, ours, runnerKeys)
+	if autoscaler, ok := r.Settings["autoscaler"].(map[string]any); ok {
+		l.checkKeys(r, "autoscaler.", autoscaler, oursAutoscaler, autoscalerKeys)
+	}
+}
+
+// checkKeys is checkSettings for one table; prefix is its own key and a dot.
+func (l *loader) checkKeys(r *Runner, prefix string, table map[string]any, ours map[string]string, known []string) {
+	whole := l.at(r, "settings")
+	for _, key := range slices.Sorted(maps.Keys(table)) {
+		top, _, _ := strings.Cut(prefix+key, ".")
+		at := l.settingAt(r, top, whole)
 		if cure, ok := ours[strings.ToLower(key)]; ok {
-			l.errorf(at, "Invalid settings", "settings may not have %s: %s.", quote(key), cure)
+			l.errorf(at, "Invalid settings", "settings may not have %s: %s.", quote(prefix+key), cure)
 			continue
 		}
-		if slices.Contains(runnerKeys, key) {
+		if slices.Contains(known, key) {
 			continue
 		}
-		if near := nearest(key, slices.Concat(runnerKeys, slices.Collect(maps.Keys(ours)))); near != "" {
-			l.warnf(at, "Unknown setting", "%s is no setting of GitLab Runner's that is known here; did you mean %q? It ignores unknown ones without a word.", quote(key), near)
+		if near := nearest(key, slices.Concat(known, slices.Collect(maps.Keys(ours)))); near != "" {
+			l.warnf(at, "Unknown setting",
+				"%s is no setting of GitLab Runner's that is known here; did you mean %q? It ignores unknown ones without a word.",
+				quote(prefix+key), prefix+near)
 		}
 	}
 }
