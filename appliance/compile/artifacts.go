@@ -16,7 +16,6 @@ import (
 
 // Where the artifacts lie on the host.
 const (
-	PlanPath   = "/etc/fleetingd/plan.json" // the Plan itself is no File of the Plan
 	configPath = "/etc/gitlab-runner/config.toml"
 	nftPath    = "/etc/nftables.d/fleetingd.nft"
 	unitDir    = "/etc/systemd/system"
@@ -51,7 +50,7 @@ func (c *compiler) artifacts() {
 	}
 	p.Sysctls = c.sysctls()
 	v := values{
-		Host: p.Host, User: p.User, Plan: PlanPath, Fleetingd: c.opts.bin("fleetingd"),
+		Host: p.Host, User: p.User, Plan: plan.Path, Fleetingd: c.opts.bin("fleetingd"),
 		Config: configPath, ConfigDir: path.Dir(configPath), RunnerDir: c.runnerDir(),
 		Tmpfiles: tmpfiles, Paths: p.Paths, Sysctls: p.Sysctls,
 	}

@@ -100,7 +100,7 @@ func (c *compiler) autoscaler(r *hostspec.Runner, pool *plan.Pool) table {
 	image, _ := c.plan.Image(pool.Image) // hostspec resolved it
 	t := table{
 		"plugin":                         c.opts.bin("fleeting-plugin-fleetingd"),
-		"plugin_config":                  table{"plan": PlanPath, "pool": r.Pool},
+		"plugin_config":                  table{"plan": plan.Path, "pool": r.Pool},
 		"connector_config":               connector(image),
 		"capacity_per_instance":          r.CapacityPerInstance,
 		"max_use_count":                  r.MaxUseCount,
@@ -173,32 +173,12 @@ func policies(blocks []*hostspec.Policy) []table {
 	return all
 }
 
-// fixed are the keys that settings may not set, and where they come from instead.
-var fixed = map[string]string{
-	"settings.name":                             "the runner block's label",
-	"settings.url":                              "url",
-	"settings.token":                            "token",
-	"settings.executor":                         "executor",
-	"settings.limit":                            "max_instances and capacity_per_instance",
-	"settings.autoscaler.plugin":                "fleetingd itself",
-	"settings.autoscaler.plugin_config":         "fleetingd itself",
-	"settings.autoscaler.max_instances":         "the pool's max_instances",
-	"settings.autoscaler.capacity_per_instance": "capacity_per_instance",
-	"settings.autoscaler.max_use_count":         "max_use_count",
-	"settings.autoscaler.policy":                "the policy blocks",
-}
-
-// merge puts a runner's settings into its section, each by its own name and at its own place. What is only a default
-// of ours (an interval, the docker executor's image) gives way.
+// merge puts a runner's settings into its section, each by its own name and at its own place; a value of ours (an
+// interval, the docker executor's image) gives way. hostspec has refused those that the spec says elsewhere.
 func (c *compiler) merge(r *hostspec.Runner, into table, settings map[string]any, at string) bool {
 	ok := true
 	for _, key := range slices.Sorted(maps.Keys(settings)) {
 		place := at + "." + key
-		if instead, is := fixed[place]; is {
-			c.fail(r.Range, "Setting is fleetingd's own", "Runner %q sets %s, which comes from %s: remove it.", r.Name, place, instead)
-			ok = false
-			continue
-		}
 		ours, haveTable := into[key].(table)
 		theirs, isTable := settings[key].(map[string]any)
 		switch {
