@@ -20,11 +20,13 @@ func run(args []string) int {
 		HideVersion:    true,
 		Commands:       commands(),
 		ExitErrHandler: func(*cli.Context, error) {},
-		OnUsageError: func(_ *cli.Context, err error, _ bool) error {
-			return usageError{err}
-		},
+		OnUsageError:   wrongFlag,
+		Action:         noCommand,
+		// --var 'list=["a", "b"]' is one value.
+		DisableSliceFlagSeparator: true,
 	}
-	err := app.Run(args)
+	strictUsage(app.Commands)
+	err := app.Run(flagsFirst(args, app.Commands))
 	if err == nil {
 		return 0
 	}
@@ -45,5 +47,8 @@ func (usageError) ExitCode() int { return 2 }
 
 // commands is every command; each has a file of its own.
 func commands() []*cli.Command {
-	return nil
+	return []*cli.Command{
+		validateCommand(),
+		fmtCommand(),
+	}
 }

@@ -1,6 +1,7 @@
 package hostspec
 
 import (
+	"cmp"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -36,6 +37,9 @@ type Options struct {
 	// machine, which the caller knows and this package never asks for.
 	Host    string
 	Machine string
+	// AnyHost is for who only wants to know whether the spec is valid: no host need be
+	// picked, and Result.Host is the first where none is.
+	AnyHost bool
 }
 
 // Result is what was read.
@@ -60,6 +64,7 @@ func Load(opts Options) (*Result, hcl.Diagnostics) {
 	}
 	host, hosts := l.load()
 	l.maskSecrets()
+	sortByPlace(l.diags)
 	if l.diags.HasErrors() {
 		host = nil
 	}
@@ -104,7 +109,7 @@ func (l *loader) load() (*Host, []string) {
 func (l *loader) parse(path string, src []byte) hcl.Body {
 	if src == nil {
 		var err error
-		if src, err = readRegular(path, maxSource); err != nil {
+		if src, err = ReadSource(path); err != nil {
 			l.errorf(nil, "Cannot read "+path, "%v.", err)
 			return nil
 		}
@@ -147,12 +152,17 @@ func (l *loader) pick(s *spec) *Host {
 			return s.hosts[0]
 		}
 		want = l.opts.Machine
+		if short, _, _ := strings.Cut(want, "."); !slices.Contains(names, want) && slices.Contains(names, short) {
+			want = short
+		}
 	}
 	if i := slices.Index(names, want); i >= 0 {
 		return s.hosts[i]
 	}
 	switch {
 	case len(names) == 0: // already said
+	case l.opts.AnyHost && l.opts.Host == "":
+		return s.hosts[0]
 	case l.opts.Host != "":
 		l.errorf(nil, "No such host", "%s has no host block %q%s. It has %s.",
 			l.opts.Path, want, didYouMean(want, names), quotedList(names))
@@ -164,4 +174,19 @@ func (l *loader) pick(s *spec) *Host {
 			"Say which with --host: %s.", l.opts.Path, len(names), want, quotedList(names))
 	}
 	return nil
+}
+
+// sortByPlace puts findings in the order of the source, those without a place first.
+func sortByPlace(diags hcl.Diagnostics) {
+	slices.SortStableFunc(diags, func(a, b *hcl.Diagnostic) int {
+		switch {
+		case a.Subject == nil && b.Subject == nil:
+			return 0
+		case a.Subject == nil:
+			return -1
+		case b.Subject == nil:
+			return 1
+		}
+		return cmp.Or(cmp.Compare(a.Subject.Filename, b.Subject.Filename), cmp.Compare(a.Subject.Start.Byte, b.Subject.Start.Byte))
+	})
 }

@@ -10,6 +10,9 @@ import (
 	"syscall"
 )
 
+// ReadSource reads a spec: a regular file of at most 1 MiB.
+func ReadSource(path string) ([]byte, error) { return readRegular(path, maxSource) }
+
 // readRegular reads a regular file of at most limit bytes. A FIFO would hang and a
 // device might never end, so neither is read.
 func readRegular(path string, limit int64) ([]byte, error) {

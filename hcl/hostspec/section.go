@@ -134,7 +134,7 @@ func (s *section) fail(a *hcl.Attribute, at *hcl.Range, format string, args ...a
 	if at == nil {
 		at = a.Expr.Range().Ptr()
 	}
-	s.l.errorf(at, "Invalid "+a.Name, "%s: %s: %s.", s.what, a.Name, fmt.Sprintf(format, args...))
+	s.l.errorf(at, "Invalid "+a.Name, "%s.", capital(fmt.Sprintf(format, args...)))
 }
 
 func (s *section) example(name string) string {
@@ -364,4 +364,12 @@ func article(noun string) string {
 		return "an"
 	}
 	return "a"
+}
+
+// capital begins a sentence.
+func capital(s string) string {
+	if s == "" || s[0] < 'a' || s[0] > 'z' {
+		return s
+	}
+	return strings.ToUpper(s[:1]) + s[1:]
 }

@@ -1,0 +1,211 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/hcled"
+	"golang.org/x/term"
+)
+
+// diagnostic is a finding as `terraform validate -json` prints it, which editors
+// and CI know how to read
+// (https://developer.hashicorp.com/terraform/cli/commands/validate#json-output-format).
+type diagnostic struct {
+	Severity string       `json:"severity"` // error, warning
+	Summary  string       `json:"summary"`
+	Detail   string       `json:"detail,omitempty"`
+	Range    *sourceRange `json:"range,omitempty"`
+	Snippet  *snippet     `json:"snippet,omitempty"`
+}
+
+type sourceRange struct {
+	Filename string    `json:"filename"`
+	Start    sourcePos `json:"start"`
+	End      sourcePos `json:"end"`
+}
+
+type sourcePos struct {
+	Line   int `json:"line"`
+	Column int `json:"column"` // in characters, from 1
+	Byte   int `json:"byte"`   // in the file, from 0
+}
+
+// snippet is the lines that a finding is about. The offsets are bytes of Code.
+type snippet struct {
+	Context   *string  `json:"context"` // `pool "small"`
+	Code      string   `json:"code"`
+	StartLine int      `json:"start_line"`
+	Start     int      `json:"highlight_start_offset"`
+	End       int      `json:"highlight_end_offset"`
+	Values    []string `json:"values"` // always empty: values may be secret
+}
+
+func newDiagnostic(d *hcl.Diagnostic, files map[string]*hcl.File) diagnostic {
+	out := diagnostic{Severity: "error", Summary: d.Summary, Detail: d.Detail}
+	if d.Severity == hcl.DiagWarning {
+		out.Severity = "warning"
+	}
+	if d.Subject == nil {
+		return out
+	}
+	r := *d.Subject
+	out.Range = &sourceRange{r.Filename, position(r.Start), position(r.End)}
+	if f := files[r.Filename]; f != nil {
+		out.Snippet = newSnippet(f, r)
+	}
+	return out
+}
+
+func position(p hcl.Pos) sourcePos { return sourcePos{p.Line, p.Column, p.Byte} }
+
+const (
+	snippetLines = 4
+	snippetWidth = 200 // bytes of one line: a spec may be one line of a megabyte
+)
+
+// newSnippet cuts the lines of a range out of a file; nil where the range does not
+// lie in it.
+func newSnippet(f *hcl.File, r hcl.Range) *snippet {
+	src := f.Bytes
+	if r.Start.Byte < 0 || r.Start.Byte > len(src) || r.Start.Byte > r.End.Byte {
+		return nil
+	}
+	end := min(r.End.Byte, len(src))
+	from := 1 + bytes.LastIndexByte(src[:r.Start.Byte], '\n')
+	from = max(from, r.Start.Byte-snippetWidth/2)
+	to, lines := r.Start.Byte, 0
+	for to < len(src) && to-r.Start.Byte < snippetWidth*snippetLines {
+		if src[to] == '\n' {
+			if lines++; lines == snippetLines || to >= end {
+				break
+			}
+		}
+		to++
+	}
+	if lines == 0 {
+		to = min(to, r.Start.Byte+snippetWidth)
+	}
+	for from > 0 && !utf8.RuneStart(src[from]) {
+		from--
+	}
+	s := &snippet{
+		Code:      strings.ToValidUTF8(strings.TrimRight(string(src[from:to]), "\r\n"), "?"),
+		StartLine: r.Start.Line,
+		Start:     r.Start.Byte - from,
+		Values:    []string{},
+	}
+	s.Start = min(s.Start, len(s.Code))
+	s.End = max(s.Start, min(end-from, len(s.Code)))
+	if c := hcled.ContextString(f, r.Start.Byte); c != "" {
+		s.Context = &c
+	}
+	return s
+}
+
+// colored reports whether w is a terminal that is to be written to in colour
+// (https://no-color.org).
+func colored(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && os.Getenv("NO_COLOR") == "" && term.IsTerminal(int(f.Fd()))
+}
+
+// diagnosticPrinter writes findings as people read them.
+type diagnosticPrinter struct {
+	w     io.Writer
+	color bool
+}
+
+func (p diagnosticPrinter) print(d diagnostic) {
+	title, code := "Error", "31"
+	if d.Severity == "warning" {
+		title, code = "Warning", "33"
+	}
+	fmt.Fprintf(p.w, "%s: %s\n\n", p.paint(code, title), p.paint("1", printable(d.Summary)))
+	if d.Range != nil {
+		p.source(d)
+	}
+	if d.Detail != "" {
+		for line := range strings.Lines(d.Detail) {
+			fmt.Fprintf(p.w, "%s\n", wrap(printable(strings.TrimSuffix(line, "\n")), 100))
+		}
+		fmt.Fprintln(p.w)
+	}
+}
+
+func (p diagnosticPrinter) source(d diagnostic) {
+	in := ":"
+	if d.Snippet != nil && d.Snippet.Context != nil {
+		in = ", in " + printable(*d.Snippet.Context) + ":"
+	}
+	fmt.Fprintf(p.w, "  on %s line %d, column %d%s\n", printable(d.Range.Filename), d.Range.Start.Line, d.Range.Start.Column, in)
+	if s := d.Snippet; s != nil {
+		for i, line := range strings.Split(s.Code, "\n") {
+			fmt.Fprintf(p.w, "%4d: %s\n", s.StartLine+i, printable(line))
+			if i == 0 {
+				fmt.Fprintf(p.w, "      %s\n", p.paint("31", marker(line, s.Start, s.End)))
+			}
+		}
+	}
+	fmt.Fprintln(p.w)
+}
+
+// marker underlines the bytes from start to end of a line.
+func marker(line string, start, end int) string {
+	start = min(start, len(line))
+	end = min(max(end, start), len(line))
+	indent := strings.Map(func(r rune) rune {
+		if r == '\t' {
+			return r
+		}
+		return ' '
+	}, line[:start])
+	return indent + strings.Repeat("^", max(1, utf8.RuneCountInString(line[start:end])))
+}
+
+func (p diagnosticPrinter) paint(code, s string) string {
+	if !p.color {
+		return s
+	}
+	return "\x1b[" + code + "m" + s + "\x1b[0m"
+}
+
+// printable keeps a spec from steering the terminal that it is shown on.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '\t' || unicode.IsPrint(r) {
+			return r
+		}
+		return utf8.RuneError
+	}, s)
+}
+
+// wrap breaks a line between words. What is indented is an example and stays as it is.
+func wrap(s string, width int) string {
+	if strings.HasPrefix(s, " ") {
+		return s
+	}
+	var b strings.Builder
+	col := 0
+	for i, word := range strings.Split(s, " ") {
+		n := utf8.RuneCountInString(word)
+		switch {
+		case i == 0:
+		case col+1+n > width:
+			b.WriteByte('\n')
+			col = 0
+		default:
+			b.WriteByte(' ')
+			col++
+		}
+		b.WriteString(word)
+		col += n
+	}
+	return b.String()
+}
