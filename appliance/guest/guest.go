@@ -1,12 +1,15 @@
 // Package guest is fleetingd inside the VM (`fleetingd guest`) and the host's
 // end of the channel to it. The channel carries bounded, versioned JSON lines
-// and needs no network. The guest obeys the host; all that it says is
-// hostile input to the host.
+// (protocol.go) and needs no network. The guest obeys the host; all that it says
+// is hostile input to the host.
+//
+// The host's end is Session and ReadExport, the guest's end is Main. The guest's end changes the machine it runs on,
+// and does so only below its root directory. It never listens on anything that a job could reach.
 package guest
 
 import (
 	"context"
-	"io"
+	"fmt"
 	"log/slog"
 	"net"
 	"time"
@@ -16,6 +19,13 @@ import (
 const (
 	Port     = 7071
 	PortName = "dev.fleetingd.guest"
+)
+
+// ExportSerial is the serial number of the empty raw disk that a prebuild VM is given for Seal:
+// the guest writes the image's kernel and initrd onto it. ExportSize is enough for any.
+const (
+	ExportSerial = "fleetingd-out"
+	ExportSize   = maxExport
 )
 
 // Dial opens a stream to the guest (vm.VM.Channel).
@@ -41,31 +51,39 @@ type Step struct {
 type File struct {
 	Path    string `json:"path"`
 	Content string `json:"content"`
-	Mode    string `json:"mode"`
+	Mode    string `json:"mode"` // octal, "0644"
 }
 
 // StepError is a prebuild step that failed in the guest.
 type StepError struct {
-	Step string
-	Code int      // exit code, or -1 where it did not run
-	Tail []string // its last lines of output, escaped for a terminal
+	Step   string
+	Code   int      // exit code, or -1 where it did not run or was killed
+	Reason string   // why it did not run, escaped; may be empty
+	Tail   []string // its last lines of output, escaped for a terminal
+}
+
+// Error is one line; the Tail is for who shows it.
+func (e *StepError) Error() string {
+	switch {
+	case e.Reason != "" && e.Code < 0:
+		return fmt.Sprintf("prebuild step %q failed: %s", e.Step, e.Reason)
+	case e.Reason != "":
+		return fmt.Sprintf("prebuild step %q failed with exit code %d: %s", e.Step, e.Code, e.Reason)
+	}
+	return fmt.Sprintf("prebuild step %q failed with exit code %d", e.Step, e.Code)
 }
 
 // Ready is what a guest says when jobs may come.
 type Ready struct {
 	BootID   string
-	Version  string // the guest part's version
-	Took     time.Duration
+	Version  string        // the guest part's version
+	Took     time.Duration // from the kernel's start, by the guest's clock
 	Hostname string
 }
 
-// Host end, in host.go:
-//
-//	func NewSession(dial Dial, opts Options) *Session
-//	func (s *Session) WaitReady(ctx context.Context) (Ready, error)
-//	func (s *Session) Prebuild(ctx context.Context, steps []Step, out io.Writer) error  // streams "name: line"; *StepError on failure
-//	func (s *Session) Seal(ctx context.Context) error   // clean identity, install the unit, export kernel and initrd, sync, power off
-//	func (s *Session) Close() error
-//
-// Guest end, in run.go: func Main(ctx context.Context, args GuestOptions) error
-var _ io.Writer
+// Export is what Seal left on the ExportSerial disk.
+type Export struct {
+	Bytes  int64  // length of the tar stream that ReadExport takes; 0: there is nothing
+	Kernel string // the kernel's version as uname -r says it, or ""
+	Reason string // why there is nothing
+}

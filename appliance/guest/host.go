@@ -1,0 +1,547 @@
+package guest
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"time"
+)
+
+// What a Session takes from a guest at most, so that a hostile one costs a bounded amount of everything.
+const (
+	maxJunk    = 1 << 20  // bytes that are no message for us
+	maxHellos  = 200      // of one guest in one Session
+	maxStreams = 200      // opened by one Session
+	maxReboots = 2        // while WaitReady waits; a prebuild may not reboot at all
+	maxOutput  = 32 << 20 // bytes written to Prebuild's out
+	tailLines  = 20       // of a StepError
+
+	paceBurst   = 4 << 20 // bytes read at full speed, and then
+	paceRate    = 4 << 20 // bytes a second
+	paceMessage = 256     // what a line costs beside its bytes: parsing many short ones is work too
+)
+
+// helloTimeout is how long a stream may refuse a hello: it is smaller than any socket's buffer.
+const helloTimeout = 10 * time.Second
+
+var errClosed = errors.New("the session with the guest was closed")
+
+// Session is the host's end of the channel to one guest. Its methods may be called
+// at the same time, but run one after the other; Close ends the one that runs.
+type Session struct {
+	dial    Dial
+	log     *slog.Logger
+	silence time.Duration
+	id      string // names this Session to the guest
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+
+	op      sync.Mutex // holds what is below
+	cur     *stream
+	cmd     uint64 // id of the last command sent
+	have    uint64 // seq of the last message seen
+	boot    string // the guest's boot id
+	mode    string
+	version string
+	heard   time.Time // of the last message; zero: nothing yet
+	streams int
+	hellos  int
+	junk    int64
+}
+
+// NewSession makes a Session; it dials when there is something to wait for, and
+// again whenever the stream breaks. An error of dial is final: it is to block until there is a stream.
+func NewSession(dial Dial, opts Options) *Session {
+	s := &Session{dial: dial, log: opts.Log, silence: opts.Silence, id: rand.Text()}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.silence == 0 {
+		s.silence = time.Minute
+	}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	return s
+}
+
+// Close ends the stream and the call in progress. It never fails.
+func (s *Session) Close() error {
+	s.cancel(errClosed)
+	s.op.Lock()
+	defer s.op.Unlock()
+	s.drop()
+	return nil
+}
+
+// WaitReady waits until the worker has its identity and its sshd answers. It polls
+// nothing. It fails when ctx ends, and before that when the guest says that it will never be
+// ready, reboots again and again, falls silent after it had begun to speak, or speaks another protocol.
+func (s *Session) WaitReady(ctx context.Context) (Ready, error) {
+	const doing = "waiting for the guest to be ready"
+	ctx, end := s.begin(ctx)
+	defer end()
+	reboots, boot := 0, ""
+	for {
+		m, err := s.next(ctx, doing)
+		if err != nil {
+			return Ready{}, err
+		}
+		switch m.Type {
+		case typeHello:
+			if m.Mode != modeWorker {
+				return Ready{}, fmt.Errorf("%s: it is in mode %q: this disk was not sealed", doing, escape(m.Mode, maxName))
+			}
+			if boot != "" && boot != m.Boot {
+				if reboots++; reboots > maxReboots {
+					return Ready{}, fmt.Errorf("%s: it has rebooted %d times; its console log says why", doing, reboots)
+				}
+			}
+			boot = m.Boot
+		case typeFailed:
+			return Ready{}, fmt.Errorf("the guest cannot get ready: %s", escape(m.Error, maxText))
+		case typeReady:
+			return Ready{
+				BootID: s.boot, Version: s.version, Hostname: escape(m.Hostname, 253),
+				Took: time.Duration(min(m.TookMS, int64(24*time.Hour/time.Millisecond))) * time.Millisecond,
+			}, nil
+		}
+	}
+}
+
+// Prebuild runs the steps in their order, and writes each line of output to out as "name: line\n",
+// escaped and bounded. The first step that fails ends it with a *StepError.
+func (s *Session) Prebuild(ctx context.Context, steps []Step, out io.Writer) error {
+	ctx, end := s.begin(ctx)
+	defer end()
+	o := &output{w: out}
+	for _, step := range steps {
+		if err := s.step(ctx, step, o); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Session) step(ctx context.Context, step Step, o *output) error {
+	data, err := json.Marshal(step)
+	if err != nil {
+		return fmt.Errorf("prebuild step %q: %w", step.Name, err)
+	}
+	if len(data) > maxStep {
+		return fmt.Errorf("prebuild step %q is %d bytes, more than the %d that the guest takes", step.Name, len(data), maxStep)
+	}
+	o.step, o.tail = step.Name, nil
+	started := time.Now()
+	s.log.Info("prebuild step started", "step", step.Name)
+	done, err := s.command(ctx, fmt.Sprintf("prebuild step %q", step.Name), o.line, func(id uint64) []message {
+		var ms []message
+		for rest := data; len(rest) > 0; {
+			n := min(len(rest), chunkBytes)
+			ms = append(ms, message{Type: typeData, ID: id, Data: rest[:n]})
+			rest = rest[n:]
+		}
+		return append(ms, message{Type: typeRun, ID: id})
+	})
+	if err == nil && (done.Code != 0 || done.Error != "") {
+		err = &StepError{Step: step.Name, Code: done.Code, Reason: escape(done.Error, maxText), Tail: o.tail}
+	}
+	if err != nil {
+		s.log.Error("prebuild step failed", "step", step.Name, "error", err, "after", time.Since(started))
+		return err
+	}
+	s.log.Info("prebuild step finished", "step", step.Name, "took", time.Since(started))
+	return nil
+}
+
+// Seal makes the image ready to be cloned: the guest installs its unit, makes later boots short, takes out
+// all that must not be in two machines, writes the kernel and a small initrd onto the ExportSerial disk and powers off. When Seal
+// returns the guest has done all but the last: wait for the VM to end before using its disks.
+func (s *Session) Seal(ctx context.Context) (Export, error) {
+	ctx, end := s.begin(ctx)
+	defer end()
+	o := &output{w: io.Discard}
+	done, err := s.command(ctx, "sealing the image", o.line, func(id uint64) []message {
+		return []message{{Type: typeSeal, ID: id}}
+	})
+	if err != nil {
+		return Export{}, err
+	}
+	if done.Code != 0 {
+		return Export{}, fmt.Errorf("sealing the image failed in the guest: %s", strings.Join(append(o.tail, escape(done.Error, maxText)), "; "))
+	}
+	if done.Bytes > maxExport {
+		return Export{}, fmt.Errorf("sealing the image: the guest claims an export of %d bytes, more than %d", done.Bytes, int64(maxExport))
+	}
+	if err := s.send(ctx, message{Type: typePoweroff}); err != nil {
+		// It powers off by itself when it hears nothing.
+		s.log.Warn("the sealed guest was not told to power off", "error", err)
+	}
+	return Export{Bytes: done.Bytes, Kernel: escape(done.Kernel, maxName), Reason: escape(done.Error, maxText)}, nil
+}
+
+// command has the guest do something: it sends the messages that make gives, again where a stream broke
+// before the guest had them all, and waits for the answer.
+func (s *Session) command(
+	ctx context.Context, doing string, line func(string) error, make func(id uint64) []message,
+) (message, error) {
+	s.cmd++
+	id := s.cmd
+	if s.cur != nil && s.cur.greeted {
+		if err := s.send(ctx, make(id)...); err != nil {
+			s.broken(err)
+		}
+	}
+	boot := s.boot
+	for {
+		m, err := s.next(ctx, doing)
+		if err != nil {
+			return message{}, err
+		}
+		switch {
+		case m.Type == typeHello:
+			if m.Mode != modePrebuild {
+				return message{}, fmt.Errorf("%s: the guest is in mode %q: it takes no commands. The disk was sealed before",
+					doing, escape(m.Mode, maxName))
+			}
+			if boot != "" && m.Boot != boot {
+				return message{}, fmt.Errorf("%s: the guest has rebooted, which a prebuild must not: its steps are not "+
+					"taken up again", doing)
+			}
+			boot = m.Boot
+			if m.Cmd < id {
+				if err := s.send(ctx, make(id)...); err != nil {
+					s.broken(err)
+				}
+			}
+		case m.Type == typeOutput && m.ID == id:
+			if err := line(m.Line); err != nil {
+				return message{}, fmt.Errorf("%s: write its output: %w", doing, err)
+			}
+		case m.Type == typeDone && m.ID == id:
+			return m, nil
+		}
+	}
+}
+
+// begin starts a call: the one before it has ended, and silence counts from now.
+func (s *Session) begin(parent context.Context) (context.Context, func()) {
+	s.op.Lock()
+	ctx, cancel := context.WithCancelCause(parent)
+	stop := context.AfterFunc(s.ctx, func() { cancel(context.Cause(s.ctx)) })
+	if !s.heard.IsZero() {
+		s.heard = time.Now()
+	}
+	return ctx, func() {
+		stop()
+		cancel(nil)
+		s.op.Unlock()
+	}
+}
+
+// next gives the next message of this Session, hellos among them, beats not. It opens streams as it needs them.
+func (s *Session) next(ctx context.Context, doing string) (message, error) {
+	for {
+		if ctx.Err() != nil {
+			return message{}, fmt.Errorf("%s: %w (%s)", doing, context.Cause(ctx), s.state())
+		}
+		if s.cur == nil {
+			if err := s.connect(ctx); err != nil {
+				if ctx.Err() != nil {
+					continue
+				}
+				return message{}, fmt.Errorf("%s: %w", doing, err)
+			}
+			continue
+		}
+		ev, err := s.receive(ctx, doing)
+		if err != nil {
+			return message{}, err
+		}
+		if ev.err != nil {
+			s.broken(ev.err)
+			continue
+		}
+		ok, err := s.accept(ctx, ev)
+		if err != nil {
+			return message{}, fmt.Errorf("%s: %w", doing, err)
+		}
+		if ok && ev.msg.Type != typeBeat {
+			return ev.msg, nil
+		}
+	}
+}
+
+// receive waits for the stream, for ctx, and for a guest that has spoken to fall silent.
+func (s *Session) receive(ctx context.Context, doing string) (event, error) {
+	var silent <-chan time.Time
+	if !s.heard.IsZero() {
+		t := time.NewTimer(time.Until(s.heard.Add(s.silence)))
+		defer t.Stop()
+		silent = t.C
+	}
+	select {
+	case ev := <-s.cur.events:
+		return ev, nil
+	case <-silent:
+		return event{}, fmt.Errorf("%s: the guest has said nothing for %v: it hangs, has rebooted, or its guest part was killed",
+			doing, s.silence)
+	case <-ctx.Done():
+		return event{}, fmt.Errorf("%s: %w (%s)", doing, context.Cause(ctx), s.state())
+	}
+}
+
+// accept judges what came in: true for a message of this Session. An error ends the call.
+func (s *Session) accept(ctx context.Context, ev event) (bool, error) {
+	m := ev.msg
+	if s.junk += ev.junk; s.junk > maxJunk {
+		return false, fmt.Errorf("the guest has sent %d bytes that are no message of protocol %d: what speaks there is not "+
+			"fleetingd's guest part", s.junk, protocolVersion)
+	}
+	if ev.junk > 0 {
+		return false, nil
+	}
+	if m.Type == typeHello {
+		return s.hello(ctx, m)
+	}
+	if m.Session != s.id || !s.cur.greeted {
+		s.junk += paceMessage // of an earlier boot, or another host's: known, but it has to end somewhere
+		return false, nil
+	}
+	if m.Seq != 0 {
+		if m.Seq <= s.have {
+			return false, nil // said again after a reconnect
+		}
+		s.have = m.Seq
+	}
+	s.heard = time.Now()
+	return true, nil
+}
+
+func (s *Session) hello(ctx context.Context, m message) (bool, error) {
+	if m.V != protocolVersion {
+		return false, fmt.Errorf("the guest speaks protocol %d and this fleetingd %d: the image was built by another "+
+			"version, rebuild it (a new image is built when the guest part changes; `fleetingd image refresh` does it now)", m.V, protocolVersion)
+	}
+	if s.hellos++; s.hellos > maxHellos {
+		return false, fmt.Errorf("the guest has said hello %d times and nothing came of it", s.hellos)
+	}
+	if m.Session == "" {
+		if err := s.send(ctx, s.greeting()); err != nil {
+			s.broken(err)
+		}
+		return false, nil
+	}
+	if m.Session != s.id {
+		return false, nil
+	}
+	if s.boot != m.Boot {
+		s.have = 0 // another boot counts from 1
+	}
+	s.cur.greeted, s.heard = true, time.Now()
+	s.boot, s.mode, s.version = escape(m.Boot, maxName), m.Mode, escape(m.Version, maxName)
+	return true, nil
+}
+
+func (s *Session) greeting() message {
+	return message{Type: typeHello, V: protocolVersion, Have: s.have}
+}
+
+// state says for an error how far the guest has come.
+func (s *Session) state() string {
+	switch {
+	case s.heard.IsZero() && s.cur == nil:
+		return "there was no stream to the guest"
+	case s.heard.IsZero():
+		return "the guest part has not answered: the guest has not booted that far, or its image has no guest part; " +
+			"its console log tells"
+	}
+	return fmt.Sprintf("last heard of %v ago", time.Since(s.heard).Round(100*time.Millisecond))
+}
+
+// connect opens a stream and says hello on it, later each time.
+func (s *Session) connect(ctx context.Context) error {
+	if s.streams++; s.streams > maxStreams {
+		return fmt.Errorf("the channel to the guest broke %d times", maxStreams)
+	}
+	if s.streams > 1 {
+		wait := time.NewTimer(min(2*time.Second, 10*time.Millisecond<<min(s.streams, 10)))
+		defer wait.Stop()
+		select {
+		case <-wait.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	conn, err := s.dial(ctx)
+	if err != nil {
+		return fmt.Errorf("open the channel to the guest: %w", err)
+	}
+	s.cur = newStream(conn)
+	if err := s.send(ctx, s.greeting()); err != nil {
+		s.broken(err)
+	}
+	return nil
+}
+
+func (s *Session) broken(err error) {
+	s.log.Debug("the channel to the guest broke", "error", err, "streams", s.streams)
+	s.drop()
+}
+
+func (s *Session) drop() {
+	if s.cur != nil {
+		s.cur.close()
+		s.cur = nil
+	}
+}
+
+// send writes messages of this Session. A guest that does not read is an error in time.
+func (s *Session) send(ctx context.Context, ms ...message) error {
+	if s.cur == nil {
+		return net.ErrClosed
+	}
+	conn := s.cur.conn
+	stop := context.AfterFunc(ctx, func() { conn.SetWriteDeadline(time.Unix(1, 0)) })
+	defer stop()
+	for _, m := range ms {
+		m.Session = s.id
+		b, err := encode(m)
+		if err != nil {
+			return err
+		}
+		limit := s.silence
+		if m.Type == typeHello {
+			limit = min(limit, helloTimeout)
+		}
+		if err := conn.SetWriteDeadline(time.Now().Add(limit)); err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return ctx.Err() // the deadline just set may be later than ctx's end
+		}
+		if _, err := conn.Write(b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// event is a message, or bytes that were none, or the stream's end.
+type event struct {
+	msg  message
+	junk int64
+	err  error
+}
+
+// stream is one connection; a goroutine reads it, no faster than paceRate and than events are taken.
+type stream struct {
+	conn    net.Conn
+	events  chan event
+	done    chan struct{}
+	greeted bool // the guest answered the hello
+}
+
+func newStream(conn net.Conn) *stream {
+	st := &stream{conn: conn, events: make(chan event), done: make(chan struct{})}
+	go st.read()
+	return st
+}
+
+func (st *stream) close() {
+	close(st.done)
+	st.conn.Close()
+}
+
+func (st *stream) read() {
+	r := newLineReader(st.conn)
+	p := pacer{start: time.Now()}
+	skipped := func(n int) error {
+		if !p.wait(n, st.done) || !st.emit(event{junk: int64(n)}) {
+			return net.ErrClosed
+		}
+		return nil
+	}
+	for {
+		line, err := r.next(skipped)
+		if err != nil {
+			st.emit(event{err: err})
+			return
+		}
+		if !p.wait(len(line), st.done) {
+			return
+		}
+		ev := event{}
+		if ev.msg, err = decode(line); err != nil {
+			ev = event{junk: int64(len(line)) + 1}
+		}
+		if !st.emit(ev) {
+			return
+		}
+	}
+}
+
+func (st *stream) emit(ev event) bool {
+	select {
+	case st.events <- ev:
+		return true
+	case <-st.done:
+		return false
+	}
+}
+
+// pacer lets paceBurst bytes pass at once and paceRate bytes a second after that.
+type pacer struct {
+	start time.Time
+	spent int64
+}
+
+func (p *pacer) wait(n int, done <-chan struct{}) bool {
+	now := time.Now()
+	// What was not used is kept up to the burst.
+	if earned := int64(now.Sub(p.start).Seconds() * paceRate); p.spent < earned {
+		p.start, p.spent = now, 0
+	}
+	p.spent += int64(n) + paceMessage
+	over := p.spent - paceBurst - int64(now.Sub(p.start).Seconds()*paceRate)
+	if over <= 0 {
+		return true
+	}
+	t := time.NewTimer(time.Duration(float64(over) / paceRate * float64(time.Second)))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-done:
+		return false
+	}
+}
+
+// output writes the lines of the steps to w, and keeps the last of them.
+type output struct {
+	w       io.Writer
+	step    string
+	tail    []string
+	written int64
+}
+
+func (o *output) line(s string) error {
+	s = escape(s, maxText)
+	if len(o.tail) == tailLines {
+		o.tail = o.tail[1:]
+	}
+	o.tail = append(o.tail, s)
+	if o.written > maxOutput {
+		return nil
+	}
+	n, err := fmt.Fprintf(o.w, "%s: %s\n", o.step, s)
+	if o.written += int64(n); err == nil && o.written > maxOutput {
+		_, err = fmt.Fprintf(o.w, "%s: (more than %d MiB of output: the rest is not shown)\n", o.step, maxOutput>>20)
+	}
+	return err
+}

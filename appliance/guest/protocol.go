@@ -1,0 +1,200 @@
+package guest
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// The protocol is one JSON object a line, in both directions, over a byte stream
+// that may break at any place and may carry what is left of an earlier boot or
+// of another host process (a virtio-serial port is one endless stream for the
+// guest's whole life). So each side skips what is no message, up to the next newline, and the host
+// names its session: what does not carry that name is not for it.
+//
+// From the host:
+//
+//	hello     {v, session, have}  I am here. `have` is the last `seq` of this session that I saw: say again what came after it.
+//	data      {session, id, data} a part of command id's step, base64; parts of one id are put together in order.
+//	run       {session, id}       run the step whose JSON the data lines of id gave.
+//	seal      {session, id}       make the image ready to be cloned, write the export.
+//	poweroff  {session}           after seal: the host has all that it wants.
+//
+// From the guest:
+//
+//	hello     {v, session, boot, mode, version, cmd}  the answer to a hello, or, without session, "I have opened the
+//	                              port, say hello". `cmd` is the last command id that came in whole.
+//	beat      {session}           I am working. At least every 10 s while there is work, never when there is none.
+//	output    {session, seq, id, line}  a line of command id's output.
+//	done      {session, seq, id, code, error}  command id ended. seal adds {bytes, kernel}.
+//	ready     {session, seq, hostname, took_ms}  the worker has its identity and sshd answers.
+//	failed    {session, seq, error}  the worker will never be ready.
+//
+// Within one version fields and types may be added; both sides skip those that they do not know.
+const protocolVersion = 1
+
+// Bounds of the protocol. A message that breaks one is no message.
+const (
+	maxLine    = 64 << 10 // bytes of a line with its newline
+	maxText    = 8 << 10  // bytes of one line of output, or of an error
+	maxName    = 128      // bytes of an id, a version
+	chunkBytes = 32 << 10 // of a step, in one data line
+	maxStep    = 16 << 20 // bytes of a step's JSON
+)
+
+const (
+	typeHello    = "hello"
+	typeData     = "data"
+	typeRun      = "run"
+	typeSeal     = "seal"
+	typePoweroff = "poweroff"
+	typeBeat     = "beat"
+	typeOutput   = "output"
+	typeDone     = "done"
+	typeReady    = "ready"
+	typeFailed   = "failed"
+)
+
+// The guest part's modes, as its hello says them.
+const (
+	modePrebuild = "prebuild"
+	modeWorker   = "worker"
+)
+
+// message is every message of both sides; which fields count depends on Type.
+type message struct {
+	Type    string `json:"type"`
+	Session string `json:"session,omitempty"`
+	V       int    `json:"v,omitempty"`
+	Seq     uint64 `json:"seq,omitempty"`
+	ID      uint64 `json:"id,omitempty"`
+
+	Have uint64 `json:"have,omitempty"`
+	Data []byte `json:"data,omitempty"`
+
+	Boot     string `json:"boot,omitempty"`
+	Mode     string `json:"mode,omitempty"`
+	Version  string `json:"version,omitempty"`
+	Cmd      uint64 `json:"cmd,omitempty"`
+	Line     string `json:"line,omitempty"`
+	Code     int    `json:"code,omitempty"`
+	Error    string `json:"error,omitempty"`
+	Hostname string `json:"hostname,omitempty"`
+	TookMS   int64  `json:"took_ms,omitempty"`
+	Bytes    int64  `json:"bytes,omitempty"`
+	Kernel   string `json:"kernel,omitempty"`
+}
+
+// encode gives the line of a message, newline included.
+func encode(m message) ([]byte, error) {
+	b, err := json.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	if len(b)+1 > maxLine {
+		return nil, fmt.Errorf("a %s message of %d bytes is longer than a line may be (%d)", m.Type, len(b), maxLine)
+	}
+	return append(b, '\n'), nil
+}
+
+var errJunk = errors.New("not a message")
+
+// decode reads one line. What it accepts is within the bounds above.
+func decode(line []byte) (message, error) {
+	var m message
+	if err := json.Unmarshal(line, &m); err != nil {
+		return message{}, fmt.Errorf("%w: %w", errJunk, err)
+	}
+	for _, s := range []string{m.Type, m.Session, m.Boot, m.Mode, m.Version, m.Kernel} {
+		if len(s) > maxName {
+			return message{}, fmt.Errorf("%w: a name of %d bytes", errJunk, len(s))
+		}
+	}
+	if len(m.Line) > maxText || len(m.Error) > maxText || len(m.Hostname) > 253 || len(m.Data) > chunkBytes {
+		return message{}, fmt.Errorf("%w: a text is too long", errJunk)
+	}
+	if m.Type == "" || m.TookMS < 0 || m.Bytes < 0 {
+		return message{}, fmt.Errorf("%w: no type, or a negative number", errJunk)
+	}
+	return m, nil
+}
+
+// lineReader takes lines of at most maxLine bytes off a stream.
+type lineReader struct{ r *bufio.Reader }
+
+func newLineReader(r io.Reader) *lineReader {
+	return &lineReader{r: bufio.NewReaderSize(r, maxLine)}
+}
+
+// next gives the next line, without its newline, until the call after. A line
+// that is too long is skipped, and its bytes are told to skipped, which may end
+// it all; one that the stream's end cuts off is lost.
+func (l *lineReader) next(skipped func(n int) error) ([]byte, error) {
+	for {
+		line, err := l.r.ReadSlice('\n')
+		switch {
+		case err == nil:
+			return line[:len(line)-1], nil
+		case !errors.Is(err, bufio.ErrBufferFull):
+			return nil, err
+		}
+		for errors.Is(err, bufio.ErrBufferFull) {
+			if serr := skipped(len(line)); serr != nil {
+				return nil, serr
+			}
+			line, err = l.r.ReadSlice('\n')
+		}
+		if serr := skipped(len(line)); serr != nil {
+			return nil, serr
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// escape makes a guest's text safe for a terminal and a log: at most n bytes of
+// it, colours taken out, every other control or invisible character shown as Go
+// would write it ("\x1b", "\u202e").
+func escape(s string, n int) string {
+	var b strings.Builder
+	for i := 0; i < len(s) && b.Len() < n; {
+		if end := colour(s[i:]); end > 0 {
+			i += end
+			continue
+		}
+		r, size := rune(s[i]), 1
+		if r >= 0x80 {
+			r, size = utf8.DecodeRuneInString(s[i:])
+		}
+		switch {
+		case r == unicode.ReplacementChar && size == 1:
+			fmt.Fprintf(&b, `\x%02x`, s[i])
+		case r == '\t' || unicode.IsPrint(r):
+			b.WriteRune(r)
+		default:
+			q := strconv.QuoteRune(r)
+			b.WriteString(q[1 : len(q)-1])
+		}
+		i += size
+	}
+	return b.String()
+}
+
+// colour is the length of the SGR sequence ("\x1b[1;31m", ECMA-48 8.3.117) that s begins with, or 0.
+func colour(s string) int {
+	if !strings.HasPrefix(s, "\x1b[") {
+		return 0
+	}
+	end := 2 + len(s[2:]) - len(strings.TrimLeft(s[2:], "0123456789;"))
+	if end < len(s) && s[end] == 'm' {
+		return end + 1
+	}
+	return 0
+}
