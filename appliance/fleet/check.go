@@ -1,0 +1,90 @@
+package fleet
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/vm"
+)
+
+// probe makes the driver and asks it whether VMs can start here.
+func (g *Group) probe(ctx context.Context, p *plan.Plan) (vm.Driver, error) {
+	d, err := g.opts.Driver(p.Hypervisor, g.slog)
+	if err != nil {
+		return nil, err
+	}
+	info, err := d.Probe(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("hypervisor %s: %w", d.Name(), err)
+	}
+	g.log.Info("hypervisor", "driver", d.Name(), "binary", info.Binary, "version", info.Version, "accel", info.Accel)
+	return d, nil
+}
+
+// checkLinks looks whether the pool's TAPs are there and may be opened, without opening one: they may be in use by workers
+// that are adopted, and opening one that is missing would make it.
+func checkLinks(p *plan.Plan, slots []plan.Slot) error {
+	cure := fmt.Sprintf("`fleetingd network up --plan FILE` makes them, for the user %q", p.User)
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list the network interfaces: %w", err)
+	}
+	byName := make(map[string]netlink.Link, len(links))
+	for _, l := range links {
+		byName[l.Attrs().Name] = l
+	}
+	uid := os.Getuid()
+	missing, foreign := 0, 0
+	var firstMissing, firstForeign string
+	for _, s := range slots {
+		l, ok := byName[s.TAP]
+		if !ok {
+			if missing++; missing == 1 {
+				firstMissing = s.TAP
+			}
+			continue
+		}
+		tap, ok := l.(*netlink.Tuntap)
+		// Root opens any TAP. A uid of 2^32-1 is no owner.
+		if !ok || tap.Mode != netlink.TUNTAP_MODE_TAP || uid != 0 && int64(tap.Owner) != int64(uid) {
+			if foreign++; foreign == 1 {
+				firstForeign = s.TAP
+			}
+		}
+	}
+	switch {
+	case missing > 0:
+		return fmt.Errorf("%d of the pool's %d TAPs do not exist (%s is the first): %s", missing, len(slots), firstMissing, cure)
+	case foreign > 0:
+		return fmt.Errorf("%d of the pool's %d interfaces are no TAPs that uid %d may open (%s is the first): %s", foreign, len(slots), uid, firstForeign, cure)
+	}
+	return nil
+}
+
+// makeFolders makes what this pool needs, and checks that it may write there.
+func (g *Group) makeFolders(p *plan.Plan) error {
+	for _, dir := range []string{filepath.Join(p.Paths.Workers, g.pool.Name), filepath.Join(p.Paths.Clones, g.pool.Name)} {
+		if err := makeFolder(p, dir, 0o750); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func makeFolder(p *plan.Plan, dir string, mode os.FileMode) error {
+	err := os.MkdirAll(dir, mode)
+	if err == nil {
+		err = unix.Access(dir, unix.W_OK|unix.X_OK)
+	}
+	if err != nil {
+		return fmt.Errorf("uid %d cannot make or write the folder %s: %w: the plan's user is %q, and `fleetingd apply` (or `fleetingd run`) gives it its folders",
+			os.Getuid(), dir, err, p.User)
+	}
+	return nil
+}

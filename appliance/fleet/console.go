@@ -1,0 +1,84 @@
+package fleet
+
+import (
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Of each worker's console its last maxConsole bytes are kept, and of each pool the last maxConsoles workers'.
+const (
+	maxConsole  = 1 << 20
+	maxConsoles = 50
+	tailBytes   = 2 << 10 // that the log shows of a worker that failed
+)
+
+func (g *Group) consolePath(id string) string { return filepath.Join(g.cloneDir(id), "console.log") }
+
+// keepConsole moves the end of a worker's console to Paths.Workers/POOL/console/ID.log before the clone goes.
+func (g *Group) keepConsole(id string) error {
+	if !g.pool.Console {
+		return nil
+	}
+	tail, err := readEnd(g.consolePath(id), maxConsole)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(filepath.Dir(g.recordPath(id)), "console")
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, id+".log"), tail, 0o640); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(dir) // by name, and so by age
+	if err != nil {
+		return err
+	}
+	for _, e := range entries[:max(0, len(entries)-maxConsoles)] {
+		// Another worker's teardown may have done it.
+		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// consoleTail is the end of a worker's console for the log, each line quoted: the guest wrote it. It is nil without one.
+func (g *Group) consoleTail(id string) []string {
+	if !g.pool.Console {
+		return nil
+	}
+	b, err := readEnd(g.consolePath(id), tailBytes)
+	if err != nil {
+		return nil
+	}
+	lines := strings.Split(strings.TrimRight(string(b), "\r\n"), "\n")
+	for i, l := range lines {
+		lines[i] = strconv.QuoteToASCII(strings.TrimRight(l, "\r"))
+	}
+	return slices.Clip(lines[max(0, len(lines)-10):])
+}
+
+// readEnd reads the last n bytes of a file.
+func readEnd(path string, n int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	start := max(0, st.Size()-n)
+	// A section and not the rest of the file: the guest may still write.
+	return io.ReadAll(io.NewSectionReader(f, start, n))
+}

@@ -1,0 +1,791 @@
+package fleet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/fleetingd/fleetingd/appliance/guest"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/seed"
+)
+
+func TestWorkerLife(t *testing.T) {
+	h := newHost(t, 4)
+	g := h.group()
+	info := h.init(g)
+	if info.MaxSize != 4 || info.ID != "fleetingd/testhost/small" || info.Version != "1.2.3" || len(info.Capabilities) != 0 {
+		t.Errorf("ProviderInfo %+v", info)
+	}
+	increase(t, g, 3)
+	waitState(t, g, provider.StateRunning, 3)
+	all := ids(g)
+
+	keys := map[string]bool{}
+	for i, id := range all {
+		c, err := g.ConnectInfo(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		signer, err := ssh.ParsePrivateKey(c.Key)
+		if err != nil || signer.PublicKey().Type() != ssh.KeyAlgoED25519 {
+			t.Errorf("key of %s: %v", id, err)
+		}
+		keys[string(c.Key)] = true
+		if want := h.plan.Slots[i].Address.String(); c.InternalAddr != want || c.ExternalAddr != want {
+			t.Errorf("%s: addresses %s, %s; want %s", id, c.InternalAddr, c.ExternalAddr, want)
+		}
+		if c.Username != "ubuntu" || c.OS != "linux" || c.Arch == "" || c.Protocol != provider.ProtocolSSH || c.ProtocolPort != 22 || c.Expires != nil {
+			t.Errorf("%s: %+v", id, c.ConnectorConfig)
+		}
+		if err := g.Heartbeat(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+		wantPrivate(t, h, g, id, c.Key)
+	}
+	if len(keys) != 3 {
+		t.Errorf("%d keys for 3 workers", len(keys))
+	}
+
+	gone := all[0]
+	if got, err := g.Decrease(t.Context(), []string{gone, "no-such-worker"}); err != nil || len(got) != 2 {
+		t.Fatalf("Decrease = %v, %v", got, err)
+	}
+	waitState(t, g, provider.StateDeleted, 1)
+	if err := g.Heartbeat(t.Context(), gone); !errors.Is(err, provider.ErrInstanceUnhealthy) {
+		t.Errorf("Heartbeat of a deleted worker: %v", err)
+	}
+	if _, err := g.ConnectInfo(t.Context(), gone); err == nil || !strings.Contains(err.Error(), "is deleted, not running") {
+		t.Errorf("ConnectInfo of a deleted worker: %v", err)
+	}
+	// It was never shown alive: deleting once, deleted for some rounds, then forgotten.
+	var seen []provider.State
+	for range tombstoneRounds + 3 {
+		if s, ok := states(t, g)[gone]; ok {
+			seen = append(seen, s)
+		}
+	}
+	want := append([]provider.State{provider.StateDeleting}, slices.Repeat([]provider.State{provider.StateDeleted}, tombstoneRounds)...)
+	if !slices.Equal(seen, want) {
+		t.Errorf("shown as %v", seen)
+	}
+
+	if _, err := g.Decrease(t.Context(), all); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "all workers gone", func() bool { return len(ids(g)) == 0 })
+	h.wantNothingLeft(g)
+	if strings.Contains(h.log.String(), "PRIVATE KEY") {
+		t.Error("a private key is in the log")
+	}
+}
+
+// wantPrivate checks that a worker's key is nowhere but in its own 0600 file, and that the seed has the public half and the names.
+func wantPrivate(t *testing.T, h *host, g *Group, id string, key []byte) {
+	t.Helper()
+	st, err := os.Stat(g.keyPath(id))
+	if err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("key file: %v %v", st, err)
+	}
+	for _, dir := range []string{g.runDir(id), g.cloneDir(id)} {
+		if st, err := os.Stat(dir); err != nil || st.Mode().Perm() != 0o700 {
+			t.Errorf("%s: %v %v", dir, st, err)
+		}
+	}
+	rec, err := os.ReadFile(g.recordPath(id))
+	if err != nil || strings.Contains(string(rec), "PRIVATE") {
+		t.Errorf("record: %s, %v", rec, err)
+	}
+	iso, err := os.Open(filepath.Join(g.cloneDir(id), "seed.iso"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer iso.Close()
+	s, err := seed.ReadISO(iso)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := ssh.ParsePrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := strings.TrimSpace(string(ssh.MarshalAuthorizedKey(signer.PublicKey())))
+	if s.InstanceID != id || s.Hostname != id || len(s.Users) != 1 || s.Users[0].Name != "ubuntu" ||
+		len(s.Users[0].AuthorizedKeys) != 1 || !strings.HasPrefix(s.Users[0].AuthorizedKeys[0], public) {
+		t.Errorf("seed of %s: %+v", id, s)
+	}
+}
+
+// steps are the places where the making of a worker can be stopped: stop blocks there, or fails, or makes the step fail.
+var steps = map[string]func(h *host, stop func(context.Context) error){
+	"image": func(h *host, stop func(context.Context) error) { h.images.ensure = stop },
+	"clone": func(h *host, stop func(context.Context) error) {
+		h.images.clone = func(ctx context.Context, dst string) error {
+			if err := stop(ctx); err != nil {
+				return errors.Join(err, os.WriteFile(dst, nil, 0o600))
+			}
+			return nil
+		}
+	},
+	"start": func(h *host, stop func(context.Context) error) {
+		h.driver.start = func(ctx context.Context, _ vmConfig) error { return stop(ctx) }
+	},
+	"ready": func(h *host, stop func(context.Context) error) {
+		h.ready = func(ctx context.Context, _ *worker) error { return stop(ctx) }
+	},
+}
+
+// obstacles make a step of the Group's own fail: something lies where it would write.
+var obstacles = map[string]func(h *host, g **Group, id *string) error{
+	"folders": func(h *host, g **Group, _ *string) error {
+		h.images.ensure = func(context.Context) error {
+			for _, id := range ids(*g) {
+				if err := os.WriteFile((*g).runDir(id), nil, 0o600); err != nil && !errors.Is(err, os.ErrExist) {
+					return err
+				}
+			}
+			return nil
+		}
+		return nil
+	},
+	"seed": func(h *host, _ **Group, _ *string) error {
+		h.images.clone = func(_ context.Context, dst string) error {
+			return os.Mkdir(filepath.Join(filepath.Dir(dst), "seed.iso"), 0o700)
+		}
+		return nil
+	},
+	"record": func(h *host, g **Group, _ *string) error {
+		h.ready = func(_ context.Context, w *worker) error { return os.Mkdir((*g).recordPath(w.id)+".new", 0o700) }
+		return nil
+	},
+}
+
+func TestStepFails(t *testing.T) {
+	errInjected := errors.New("injected")
+	for name, inject := range steps {
+		if name == "image" {
+			continue // is tried again: TestImageRetried
+		}
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t, 2)
+			inject(h, func(context.Context) error { return errInjected })
+			wantFailure(t, h, h.start(), "injected")
+		})
+	}
+	for name, inject := range obstacles {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t, 2)
+			g := h.group()
+			if err := inject(h, &g, nil); err != nil {
+				t.Fatal(err)
+			}
+			h.init(g)
+			wantFailure(t, h, g, "")
+		})
+	}
+}
+
+// wantFailure asks for two workers whose making fails.
+func wantFailure(t *testing.T, h *host, g *Group, reason string) {
+	t.Helper()
+	increase(t, g, 2)
+	waitState(t, g, provider.StateDeleted, 2)
+	for id, s := range states(t, g) {
+		if s != provider.StateDeleting { // never shown alive before
+			t.Errorf("%s is shown as %s first", id, s)
+		}
+		err := g.Heartbeat(t.Context(), id)
+		if !errors.Is(err, provider.ErrInstanceUnhealthy) || !strings.Contains(err.Error(), reason) {
+			t.Errorf("Heartbeat: %v", err)
+		}
+		if !strings.Contains(h.log.String(), "worker failed and is removed: worker="+id) {
+			t.Errorf("%s is not in the log:\n%s", id, h.log)
+		}
+	}
+	h.wantNothingLeft(g)
+}
+
+// TestStopAtEachStep stops a worker that is held at each step of its making, in each way.
+func TestStopAtEachStep(t *testing.T) {
+	ways := map[string]struct {
+		stop  func(t *testing.T, h *host, g *Group)
+		final provider.State
+		// patience is the pool's start_timeout.
+		patience time.Duration
+		only     []string // steps; nil is all
+	}{
+		"Decrease": {stop: func(t *testing.T, _ *host, g *Group) {
+			if _, err := g.Decrease(t.Context(), ids(g)); err != nil {
+				t.Error(err)
+			}
+		}, final: provider.StateDeleted},
+		"Shutdown": {stop: func(_ *testing.T, h *host, g *Group) { h.shutdown(g) }, final: provider.StateDeleted},
+		"timeout": {stop: func(*testing.T, *host, *Group) {}, final: provider.StateTimeout, patience: 50 * time.Millisecond,
+			only: []string{"clone", "start", "ready"}},
+		"VMM exits": {stop: func(_ *testing.T, h *host, _ *Group) {
+			h.driver.mu.Lock()
+			var all []*fakeVM
+			for _, v := range h.driver.vms {
+				all = append(all, v)
+			}
+			h.driver.mu.Unlock()
+			for _, v := range all {
+				v.die()
+			}
+		}, final: provider.StateDeleted, only: []string{"ready"}},
+	}
+	for way, w := range ways {
+		for step, inject := range steps {
+			if w.only != nil && !slices.Contains(w.only, step) {
+				continue
+			}
+			t.Run(way+" at "+step, func(t *testing.T) {
+				h := newHost(t, 2)
+				if w.patience != 0 {
+					h.plan.Pools[0].StartTimeout = plan.Duration(w.patience)
+					h.write()
+				}
+				held := make(chan struct{}, 8)
+				inject(h, func(ctx context.Context) error {
+					held <- struct{}{}
+					<-ctx.Done()
+					return ctx.Err()
+				})
+				g := h.start()
+				increase(t, g, 1)
+				if s := states(t, g); len(s) != 1 {
+					t.Errorf("shown: %v", s)
+				}
+				<-held
+				w.stop(t, h, g)
+				waitState(t, g, w.final, 1)
+				h.wantNothingLeft(g)
+			})
+		}
+	}
+}
+
+func TestVMMDies(t *testing.T) {
+	h := newHost(t, 2)
+	g := h.start()
+	increase(t, g, 1)
+	waitState(t, g, provider.StateRunning, 1)
+	id := ids(g)[0]
+	g.mu.Lock()
+	v := g.workers[id].vm.(*fakeVM)
+	g.mu.Unlock()
+	states(t, g)
+	v.die()
+	err := g.Heartbeat(t.Context(), id) // at once
+	if !errors.Is(err, provider.ErrInstanceUnhealthy) || !strings.Contains(err.Error(), "its VM has ended: signal: killed") {
+		t.Errorf("Heartbeat: %v", err)
+	}
+	waitState(t, g, provider.StateDeleted, 1)
+	if s := states(t, g)[id]; s != provider.StateDeleted {
+		t.Errorf("shown as %s", s)
+	}
+	if err := g.Heartbeat(t.Context(), id); err == nil || !strings.Contains(err.Error(), "signal: killed") {
+		t.Errorf("Heartbeat afterwards: %v", err)
+	}
+	h.wantNothingLeft(g)
+}
+
+func TestTeardownIsRetried(t *testing.T) {
+	h := newHost(t, 1)
+	tries := 0
+	h.driver.kill = func(string) error {
+		if tries++; tries < 3 {
+			return errors.New("the VMM does not die")
+		}
+		return nil
+	}
+	g := h.start()
+	increase(t, g, 1)
+	waitState(t, g, provider.StateRunning, 1)
+	id := ids(g)[0]
+	if _, err := g.Decrease(t.Context(), []string{id}); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := g.Increase(t.Context(), 1); n != 0 || err == nil || !strings.Contains(err.Error(), "all 1 slots") {
+		t.Errorf("the slot was given away before its worker was gone: %d, %v", n, err)
+	}
+	waitState(t, g, provider.StateDeleted, 1)
+	if tries != 3 || !strings.Contains(h.log.String(), "the VMM does not die") {
+		t.Errorf("%d tries:\n%s", tries, h.log)
+	}
+	h.wantNothingLeft(g)
+}
+
+func TestMoreThanSlots(t *testing.T) {
+	h := newHost(t, 3)
+	g := h.start()
+	if n, err := g.Increase(t.Context(), 5); n != 3 || err != nil {
+		t.Errorf("Increase(5) with 3 slots = %d, %v", n, err)
+	}
+	if !strings.Contains(h.log.String(), "fewer workers than were asked for: asked=5 made=3") {
+		t.Errorf("log:\n%s", h.log)
+	}
+	if n, err := g.Increase(t.Context(), 1); n != 0 || err == nil || !strings.Contains(err.Error(), `all 3 slots of pool "small" are taken`) {
+		t.Errorf("Increase(1) with none = %d, %v", n, err)
+	}
+}
+
+func TestRecordCannotBeWritten(t *testing.T) {
+	h := newHost(t, 2)
+	g := h.start()
+	dir := filepath.Dir(g.recordPath("x"))
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := g.Increase(t.Context(), 2); n != 0 || err == nil || !strings.Contains(err.Error(), "write its record") {
+		t.Errorf("Increase = %d, %v", n, err)
+	}
+	h.wantNothingLeft(g)
+}
+
+func TestImageRetried(t *testing.T) {
+	h := newHost(t, 2)
+	fails := 2
+	h.images.ensure = func(context.Context) error {
+		if fails--; fails >= 0 {
+			return &guest.StepError{Step: "run[0]: make it", Code: 7, Tail: []string{"line one", "cannot make it"}}
+		}
+		return nil
+	}
+	g := h.group()
+	g.backoff = time.Millisecond
+	h.init(g)
+	increase(t, g, 2)
+	waitState(t, g, provider.StateRunning, 2)
+	for _, want := range []string{"attempt=1", "attempt=2", "run[0]: make it", "exit_code=7", "cannot make it"} {
+		if !strings.Contains(h.log.String(), want) {
+			t.Errorf("%q is not in the log:\n%s", want, h.log)
+		}
+	}
+}
+
+func TestImageNeverThere(t *testing.T) {
+	h := newHost(t, 2)
+	h.plan.Pools[0].StartTimeout = plan.Duration(50 * time.Millisecond)
+	h.write()
+	h.images.ensure = func(context.Context) error { return errors.New("checksum mismatch") }
+	g := h.start()
+	increase(t, g, 2)
+	waitState(t, g, provider.StateTimeout, 2)
+	for id := range states(t, g) {
+		if err := g.Heartbeat(t.Context(), id); err == nil || !strings.Contains(err.Error(), "checksum mismatch") {
+			t.Errorf("Heartbeat: %v", err)
+		}
+	}
+	h.wantNothingLeft(g)
+}
+
+// TestImageIsMadeOnce counts builders while 50 workers wait.
+func TestImageIsMadeOnce(t *testing.T) {
+	h := newHost(t, 50)
+	var mu sync.Mutex
+	now, most := 0, 0
+	release := make(chan struct{})
+	h.images.ensure = func(context.Context) error {
+		mu.Lock()
+		now++
+		most = max(most, now)
+		mu.Unlock()
+		<-release
+		mu.Lock()
+		now--
+		mu.Unlock()
+		return nil
+	}
+	g := h.start()
+	increase(t, g, 50)
+	if n := g.inState(provider.StateCreating); n != 50 {
+		t.Errorf("%d are creating", n)
+	}
+	close(release)
+	waitState(t, g, provider.StateRunning, 50)
+	if most != 1 {
+		t.Errorf("%d builders at once", most)
+	}
+}
+
+func TestBootsAreBounded(t *testing.T) {
+	h := newHost(t, 12)
+	var mu sync.Mutex
+	now, most := 0, 0
+	full := make(chan struct{})
+	h.ready = func(ctx context.Context, _ *worker) error {
+		mu.Lock()
+		now++
+		if most = max(most, now); now == 3 && most == 3 {
+			select {
+			case <-full:
+			default:
+				close(full)
+			}
+		}
+		mu.Unlock()
+		<-full
+		mu.Lock()
+		now--
+		mu.Unlock()
+		return nil
+	}
+	g := h.group()
+	g.boots = 3
+	h.init(g)
+	increase(t, g, 12)
+	waitState(t, g, provider.StateRunning, 12)
+	if most != 3 {
+		t.Errorf("%d boots at once, want 3", most)
+	}
+}
+
+func TestShutdownLeavesRunning(t *testing.T) {
+	h := newHost(t, 4)
+	a := h.start()
+	increase(t, a, 2)
+	waitState(t, a, provider.StateRunning, 2)
+	running := ids(a)
+	before, err := a.ConnectInfo(t.Context(), running[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	held := make(chan struct{}, 2)
+	h.ready = func(ctx context.Context, _ *worker) error {
+		held <- struct{}{}
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	increase(t, a, 2)
+	<-held
+	h.shutdown(a)
+	if n := h.driver.alive(); n != 2 {
+		t.Errorf("%d VMs after Shutdown, want the 2 that were running", n)
+	}
+	if n, err := a.Increase(t.Context(), 1); n != 0 || err == nil {
+		t.Errorf("Increase after Shutdown = %d, %v", n, err)
+	}
+	h.ready = nil
+
+	b := h.start()
+	if s := states(t, b); len(s) != 2 || s[running[0]] != provider.StateRunning || s[running[1]] != provider.StateRunning {
+		t.Errorf("after a restart: %v, want %v running", s, running)
+	}
+	after, err := b.ConnectInfo(t.Context(), running[0])
+	if err != nil || string(after.Key) != string(before.Key) || after.InternalAddr != before.InternalAddr {
+		t.Errorf("ConnectInfo after a restart: %v", err)
+	}
+	increase(t, b, 2) // the other two slots are free
+	waitState(t, b, provider.StateRunning, 4)
+	if n, _ := b.Increase(t.Context(), 1); n != 0 {
+		t.Error("a slot of an adopted worker was given away")
+	}
+	if _, err := b.Decrease(t.Context(), ids(b)); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "all gone", func() bool { return len(ids(b)) == 0 })
+	h.wantNothingLeft(b)
+}
+
+// TestCrashAtEachStep kills the plugin (nothing is cleaned up) with a worker held at each step; the next one removes all of it.
+func TestCrashAtEachStep(t *testing.T) {
+	for step, inject := range steps {
+		t.Run(step, func(t *testing.T) {
+			h := newHost(t, 2)
+			held := make(chan struct{}, 8)
+			over := make(chan struct{})
+			inject(h, func(context.Context) error {
+				held <- struct{}{}
+				<-over
+				return errors.New("not asked any more")
+			})
+			a := h.group()
+			if _, err := a.Init(t.Context(), h.logger(), provider.Settings{}); err != nil {
+				t.Fatal(err)
+			}
+			increase(t, a, 1)
+			<-held
+			h.crash(a)
+			dead := ids(a)[0]
+
+			h2 := *h
+			h2.images, h2.ready = &fakeImages{}, nil
+			h2.driver.mu.Lock()
+			h2.driver.start = nil
+			h2.driver.mu.Unlock()
+			b := h2.start()
+			s := states(t, b)
+			if len(s) != 1 || (s[dead] != provider.StateDeleting) {
+				t.Errorf("after the crash: %v", s)
+			}
+			waitFor(t, "the worker is gone", func() bool { return len(ids(b)) == 0 })
+			h2.wantNothingLeft(b)
+			close(over)
+			a.cancel(errShutdown)
+			a.wg.Wait()
+		})
+	}
+}
+
+// TestRecordsThatCannotBeAdopted has a running worker whose record, key, VM or plan is not what it was.
+func TestRecordsThatCannotBeAdopted(t *testing.T) {
+	tests := map[string]struct {
+		change func(h *host, g *Group, id string) error
+		reason string
+	}{
+		"VM has ended": {func(h *host, g *Group, id string) error {
+			h.driver.vms[g.vmDir(id)].die()
+			return nil
+		}, "its VM has ended"},
+		"record is torn": {func(_ *host, g *Group, id string) error {
+			return os.WriteFile(g.recordPath(id), []byte(`{"version":`), 0o600)
+		}, "unexpected end"},
+		"record is empty": {func(_ *host, g *Group, id string) error { return os.Truncate(g.recordPath(id), 0) }, "unexpected end"},
+		"record of the future": {func(_ *host, g *Group, id string) error {
+			return os.WriteFile(g.recordPath(id), []byte(`{"version":99}`), 0o600)
+		}, "version 99"},
+		"another's record": {func(_ *host, g *Group, id string) error {
+			b, err := os.ReadFile(g.recordPath(id))
+			return errors.Join(err, os.WriteFile(g.recordPath(id), []byte(strings.ReplaceAll(string(b), id, id[:len(id)-1]+"0")), 0o600))
+		}, "another worker's"},
+		"no key":   {func(_ *host, g *Group, id string) error { return os.Remove(g.keyPath(id)) }, "its key"},
+		"torn key": {func(_ *host, g *Group, id string) error { return os.Truncate(g.keyPath(id), 40) }, "its key"},
+		"slot moved": {func(h *host, _ *Group, _ string) error {
+			h.plan.Slots[0].TAP = "other0"
+			h.write()
+			return nil
+		}, "the plan has changed: slot 0 was fltest0"},
+		"another user": {func(h *host, _ *Group, _ string) error {
+			h.plan.Images[0].User = "root"
+			h.write()
+			return nil
+		}, `its user is "ubuntu"`},
+		"VMM does not answer": {func(h *host, _ *Group, _ string) error {
+			tries := 0
+			h.driver.adopt = func(string) error {
+				if tries++; tries < 2 {
+					return errors.New("no answer")
+				}
+				return nil
+			}
+			return nil
+		}, "no answer"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t, 2)
+			a := h.start()
+			increase(t, a, 1)
+			waitState(t, a, provider.StateRunning, 1)
+			id := ids(a)[0]
+			h.shutdown(a)
+			if err := tt.change(h, a, id); err != nil {
+				t.Fatal(err)
+			}
+			b := h.start()
+			waitFor(t, "the worker is gone", func() bool { return len(ids(b)) == 0 })
+			if err := b.Heartbeat(t.Context(), id); err == nil || !strings.Contains(err.Error(), tt.reason) {
+				t.Errorf("Heartbeat: %v, want %q", err, tt.reason)
+			}
+			h.wantNothingLeft(b)
+		})
+	}
+}
+
+func TestSlotGoneFromPlan(t *testing.T) {
+	h := newHost(t, 3)
+	a := h.start()
+	increase(t, a, 3)
+	waitState(t, a, provider.StateRunning, 3)
+	h.shutdown(a)
+	h.plan.Pools[0].MaxInstances = 1
+	h.write()
+	b := h.start()
+	waitState(t, b, provider.StateDeleted, 2)
+	if n := b.inState(provider.StateRunning); n != 1 || len(b.free) != 0 {
+		t.Errorf("%d running, free: %v", n, b.free)
+	}
+	if n := h.driver.alive(); n != 1 {
+		t.Errorf("%d VMs", n)
+	}
+}
+
+// TestPowerCut has clones without records, and files that are nobody's: those stay.
+func TestPowerCut(t *testing.T) {
+	h := newHost(t, 1)
+	a := h.start()
+	h.shutdown(a)
+	stray := a.cloneDir("small-00000000000000aa")
+	if err := os.MkdirAll(stray, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(stray, "disk.raw"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	notes := filepath.Join(filepath.Dir(a.recordPath("x")), "notes.json")
+	if err := os.WriteFile(notes, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	half := a.recordPath("small-00000000000000bb") + ".new"
+	if err := os.WriteFile(half, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	waitFor(t, "the stray clone is gone", func() bool {
+		_, err := os.Stat(stray)
+		return errors.Is(err, os.ErrNotExist)
+	})
+	if _, err := os.Stat(notes); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(half); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("half a record: %v", err)
+	}
+}
+
+func TestTwoPluginsForOnePool(t *testing.T) {
+	h := newHost(t, 1)
+	a := h.start()
+	_, err := h.group().Init(t.Context(), h.logger(), provider.Settings{})
+	if err == nil || !strings.Contains(err.Error(), `pool "small" is served by another plugin process`) {
+		t.Errorf("second Init: %v", err)
+	}
+	h.shutdown(a)
+	h.start()
+}
+
+func TestConsoleIsKept(t *testing.T) {
+	h := newHost(t, 1)
+	h.plan.Pools[0].Console = true
+	h.write()
+	h.ready = func(_ context.Context, w *worker) error {
+		h.driver.mu.Lock()
+		path := h.driver.cfgs[len(h.driver.cfgs)-1].Console
+		h.driver.mu.Unlock()
+		return errors.Join(errors.New("no answer"), os.WriteFile(path, []byte(strings.Repeat("x", maxConsole)+"\nKernel \x1b[31mpanic\r\n"), 0o600))
+	}
+	g := h.start()
+	increase(t, g, 1)
+	id := ids(g)[0]
+	waitState(t, g, provider.StateDeleted, 1)
+	kept, err := os.ReadFile(filepath.Join(h.plan.Paths.Workers, pool, "console", id+".log"))
+	if err != nil || len(kept) != maxConsole || !strings.HasSuffix(string(kept), "panic\r\n") {
+		t.Errorf("%d bytes kept, %v", len(kept), err)
+	}
+	if log := h.log.String(); strings.Contains(log, "\x1b") || !strings.Contains(log, "panic") {
+		t.Errorf("log:\n%s", log)
+	}
+	dir := filepath.Join(h.plan.Paths.Workers, pool, "console")
+	for i := range maxConsoles + 5 {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("small-%016d.log", i)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	increase(t, g, 1)
+	waitState(t, g, provider.StateDeleted, 2)
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != maxConsoles {
+		t.Errorf("%d consoles kept, %v", len(entries), err)
+	}
+}
+
+func TestSuspendResume(t *testing.T) {
+	g := New(Options{})
+	if _, err := g.Suspend(t.Context(), nil); !errors.Is(err, provider.ErrSuspendResumeNotSupported) {
+		t.Error(err)
+	}
+	if _, err := g.Resume(t.Context(), nil); !errors.Is(err, provider.ErrSuspendResumeNotSupported) {
+		t.Error(err)
+	}
+}
+
+func TestStaticCredentials(t *testing.T) {
+	h := newHost(t, 1)
+	g := h.group()
+	_, err := g.Init(t.Context(), h.logger(), provider.Settings{ConnectorConfig: provider.ConnectorConfig{
+		UseStaticCredentials: true, Username: "ops", Key: []byte("k"), ProtocolPort: 2222, Arch: "riscv64", Timeout: time.Minute,
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { h.shutdown(g) })
+	increase(t, g, 1)
+	waitState(t, g, provider.StateRunning, 1)
+	c, err := g.ConnectInfo(t.Context(), ids(g)[0])
+	if err != nil || c.Username != "ops" || string(c.Key) != "k" || c.ProtocolPort != 2222 || c.Arch != "riscv64" || c.Timeout != time.Minute {
+		t.Errorf("%+v, %v", c, err)
+	}
+}
+
+// TestRace calls everything at once.
+func TestRace(t *testing.T) {
+	h := newHost(t, 100)
+	g := h.start()
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	loop := func(f func()) {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				f()
+			}
+		})
+	}
+	loop(func() { states(t, g) })
+	loop(func() {
+		for _, id := range ids(g) {
+			g.Heartbeat(ctx, id)
+			g.ConnectInfo(ctx, id)
+		}
+	})
+	loop(func() {
+		all := ids(g)
+		g.Decrease(ctx, all[:len(all)/2])
+	})
+	seen := map[string]bool{}
+	for range 20 {
+		if _, err := g.Increase(ctx, 100); err != nil && !strings.Contains(err.Error(), "slots") {
+			t.Error(err)
+		}
+		for _, id := range ids(g) {
+			seen[id] = true
+		}
+	}
+	stop()
+	wg.Wait()
+	if _, err := g.Decrease(t.Context(), ids(g)); err != nil {
+		t.Error(err)
+	}
+	waitFor(t, "all gone", func() bool { return len(ids(g)) == 0 })
+	h.wantNothingLeft(g)
+	if len(seen) < 100 {
+		t.Errorf("only %d workers were made", len(seen))
+	}
+}
+
+func BenchmarkIncrease100(b *testing.B) {
+	h := newHost(b, 100)
+	g := h.start()
+	for b.Loop() {
+		increase(b, g, 100)
+		for g.inState(provider.StateRunning) != 100 {
+			time.Sleep(100 * time.Microsecond)
+		}
+		b.StopTimer()
+		if _, err := g.Decrease(b.Context(), ids(g)); err != nil {
+			b.Fatal(err)
+		}
+		waitFor(b, "all gone", func() bool { return len(ids(g)) == 0 })
+		states(b, g)
+		b.StartTimer()
+	}
+}

@@ -1,0 +1,60 @@
+package fleet
+
+import (
+	"crypto/rand"
+	"encoding/base32"
+	"encoding/binary"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+)
+
+// idSource makes the names of workers: POOL-TIMERANDOM, a DNS label (it is the host's name inside) of at most
+// 29 bytes (it is part of a socket's path). Names of one pool sort by age. One is never given twice, also not by a
+// later process: the time goes on by at least a millisecond from name to name, and 30 random bits
+// stand against a clock that was set back.
+type idSource struct {
+	mu   sync.Mutex
+	pool string
+	last int64 // ms since 1970
+	now  func() time.Time
+}
+
+// maxPoolLabel is how much of the pool's name is in a worker's.
+const maxPoolLabel = 12
+
+// encoding has digits before letters, in order, and no upper case.
+var encoding = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
+
+var idForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,11})-[0-9a-z]{16}$`)
+
+func newIDSource(pool string) *idSource {
+	label := strings.Map(func(r rune) rune {
+		switch {
+		case 'a' <= r && r <= 'z', '0' <= r && r <= '9':
+			return r
+		case 'A' <= r && r <= 'Z':
+			return r - 'A' + 'a'
+		}
+		return '-'
+	}, pool)
+	label = strings.Trim(label[:min(len(label), maxPoolLabel)], "-")
+	if label == "" {
+		label = "worker"
+	}
+	return &idSource{pool: label, now: time.Now}
+}
+
+func (s *idSource) next() string {
+	s.mu.Lock()
+	s.last = max(s.last+1, s.now().UnixMilli())
+	t := s.last
+	s.mu.Unlock()
+	// 50 bits of milliseconds last for 35,000 years and are ten characters, 30 bits of chance are six.
+	var b [8]byte
+	var random [4]byte
+	rand.Read(random[:]) // never fails: it ends the process instead
+	binary.BigEndian.PutUint64(b[:], uint64(t)<<14)
+	return s.pool + "-" + encoding.EncodeToString(b[:])[:10] + encoding.EncodeToString(random[:])[:6]
+}
