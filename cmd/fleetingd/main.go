@@ -48,6 +48,7 @@ func (usageError) ExitCode() int { return 2 }
 // commands is every command; each has a file of its own.
 func commands() []*cli.Command {
 	return []*cli.Command{
+		compileCommand(),
 		validateCommand(),
 		fmtCommand(),
 	}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/urfave/cli/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/compile"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/hcl/hostspec"
+)
+
+func compileCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "compile",
+		Usage:     "write a host's files as they would lie on it, without looking at any host",
+		ArgsUsage: "HOST",
+		Description: "Compiles HOST and writes the tree of the host below DIR: etc/fleetingd/plan.json, the firewall as text, systemd units,\n" +
+			"sysctl.d, etc/gitlab-runner/config.toml, and the seeds that VMs boot with. It needs no root and changes nothing but DIR.\n" +
+			"The same spec gives the same bytes. DIR is replaced whole, if nothing is in it but what an earlier compile wrote.\n" +
+			"-o - prints plan.json alone.",
+		Flags: append(specFlags(),
+			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the tree to `DIR`, or plan.json to standard output with -"},
+			&cli.BoolFlag{Name: "with-secrets", Usage: "read the secrets and put them into the files, which then have mode 0600"},
+			&cli.StringFlag{Name: "bin-dir", Usage: "where fleetingd is installed on the host: `DIR` (default: /usr/bin)"},
+		),
+		Action: compileTree,
+	}
+}
+
+func compileTree(c *cli.Context) error {
+	out := c.String("output")
+	switch {
+	case c.NArg() != 1:
+		return usageError{fmt.Errorf("compile takes one spec, and was given %d: fleetingd compile HOST.hcl -o DIR", c.NArg())}
+	case out == "":
+		return usageError{errors.New("compile: where to? Write -o DIR for the tree, or -o - for plan.json alone")}
+	case out == "-" && c.Bool("with-secrets"):
+		return usageError{errors.New("compile: --with-secrets has no effect with -o -: a plan never holds a secret")}
+	}
+	host, p, err := compileSpec(c, compile.Options{BinDir: c.String("bin-dir")})
+	if err != nil {
+		return err
+	}
+	if out == "-" {
+		text, err := p.JSON()
+		if err != nil {
+			return err
+		}
+		_, err = c.App.Writer.Write(text)
+		return err
+	}
+	var read func(plan.Secret) (string, error)
+	if c.Bool("with-secrets") {
+		if read, err = readSecrets(c, host); err != nil {
+			return err
+		}
+	}
+	tree, err := p.Tree(read)
+	if err != nil {
+		return err
+	}
+	if err := replaceTree(out, tree); err != nil {
+		return fmt.Errorf("compile: %w", err)
+	}
+	digest, err := p.Digest()
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(c.App.Writer, "%s: %s of host %s, plan %.12s\n", filepath.Clean(out), count(len(tree), "file"), p.Host, digest)
+	return nil
+}
+
+// compileSpec loads and compiles the spec that the command line names, and prints what there is
+// to say about it. After errors it returns errDiagnosed.
+func compileSpec(c *cli.Context, o compile.Options) (*hostspec.Result, *plan.Plan, error) {
+	res, err := loadSpec(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, diags := compile.Compile(res.Host, o)
+	printDiagnostics(c.App.ErrWriter, res.Files, diags)
+	if diags.HasErrors() {
+		return nil, nil, errDiagnosed
+	}
+	return res, p, nil
+}
+
+// readSecrets reads all secrets of a host, so that all that cannot be read are named at once, and gives them by reference.
+func readSecrets(c *cli.Context, res *hostspec.Result) (func(plan.Secret) (string, error), error) {
+	values := map[plan.Secret]string{}
+	var diags hcl.Diagnostics
+	for _, r := range res.Host.Runners {
+		value, err := r.Token.Read()
+		if err != nil {
+			diags = append(diags, &hcl.Diagnostic{
+				Severity: hcl.DiagError, Summary: "Secret cannot be read", Subject: r.Range.Ptr(),
+				Detail: fmt.Sprintf("Runner %q, token: %s. Without --with-secrets it is not needed.", r.Name, err),
+			})
+			continue
+		}
+		values[plan.Secret{From: r.Token.From}] = value
+	}
+	if len(diags) > 0 {
+		printDiagnostics(c.App.ErrWriter, res.Files, diags)
+		return nil, errDiagnosed
+	}
+	return func(s plan.Secret) (string, error) {
+		value, ok := values[s]
+		if !ok {
+			return "", errors.New("no runner of the host names it")
+		}
+		return value, nil
+	}, nil
+}
