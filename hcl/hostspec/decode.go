@@ -352,6 +352,22 @@ func (s *section) settings(name string, to *map[string]any) {
 	}
 	*to = got.(map[string]any)
 	s.done(a)
+	s.noteKeys(a.Expr, name, 2)
+}
+
+// noteKeys notes where the keys of a map are, as far as it is written out.
+func (s *section) noteKeys(expr hcl.Expression, name string, depth int) {
+	pairs, diags := hcl.ExprMap(expr)
+	if diags.HasErrors() || depth == 0 {
+		return
+	}
+	for _, pair := range pairs {
+		if key, diags := s.l.value(pair.Key, nil); !diags.HasErrors() && key.Type() == cty.String && key.IsKnown() && !key.IsNull() {
+			name := name + "." + key.AsString()
+			s.l.attrs[attrKey{s.owner, name}] = attrInfo{rng: pair.Key.Range(), ok: true}
+			s.noteKeys(pair.Value, name, depth-1)
+		}
+	}
 }
 
 // plain is a value as string, bool, int64, float64, []any or map[string]any. What is

@@ -45,8 +45,9 @@ func nearest(given string, known []string) string {
 		if strings.EqualFold(given, k) {
 			return k
 		}
+		// Two of three letters wrong is another word.
 		d := levenshtein.Distance(given, k, nil)
-		if d < bestDist && d < len(k) {
+		if d < bestDist && d <= len(k)/2 {
 			best, bestDist = k, d
 		}
 	}

@@ -146,7 +146,7 @@ var cidrHost = function.New(&function.Spec{
 		if err != nil {
 			return unknown, function.NewArgErrorf(0, "it is not a prefix such as 10.0.0.0/24")
 		}
-		n, err := wholeNumber(args[1])
+		n, err := wholeArg(args[1])
 		if err != nil {
 			return unknown, function.NewArgError(1, err)
 		}
@@ -179,7 +179,7 @@ var cidrSubnet = function.New(&function.Spec{
 		if err != nil {
 			return unknown, function.NewArgErrorf(0, "it is not a prefix such as 10.0.0.0/16")
 		}
-		more, err := wholeNumber(args[1])
+		more, err := wholeArg(args[1])
 		if err != nil {
 			return unknown, function.NewArgError(1, err)
 		}
@@ -187,7 +187,7 @@ var cidrSubnet = function.New(&function.Spec{
 		if more.Sign() < 0 || more.Cmp(big.NewInt(int64(left))) > 0 {
 			return unknown, function.NewArgErrorf(1, "a /%d can be made between 0 and %d bits longer", prefix.Bits(), left)
 		}
-		n, err := wholeNumber(args[2])
+		n, err := wholeArg(args[2])
 		if err != nil {
 			return unknown, function.NewArgError(2, err)
 		}
@@ -204,7 +204,7 @@ var cidrSubnet = function.New(&function.Spec{
 	},
 })
 
-func wholeNumber(v cty.Value) (*big.Int, error) {
+func wholeArg(v cty.Value) (*big.Int, error) {
 	f := v.AsBigFloat()
 	if f.IsInf() || !f.IsInt() || f.MantExp(nil) > 256 {
 		return nil, errors.New("a whole number is wanted here")

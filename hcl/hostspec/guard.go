@@ -216,16 +216,17 @@ func jsonString(expr hcl.Expression) (string, bool) {
 // guardExpr refuses an expression that would take too much work.
 func (l *loader) guardExpr(expr hcl.Expression) bool {
 	work := estimate(expr, l.resolve)
-	l.work += work
-	switch {
-	case work > maxWork:
+	if work > maxWork {
 		l.errorf(expr.Range().Ptr(), "Too much work", "Evaluating this could touch more than %d million elements and bytes. "+
 			"Use fewer for expressions within each other, or shorter lists.", maxWork>>20)
 		return false
-	case l.work > maxTotalWork:
-		if l.work-work <= maxTotalWork { // say it once
-			l.errorf(expr.Range().Ptr(), "Too much work", "Evaluating the whole spec, from here on, could touch more than %d million "+
-				"elements and bytes. Use fewer for expressions within each other, or shorter lists.", maxTotalWork>>20)
+	}
+	before := l.work
+	l.work += work
+	if l.work > maxTotalWork {
+		if before <= maxTotalWork { // say it once
+			l.errorf(expr.Range().Ptr(), "Too much work", "Evaluating the whole spec could touch more than %d million elements and "+
+				"bytes, from here on. Use fewer for expressions within each other, or shorter lists.", maxTotalWork>>20)
 		}
 		return false
 	}

@@ -30,7 +30,7 @@ func readRegular(path string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	if !st.Mode().IsRegular() {
-		return nil, fmt.Errorf("it is %s, not a regular file", kind(st.Mode()))
+		return nil, fmt.Errorf("it is %s, not a regular file", fileKind(st.Mode()))
 	}
 	// Files in /proc say size 0: what counts is what comes.
 	b, err := io.ReadAll(io.LimitReader(f, limit+1))
@@ -43,7 +43,7 @@ func readRegular(path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-func kind(m fs.FileMode) string {
+func fileKind(m fs.FileMode) string {
 	switch {
 	case m.IsDir():
 		return "a directory"

@@ -163,8 +163,7 @@ func (l *loader) checkSettings(r *Runner) {
 func (l *loader) checkKeys(r *Runner, prefix string, table map[string]any, ours map[string]string, known []string) {
 	whole := l.at(r, "settings")
 	for _, key := range slices.Sorted(maps.Keys(table)) {
-		top, _, _ := strings.Cut(prefix+key, ".")
-		at := l.settingAt(r, top, whole)
+		at := l.settingAt(r, prefix+key, whole)
 		if cure, ok := ours[strings.ToLower(key)]; ok {
 			l.errorf(at, "Invalid settings", "settings may not have %s: %s.", quote(prefix+key), cure)
 			continue

@@ -1,0 +1,166 @@
+package hostspec
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func withRunner(token string) string {
+	return minimal + fmt.Sprintf(`
+variable "token" {
+  type      = string
+  sensitive = true
+  default   = null
+}
+variable "tokens" {
+  type    = map(string)
+  default = null
+}
+locals {
+  dir = "/run/secrets"
+}
+runner "r" {
+  pool  = pool.small
+  url   = "https://gitlab.example.com"
+  token = %s
+}
+`, token)
+}
+
+const hunter = "glrt-hunter2"
+
+// TestSecretIsAReference loads specs where the secret cannot be read, and then reads it.
+func TestSecretIsAReference(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "token")
+	for _, tt := range []struct {
+		name, token, from string
+		opts              Options
+		missing           string // what Read says where the secret is not there
+	}{
+		{"file", fmt.Sprintf("file(%q)", path), "file:" + path, Options{}, path},
+		{"trimmed file", fmt.Sprintf("trimspace(file(%q))", path), "file:" + path, Options{}, path},
+		{"parentheses", fmt.Sprintf("(\"${file(%q)}\")", path), "file:" + path, Options{}, path},
+		{"path from a local", `file("${local.dir}/token")`, "file:/run/secrets/token", Options{}, "/run/secrets/token"},
+		{"environment", `env("TOKEN")`, "env:TOKEN", Options{}, "the environment has no TOKEN"},
+		{"variable", "var.token", "var:token", Options{Vars: []string{"token="}}, "the variable token is empty"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			src := withRunner(tt.token)
+			if tt.opts.Vars != nil {
+				tt.opts = Options{Environ: []string{"FLEETINGD_VAR_token="}}
+			}
+			secret := load(t, tt.opts, src).Runners[0].Token
+			if secret.From != tt.from {
+				t.Errorf("From is %q", secret.From)
+			}
+			if v, err := secret.Read(); err == nil || !strings.Contains(err.Error(), tt.missing) {
+				t.Errorf("read %q, %v", v, err)
+			}
+		})
+	}
+
+	if err := os.WriteFile(path, []byte(hunter+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	environ := []string{"TOKEN=" + hunter, "FLEETINGD_VAR_token=" + hunter, `FLEETINGD_VAR_tokens={ "a" = "` + hunter + `" }`}
+	for token, from := range map[string]string{
+		fmt.Sprintf("file(%q)", path): "file:" + path,
+		`env("TOKEN")`:                "env:TOKEN",
+		"var.token":                   "var:token",
+		`var.tokens["a"]`:             "var:tokens.a",
+		"var.tokens.a":                "var:tokens.a",
+	} {
+		h := load(t, Options{Environ: environ}, withRunner(token))
+		secret := h.Runners[0].Token
+		if v, err := secret.Read(); err != nil || v != hunter || secret.From != from {
+			t.Errorf("%s: %q from %q, %v", token, v, secret.From, err)
+		}
+		if printed := fmt.Sprintf("%+v %+v %#v", h, h.Runners[0], h.Runners[0]); strings.Contains(printed, "hunter2") {
+			t.Errorf("%s: a printed host shows the secret: %s", token, printed)
+		}
+	}
+}
+
+func TestSecretThatIsNoLine(t *testing.T) {
+	for text, want := range map[string]string{
+		"":                         "is empty",
+		"\n":                       "is empty",
+		"a\nb\n":                   "more than one line",
+		strings.Repeat("x", 1<<17): "larger than 64 KiB",
+	} {
+		path := filepath.Join(t.TempDir(), "token")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		secret := load(t, Options{}, withRunner(fmt.Sprintf("file(%q)", path))).Runners[0].Token
+		if _, err := secret.Read(); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), path) {
+			t.Errorf("%.20q: %v", text, err)
+		}
+	}
+	if _, err := (Secret{}).Read(); err == nil {
+		t.Error("no secret can be read")
+	}
+}
+
+// TestSecretIsNowhere puts a secret in every place where one can be written wrongly:
+// neither findings nor the source that snippets are cut from may show it.
+func TestSecretIsNowhere(t *testing.T) {
+	varFile := filepath.Join(t.TempDir(), "vars.hcl")
+	if err := os.WriteFile(varFile, []byte("token = \""+hunter+"\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sensitive := Options{Environ: []string{"FLEETINGD_VAR_token=" + hunter}}
+	for _, tt := range []struct {
+		name, src string
+		opts      Options
+	}{
+		{"literal", withRunner(`"` + hunter + `"`), Options{}},
+		{"literal over lines", withRunner("<<-EOT\n    " + hunter + "\n    EOT"), Options{}},
+		{"literal in JSON", `{"runner": {"r": {"token": "` + hunter + `"}}}`, Options{Path: "host.hcl.json"}},
+		{"default", strings.Replace(withRunner("var.token"), "null", `"`+hunter+`"`, 1), Options{}},
+		{"wrong type from a file", strings.Replace(withRunner("var.token"), "string", "number", 1), Options{VarFiles: []string{varFile}}},
+		{"wrong type from the environment", strings.Replace(withRunner("var.token"), "string", "number", 1), sensitive},
+		{"in a function that fails", withRunner("var.token") + "locals {\n  x = parseint(var.token, 10)\n}\n", sensitive},
+		{"in a local that fails", withRunner("var.token") + "locals {\n  y = var.token\n  x = cidrhost(local.y, 1)\n}\n", sensitive},
+		{"as an attribute", strings.Replace(withRunner("var.token"), `"https://gitlab.example.com"`, "var.token", 1), sensitive},
+		{"within an attribute", strings.Replace(withRunner("var.token"), `"https://gitlab.example.com"`, `"https://${var.token}"`, 1), sensitive},
+		{"as a size", strings.Replace(withRunner("var.token"), `"1GiB"`, "var.token", 1), sensitive},
+		{"in a URL", strings.Replace(withRunner("var.token"), `https://gitlab.example.com`, "https://oauth2:"+hunter+"@gitlab.example.com", 1), sensitive},
+		{"as an index", withRunner(`var.tokens[var.token]`), sensitive},
+		{"as a path", withRunner(`file(var.token)`), sensitive},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.opts.Source = []byte(tt.src)
+			if tt.opts.Path == "" {
+				tt.opts.Path = "host.hcl"
+			}
+			res, diags := Load(tt.opts)
+			if !diags.HasErrors() {
+				t.Fatal("nothing was found")
+			}
+			for _, d := range diags {
+				if strings.Contains(d.Summary+d.Detail, "hunter2") {
+					t.Errorf("a finding shows the secret: %s", text(d))
+				}
+				if d.EvalContext != nil {
+					t.Errorf("a finding carries the values of variables: %s", text(d))
+				}
+			}
+			for name, f := range res.Files {
+				if strings.Contains(string(f.Bytes), "hunter2") {
+					t.Errorf("the source of %s shows the secret:\n%s", name, f.Bytes)
+				}
+			}
+		})
+	}
+}
+
+func TestSecretOnTheCommandLine(t *testing.T) {
+	got := findings(Options{Vars: []string{"token=" + hunter}}, withRunner("var.token"))
+	if !strings.HasPrefix(got, "WARNING: ") || !strings.Contains(got, "process list") || strings.Contains(got, "hunter2") {
+		t.Errorf("findings: %s", got)
+	}
+}

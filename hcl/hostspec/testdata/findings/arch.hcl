@@ -1,0 +1,24 @@
+host "metal-01" {
+  egress_interface = "eno1"
+}
+
+image "a" {
+  ubuntu {
+    release = "noble"
+  }
+}
+
+image "b" { # ERROR: The image "b" is arm64 and "a" is amd64; host "metal-01" runs one of them
+  debian {
+    suite = "trixie"
+    arch  = "arm64"
+  }
+}
+
+pool "p" {
+  image         = image.a
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "5GiB"
+  max_instances = 1
+}

@@ -1,0 +1,86 @@
+host "metal-01" {
+  state_dri = "eno1" # ERROR: An argument named "state_dri" is not expected here. host "metal-01" may have: egress_interface, state_dir
+  egress_interface = "a-name-of-16-byte" # ERROR: has 17 characters; an interface's name has at most 15
+  state_dir = "var/lib/fleetingd" # ERROR: is a relative path. Write an absolute one
+  refresh = "1d" # ERROR: "1d": the units are s, m and h: write "24h".
+  nework { # ERROR: Did you mean "network"?
+  }
+  disks {
+    backing = "xfs" # ERROR: "xfs" is no backing (did you mean "xfs-image"?). Write one of "auto", "directory"
+  }
+  disks { # ERROR: it takes one
+  }
+  hypervisor "qemuu" { # ERROR: "qemuu" is no hypervisor (did you mean "qemu"?)
+  }
+}
+
+host "metal-02" { # ERROR: host "metal-02" needs egress_interface. Write, for example: egress_interface = "eno1"
+  state_dir = "/etc" # ERROR: Write a folder of its own, such as "/etc/fleetingd"
+  refresh   = "5s"   # ERROR: Images cannot be rebuilt every 5s
+  disks { # ERROR: needs the size that it may grow to
+    backing = "tmpfs"
+  }
+  hypervisor "cloud-hypervisor" {
+    accel  = "kvm" # ERROR: always runs on KVM. Leave accel away
+    binary = "bin/ch" # ERROR: is not an absolute, clean path
+  }
+}
+
+host "metal-03" {
+  egress_interface = "lo" # ERROR: lo leads nowhere
+  state_dir        = "/srv/a b" # ERROR: has characters that systemd units would have to quote
+  refresh          = 24 # ERROR: "24": the unit is missing: write "24s" or "24m"
+  disks {
+    backing = "directory"
+    size    = "10GiB" # ERROR: the folder's file system has the size that it has
+  }
+  hypervisor "qemu" {
+    accel   = "hvf" # ERROR: "hvf" is no accel. Write one of "auto", "kvm" and "tcg"
+    sandbox = "yes" # ERROR: A bool is wanted, and this is string. Write, for example: sandbox = true
+  }
+  hypervisor "cloud-hypervisor" { # ERROR: it takes one
+  }
+}
+
+host "metal-04" {
+  egress_interface = "e no1" # ERROR: is no name of an interface
+  state_dir        = "/srv/x/" # ERROR: Write "/srv/x/" as "/srv/x".
+  disks {
+    backing = "xfs-image"
+    size    = "100MiB" # ERROR: "1GiB" or more
+  }
+  hypervisor "qemu" {
+    binary = "-h" # ERROR: is no program's name
+  }
+}
+
+host "metal-05" {
+  egress_interface = null # ERROR: needs egress_interface, and this is null
+  state_dir        = "/proc/x" # ERROR: is no place for files
+  disks {
+    size = "0.5GiB" # ERROR: a size is a whole number: write "512MiB"
+  }
+}
+
+host "Metal_06" { # ERROR: cannot be a host's name: use lower-case letters, digits and -
+  egress_interface = "eno1"
+  state_dir        = "/srv/0123456789012345678901234567890123456789012345678901234567890123456789012345678901234" # ERROR: may have 80
+}
+
+host "metal-01" { # ERROR: The host "metal-01" is defined at
+  egress_interface = "eno1"
+}
+
+image "i" {
+  ubuntu {
+    release = "noble"
+  }
+}
+
+pool "p" {
+  image         = image.i
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "5GiB"
+  max_instances = 1
+}

@@ -1,0 +1,95 @@
+host "metal-01" {
+  egress_interface = "eno1"
+}
+
+image "none" { # ERROR: does not say where it comes from
+}
+
+image "two" { # ERROR: has the sources "ubuntu" and "debian". Keep one
+  ubuntu {
+    release = "24.04" # ERROR: goes by its code name: write release = "noble".
+  }
+  debian {
+    suite    = "Debian 13" # ERROR: is no code name. Write one in lower case, such as "trixie"
+    packages = ["git curl", "-o=x"] # ERROR: "git curl" is no name of a Debian package && ERROR: "-o=x" is no name
+    mirror   = "ftp://mirror" # ERROR: does not begin with https:// or http://
+    arch     = "x86_64" # ERROR: "x86_64" is no arch. Write one of "amd64", "arm64" and "riscv64"
+  }
+}
+
+image "url" {
+  url { # ERROR: url needs kernel. Write, for example: kernel =
+    disk   = "https://user:hunter2@images.example.com/x.qcow2" # ERROR: holds a user or password
+    sha256 = "9F86D081884C7D659A2FEAA0C55AD015A3BF4F1B2B0B822CD15D6C15B0F00A08" # ERROR: Write it in lower case
+  }
+}
+
+image "http" {
+  url {
+    disk   = "http://images.example.com/x.qcow2" # WARNING: SHA256SUMS comes over http
+    kernel = "https://" # ERROR: it names no host
+    initrd = "images/initrd" # ERROR: does not begin with
+  }
+}
+
+image "file" {
+  file {
+    disk    = "golden.qcow2" # ERROR: is not the absolute path of a file. Write, for example, "/srv/images/golden.qcow2"
+    kernel  = "/srv/vmlinuz"
+    cmdline = "a\nb" # ERROR: one line of at most
+  }
+  user = "root" # ERROR: lets nobody log in as root
+}
+
+image "prebuild" {
+  user = "Build User" # ERROR: is no account's name
+  debian {
+    suite = "trixie"
+    packages = ["git", "git"] # WARNING: The package git is in the list twice
+  }
+  prebuild {
+    packages = [["git"]] # ERROR: Element 0 of the list is tuple
+    run      = ["true", " "] # ERROR: Command 1 is empty
+    timeout  = "0s" # ERROR: may be 1s to 24h
+    script   = "x" # ERROR: An argument named "script" is not expected here
+    file "etc/motd" { # ERROR: is not the clean, absolute path of a file in the guest
+      content = "x"
+    }
+    file "/etc/motd" {
+      content = file("missing.txt") # ERROR: no such file or directory
+      mode    = "rw-r--r--" # ERROR: a mode is octal digits
+    }
+    file "/etc/motd" { # ERROR: is written at && ERROR: needs content
+      mode = 755
+    }
+    file "/etc/zero" {
+      content = file("/dev/zero") # ERROR: it is a device, not a regular file
+    }
+    file "/etc/dir" {
+      content = file(".") # ERROR: it is a directory, not a regular file
+    }
+  }
+}
+
+image "Bad_Name" { # ERROR: cannot be an image's name: use lower-case letters, digits and -, beginning with a letter (such as "bad-name")
+  ubuntu {
+    release = "noble"
+    relase  = "noble" # ERROR: is not expected here
+    mirorr  = "x"     # ERROR: Did you mean "mirror"?
+  }
+}
+
+image "a-name-that-is-longer-than-it-may-be" { # ERROR: has 36 characters; an image's may have 32
+  ubuntu { # ERROR: ubuntu needs release
+  }
+  ubuntu { # ERROR: it takes one
+  }
+}
+
+pool "p" {
+  image         = image.url
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "5GiB"
+  max_instances = 1
+}

@@ -1,0 +1,92 @@
+host "a" {
+  egress_interface = "eno1"
+  network {
+    subnet = "10.0.0.0/29" # ERROR: Host "a" needs 31 addresses && ERROR: has 6 for workers. Write subnet = "10.0.0.0/26", or lower max_instances
+    dns    = ["10.0.0.3"]  # ERROR: lies in the workers' own subnet
+    mtu    = 100           # ERROR: mtu is 100, and may be 576 to 9216
+    egress "in" {
+      action = "alow" # ERROR: "alow" is no action (did you mean "allow"?)
+      to     = ["10.0.0.15/24"] # ERROR: lies within 10.0.0.0/24: write "10.0.0.0/24" for the network, or "10.0.0.15/32" for the one address
+      ports  = ["443", "tcp:25", "tcp/0", "tcp/9-5", "icmp/1"] # ERROR: "443": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: write "tcp/25" && ERROR: port numbers go from 1 to 65535 && ERROR: runs backwards: write "tcp/5-9" && ERROR: ports are tcp or udp, not icmp
+    }
+    egress "in" { # ERROR: The egress block "in" is defined at
+      action = "allow"
+      to     = ["10.0.0.4/32"] # ERROR: workers never reach one another
+    }
+    egress "no action" { # ERROR: egress "no action" needs action && ERROR: cannot be an egress block's name
+      to = [] # ERROR: An empty list matches nothing
+    }
+  }
+}
+
+host "b" {
+  egress_interface = "eno1"
+  network {
+    subnet  = "fd00::/64"       # ERROR: is IPv6. Workers always have IPv4
+    subnet6 = "10.1.0.0/24"     # ERROR: is IPv4. Write an IPv6 network
+    dns     = ["fe80::1%eth0", "1.1.1"] # ERROR: an address is written as "1.1.1.3" && ERROR: "1.1.1": an address
+  }
+}
+
+host "c" {
+  egress_interface = "eno1"
+  network {
+    subnet  = "127.0.0.0/24"  # ERROR: overlaps 127.0.0.0/8, where no host can have an address
+    subnet6 = "fe80::/64"     # ERROR: overlaps fe80::/10
+    mtu     = 1279            # ERROR: mtu is 1279, and may be 1280 to 9216
+    dns     = []              # ERROR: The list is empty
+  }
+}
+
+host "d" {
+  egress_interface = "eno1"
+  network {
+    subnet = "172.16.120.0" # ERROR: the prefix length is missing: write "172.16.120.0/32" for this one address
+    dns    = ["9.9.9.9", "9.9.9.9", "127.0.0.53", "2620:fe::fe"] # ERROR: There are 4 servers; resolvers ask no more than 3 && ERROR: 9.9.9.9 is in the list twice && ERROR: 127.0.0.53 is no server that a worker could reach && ERROR: 2620:fe::fe is IPv6, and workers have none
+    mtu    = "big" # ERROR: A number is wanted, and this is string. Write, for example: mtu = 1500
+  }
+}
+
+host "e" {
+  egress_interface = "eno1"
+  network {
+    subnet  = "8.8.8.0/24" # WARNING: is not private
+    subnet6 = "fd00::/124" # ERROR: has 14 for workers. Write subnet6 = "fd00::/122"
+    dns     = "1.1.1.1"    # ERROR: A list is wanted: write dns = ["1.1.1.1"]
+  }
+}
+
+host "f" {
+  egress_interface = "eno1"
+  network {
+    subnet = "10.0.0.0/8" # ERROR: has more than a million addresses
+    dns    = [null]       # ERROR: Element 0 of the list is null
+    mtu    = 1500.5       # ERROR: A whole number is wanted, such as mtu = 1500
+    egress "six" {
+      action = "deny"
+      to     = ["2001:db8::/32"] # WARNING: is IPv6, and workers have none
+    }
+  }
+}
+
+# The last address of a subnet is a worker's too: 32 - 2 is 30, and one is too few.
+host "g" {
+  egress_interface = "eno1"
+  network {
+    subnet = "10.0.0.0/27" # ERROR: Host "g" needs 31 addresses (the pools' max_instances, and one for each image to be built at), and 10.0.0.0/27 has 30 for workers. Write subnet = "10.0.0.0/26"
+  }
+}
+
+image "i" {
+  ubuntu {
+    release = "noble"
+  }
+}
+
+pool "p" {
+  image         = image.i
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "5GiB"
+  max_instances = 30
+}

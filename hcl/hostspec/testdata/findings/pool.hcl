@@ -1,0 +1,60 @@
+host "metal-01" {
+  egress_interface = "eno1"
+}
+
+image "ubuntu" {
+  ubuntu {
+    release = "noble"
+  }
+}
+
+pool "small" {
+  image         = image.ubunut # ERROR: There is no image "ubunut". Did you mean image.ubuntu?
+  cpus          = 0      # ERROR: cpus is 0, and may be 1 to 254
+  memory        = 8      # ERROR: "8": the unit is missing: write "8GiB" or "8MiB"
+  disk          = "8GB"  # ERROR: the units are KiB, MiB, GiB and TiB (powers of 1024): write "8GiB"
+  start         = "hot"  # ERROR: "hot" is no start. Write one of "warm" and "cold"
+  max_instances = -1     # ERROR: max_instances is -1, and may be 1 to
+  limits {
+    cpu_quota    = 4   # ERROR: "4": the % sign is missing: write "400%" for 4 CPUs
+    disk_iops    = 0   # ERROR: leave it away for no limit
+    network_mbps = "fast" # ERROR: A number is wanted
+    disk_iop     = 1 # ERROR: limits may have: cpu_quota, disk_iops, network_mbps
+  }
+}
+
+pool "units" {
+  image         = image.windows # ERROR: There is no image "windows". Write image.ubuntu.
+  cpus          = "two"         # ERROR: A number is wanted, and this is string. Write, for example: cpus = 4
+  memory        = "8 GiB"       # ERROR: no spaces between number and unit: write "8GiB"
+  disk          = "30g"         # ERROR: write "30GiB"
+  console       = 1             # ERROR: A bool is wanted
+  max_instances = [1]           # ERROR: A number is wanted, and this is tuple
+  limits {
+    cpu_quota = "0%" # ERROR: cpu_quota is 0, and may be 1 to
+  }
+  limits { # ERROR: it takes one
+  }
+}
+
+pool "more" {
+  image         = "ubuntu"     # ERROR: Write the name of an image block: image = image.ubuntu.
+  cpus          = 1
+  memory        = "64MiB"      # ERROR: memory is 64MiB, and may be 128MiB to
+  disk          = "1048577KiB" # ERROR: which is no whole number of MiB. Write "1025MiB"
+  max_instances = 1
+}
+
+pool "refs" {
+  image         = pool.small # ERROR: Write the name of an image block
+  cpus          = image.ubuntu # ERROR: image.NAME stands alone
+  memory        = "99999999999999999999GiB" # ERROR: the number is too large
+  disk          = "lots" # ERROR: a size is a whole number and a unit, such as "8GiB"
+  max_instances = 1
+  limits {
+    cpu_quota = "four" # ERROR: a quota is a whole number of percent
+  }
+}
+
+pool "small" { # ERROR: The pool "small" is defined at && ERROR: pool "small" needs image. Write, for example: image = image.ubuntu && ERROR: needs cpus && ERROR: needs memory && ERROR: needs disk && ERROR: needs max_instances
+}

@@ -1,0 +1,87 @@
+host "metal-01" {
+  egress_interface = "eno1"
+}
+
+image "ubuntu" {
+  ubuntu {
+    release = "noble"
+  }
+}
+
+pool "small" {
+  image         = image.ubuntu
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "5GiB"
+  max_instances = 4
+}
+
+variable "token" {
+  sensitive = true
+  default   = "glrt-by-default"
+}
+
+locals {
+  secret = var.token
+  plain  = "glrt-local"
+}
+
+runner "a" {
+  pool                  = pool.smal # ERROR: There is no pool "smal". Did you mean pool.small?
+  url                   = "gitlab.example.com" # ERROR: does not begin with https:// or http://
+  token                 = "glrt-literal" # ERROR: A secret in the spec could be read by all
+  executor              = "docker" # ERROR: "docker" is no executor (did you mean "docker-autoscaler"?)
+  capacity_per_instance = 0 # ERROR: may be 1 to
+  max_use_count         = -1 # ERROR: may be 0 to
+  policy {
+    periods    = ["* * *", "60 * * * *", "* * * * fry", "* 18-8 * * *", "@daily", "* */0 * * *"] # ERROR: and this has 3 && ERROR: the minute "60" is no number from 0 to 59 && ERROR: (did you mean "fri"?) && ERROR: runs backwards: write it as two, such as "18-23,0-8" && ERROR: not an @word && ERROR: the step "0" of the hour
+    timezone   = "europe/berlin" # ERROR: Did you mean "Europe/Berlin"
+    idle_count = -1 # ERROR: idle_count is -1
+    idle_time  = "-5m" # ERROR: a duration cannot be negative
+    scale_factor = -0.5 # ERROR: scale_factor is -0.5
+    idle = 3 # ERROR: An argument named "idle" is not expected here
+  }
+}
+
+runner "b" {
+  pool  = pool.small
+  url   = "https://gitlab.example.com"
+  token = file("secrets/token") # ERROR: its path must be absolute: write file("/run/secrets/token")
+  settings = {
+    executor  = "shell" # ERROR: settings may not have "executor": write executor = … in the runner block
+    tokn      = "x" # WARNING: is no setting of GitLab Runner's that is known here; did you mean "token"?
+    docker    = { image = "alpine" }
+    autoscaler = { max_instances = 3 } # ERROR: write max_instances = … in the pool block
+  }
+  policy {
+    idle_count = 5 # WARNING: idle_count is 5, and the pool "small" has room for 4
+    timezone   = "CEST" # ERROR: "CEST" is no time zone
+    periods    = [] # ERROR: An empty list matches no time
+    idle_time  = 300 # ERROR: "300": the unit is missing: write "300s" or "300m"
+  }
+}
+
+runner "c" {
+  pool  = pool.small # ERROR: has the pool "small" already
+  url   = var.token # ERROR: This is a sensitive value
+  token = var.token # ERROR: has its default, and a secret there could be read
+  settings = { environment = ["X=${local.secret}"] } # ERROR: This is a sensitive value
+}
+
+runner "d" { # ERROR: runner "d" needs token && ERROR: needs url
+  pool = "small" # ERROR: Write the name of a pool block: pool = pool.small
+}
+
+runner "e" {
+  pool  = pool.small # ERROR: has the pool "small" already
+  url   = "https://gitlab.example.com"
+  token = local.plain # ERROR: A secret is only referred to
+  settings = ["x"] # ERROR: A map is wanted, and this is tuple
+}
+
+runner "f" {
+  pool  = pool.small # ERROR: has the pool "small" already
+  url   = upper(parseint(var.token, 10)) # ERROR: The reason is not shown
+  token = "glrt-${var.token}" # ERROR: A secret is only referred to
+  settings = { list = [null] } # ERROR: A list in it has a null
+}
