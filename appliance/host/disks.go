@@ -1,0 +1,249 @@
+package host
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// Disks is the file system that DisksUp made or found.
+type Disks struct {
+	Dir     string // where it is: the Plan's Paths.Disks
+	Backing string // "directory", "xfs-image" or "tmpfs"
+	Image   string // the file that is mounted; "" for a directory
+	Size    int64  // bytes, of the image
+}
+
+func (d Disks) String() string {
+	if d.Image == "" {
+		return d.Dir + " clones"
+	}
+	return fmt.Sprintf("XFS image %s (%d GiB, sparse) on %s", d.Image, d.Size>>30, d.Dir)
+}
+
+// The same options as in the mount unit that compile writes.
+const xfsOptions = "loop,discard,noatime,nodev,nosuid,noexec"
+
+// minXFS is what mkfs.xfs takes since xfsprogs 5.19.
+const minXFS = 300 << 20
+
+// DisksUp gives the Plan's disks folder a file system that can clone: what the backing says, and for "auto" the
+// folder itself where canClone finds nothing against it, else an XFS image on a loop device. Calling it twice is
+// calling it once. When it fails, nothing stays mounted. It needs root.
+//
+// An image that is there already is mounted as it is, whatever size the Plan says now.
+func DisksUp(ctx context.Context, p *plan.Plan, canClone func(dir string) error) (Disks, error) {
+	d := Disks{Dir: p.Paths.Disks, Backing: p.Disks.Backing}
+	if err := os.MkdirAll(d.Dir, 0o755); err != nil {
+		return d, fmt.Errorf("disks: %w", err)
+	}
+	mounted, err := mounts(d.Dir)
+	if err != nil {
+		return d, fmt.Errorf("disks: %w", err)
+	}
+	ours, err := onOurImage(p)
+	if err != nil {
+		return d, fmt.Errorf("disks: %w", err)
+	}
+	why := canClone(d.Dir)
+	switch {
+	case why != nil && mounted > 0:
+		return d, fmt.Errorf("disks: something is mounted on %s already, and it will not do: %w", d.Dir, why)
+	case why != nil && d.Backing == "directory":
+		return d, fmt.Errorf("disks: backing = \"directory\": %w; write backing = \"xfs-image\" in the disks block", why)
+	case why == nil && !ours && (d.Backing == "directory" || d.Backing == "auto" || mounted > 0):
+		d.Backing = "directory"
+		return d, nil
+	}
+	if d.Backing == "auto" {
+		d.Backing = "xfs-image"
+	}
+	d.Image = disksImage(p)
+	if ours {
+		return d, imageSize(&d)
+	}
+	if err := disksMount(ctx, p, &d); err != nil {
+		return d, errors.Join(fmt.Errorf("disks: %w", err), DisksDown(context.WithoutCancel(ctx), p))
+	}
+	if err := canClone(d.Dir); err != nil {
+		return d, errors.Join(fmt.Errorf("disks: %s: %w", d.Image, err), DisksDown(context.WithoutCancel(ctx), p))
+	}
+	return d, nil
+}
+
+func disksMount(ctx context.Context, p *plan.Plan, d *Disks) error {
+	if d.Backing == "tmpfs" {
+		ram := filepath.Dir(d.Image)
+		if err := os.MkdirAll(ram, 0o700); err != nil {
+			return err
+		}
+		n, err := mounts(ram)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			if err := command(ctx, "mount", "-t", "tmpfs", "-o", "mode=0700,size="+strconv.FormatInt(p.Disks.Size, 10), "tmpfs", ram); err != nil {
+				return err
+			}
+		}
+	}
+	if err := makeXFS(ctx, d.Image, p.Disks.Size); err != nil {
+		return err
+	}
+	if err := imageSize(d); err != nil {
+		return err
+	}
+	return command(ctx, "mount", "-t", "xfs", "-o", xfsOptions, d.Image, d.Dir)
+}
+
+// DisksDown unmounts what DisksUp mounted, as far as it is there. The image stays: the sealed images are in it. What is on a
+// tmpfs is gone. Calling it twice is calling it once.
+func DisksDown(ctx context.Context, p *plan.Plan) error {
+	var errs []error
+	// Only our own mounts: the image on the disks folder, and the tmpfs that may hold it.
+	for _, dir := range []string{p.Paths.Disks, ramDir(p)} {
+		for {
+			n, err := mounts(dir)
+			if err != nil {
+				return fmt.Errorf("disks: %w", err)
+			}
+			if n == 0 {
+				break
+			}
+			if dir == p.Paths.Disks {
+				if ours, err := onOurImage(p); err != nil || !ours {
+					return errors.Join(append(errs, err)...)
+				}
+			}
+			if err := command(ctx, "umount", dir); err != nil {
+				return fmt.Errorf("disks: %w", err)
+			}
+		}
+	}
+	if err := os.Remove(ramDir(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, fmt.Errorf("disks: %w", err))
+	}
+	return errors.Join(errs...)
+}
+
+// disksImage is where the XFS image lies: as compile's units have it.
+func disksImage(p *plan.Plan) string {
+	if p.Disks.Backing == "tmpfs" {
+		return filepath.Join(ramDir(p), "disks.xfs")
+	}
+	return filepath.Join(p.Paths.State, "disks.xfs")
+}
+
+func ramDir(p *plan.Plan) string { return filepath.Join(p.Paths.State, "ram") }
+
+// makeXFS makes the image, unless it is there, under another name until it is whole. It is sparse: size is what it may
+// grow to. Where size is 0 that is four fifths of what the file system below has free.
+func makeXFS(ctx context.Context, path string, size int64) error {
+	if _, err := os.Stat(path); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if size == 0 {
+		var st unix.Statfs_t
+		if err := unix.Statfs(filepath.Dir(path), &st); err != nil {
+			return fmt.Errorf("free space for %s: %w", path, err)
+		}
+		size = int64(st.Bavail) * st.Bsize / 5 * 4
+	}
+	if size < minXFS {
+		return fmt.Errorf("%s would have %d MiB, and XFS needs 300: free some space, or write another state_dir", path, size>>20)
+	}
+	part := path + ".new"
+	f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	err = errors.Join(f.Truncate(size), f.Close())
+	if err == nil {
+		err = command(ctx, "mkfs.xfs", "-q", "-m", "reflink=1", "-L", "fleetingd", part)
+	}
+	if err == nil {
+		err = os.Rename(part, path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(part))
+	}
+	return nil
+}
+
+func imageSize(d *Disks) error {
+	st, err := os.Stat(d.Image)
+	if err != nil {
+		return err
+	}
+	d.Size = st.Size()
+	return nil
+}
+
+// command runs a program of the host. Its error has the command and what it said.
+func command(ctx context.Context, name string, args ...string) error {
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// mounts counts what is mounted on a folder (proc_pid_mountinfo(5)).
+func mounts(dir string) (int, error) {
+	n := 0
+	err := eachMount(func(point, _ string) {
+		if point == dir {
+			n++
+		}
+	})
+	return n, err
+}
+
+// onOurImage reports whether the uppermost mount on the disks folder is a loop device over our image.
+func onOurImage(p *plan.Plan) (bool, error) {
+	source := ""
+	err := eachMount(func(point, src string) {
+		if point == p.Paths.Disks {
+			source = src
+		}
+	})
+	if err != nil || !strings.HasPrefix(source, "/dev/loop") {
+		return false, err
+	}
+	backing, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(source), "loop/backing_file"))
+	if err != nil {
+		return false, fmt.Errorf("what is behind %s: %w", source, err)
+	}
+	return strings.TrimSpace(string(backing)) == disksImage(p), nil
+}
+
+// eachMount goes through the mounts of this process, the uppermost last.
+func eachMount(visit func(point, source string)) error {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		// 36 35 98:0 /root /point rw,… optional fields - xfs /dev/loop0 rw,…
+		before, after, ok := strings.Cut(lines.Text(), " - ")
+		head, tail := strings.Fields(before), strings.Fields(after)
+		if ok && len(head) > 4 && len(tail) > 1 {
+			visit(unescape.Replace(head[4]), unescape.Replace(tail[1]))
+		}
+	}
+	return lines.Err()
+}
