@@ -23,7 +23,9 @@ chroot "$root" systemctl enable --quiet systemd-networkd systemd-resolved hostla
 # Nothing in a lab is to change by itself, its life is too short for housekeeping, and it has no screen.
 chroot "$root" systemctl mask --quiet apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \
 	e2scrub_all.timer e2scrub_reap.service fstrim.timer xfs_scrub_all.timer \
-	getty@tty1.service modprobe@drm.service modprobe@efi_pstore.service systemd-pstore.service
+	getty@tty1.service modprobe@drm.service modprobe@efi_pstore.service systemd-pstore.service \
+	proc-sys-fs-binfmt_misc.automount systemd-binfmt.service \
+	systemd-udev-load-credentials.service systemd-network-generator.service
 
 # The kernel's own modules, in the order that insmod needs.
 version=$(basename "$root"/lib/modules/*)
