@@ -1,0 +1,414 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// linkMark begins the alias of each of our TAPs; the rest is the state folder of the plan that made it. A link
+// without it is not ours, whatever its name.
+const linkMark = "fleetingd:"
+
+// routeProtocol marks our routes ("ip route show proto 70"): 70 is an F, and nobody's in rt_protos.
+const routeProtocol = 70
+
+// queueLength is how many packets to a guest wait in its TAP: the kernel's own default (DEFAULT_TX_QUEUE_LEN).
+const queueLength = 1000
+
+// tap is all that a slot's TAP is to be.
+type tap struct {
+	plan.Slot
+	net      *plan.Network
+	uid, gid int
+	mark     string
+}
+
+// flags are those that the TAP is made with, and that who opens it must give too.
+func (t *tap) flags() netlink.TuntapFlag {
+	f := netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR
+	if t.Queues > 1 {
+		f |= netlink.TUNTAP_MULTI_QUEUE
+	}
+	return f
+}
+
+// linkLocal is the TAP's IPv6 link-local address. Neighbour discovery between link-local addresses needs one at this
+// end too. They differ: the kernel would search 4,000 equal ones one after the other.
+func (t *tap) linkLocal() netip.Addr {
+	n := t.Index + 1
+	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 12: byte(n >> 24), 13: byte(n >> 16), 14: byte(n >> 8), 15: byte(n)})
+}
+
+// settings are the TAP's sysctls, as paths below /proc/sys. Without IPv6 for workers the TAP has none at all.
+func (t *tap) settings() []setting {
+	conf := func(name, value string) setting { return setting{"net/ipv6/conf/" + t.TAP + "/" + name, value} }
+	if t.Address6 == nil {
+		return []setting{conf("disable_ipv6", "1")}
+	}
+	return []setting{
+		conf("disable_ipv6", "0"),
+		conf("accept_ra", "0"),
+		conf("forwarding", "1"),
+		// The gateway's address is on lo, and NDP answers only for the link's own, or as a proxy: at once, because
+		// the delay is for when several proxies might answer (RFC 4861, 7.2.8).
+		conf("proxy_ndp", "1"),
+		{"net/ipv6/neigh/" + t.TAP + "/proxy_delay", "0"},
+	}
+}
+
+func (t *tap) routes(index int) []netlink.Route {
+	r := netlink.Route{LinkIndex: index, Dst: single(t.Address), Src: t.net.Gateway.AsSlice(), Scope: netlink.SCOPE_LINK,
+		Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN}
+	routes := []netlink.Route{r}
+	if t.Address6 != nil {
+		routes = append(routes, netlink.Route{LinkIndex: index, Dst: single(*t.Address6), Src: t.net.Gateway6.AsSlice(),
+			Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN})
+	}
+	return routes
+}
+
+// neighbours are permanent: the host never asks a guest who it is, and no answer can change what it knows.
+func (t *tap) neighbours(index int) []netlink.Neigh {
+	guest, _ := net.ParseMAC(t.net.GuestMAC) // the plan is checked
+	n := netlink.Neigh{LinkIndex: index, Family: unix.AF_INET, State: unix.NUD_PERMANENT,
+		IP: t.Address.AsSlice(), HardwareAddr: guest}
+	neighs := []netlink.Neigh{n}
+	if t.Address6 != nil {
+		n.Family, n.IP = unix.AF_INET6, t.Address6.AsSlice()
+		neighs = append(neighs, n, netlink.Neigh{LinkIndex: index, Family: unix.AF_INET6, Flags: unix.NTF_PROXY | unix.NTF_ROUTER,
+			IP: t.net.Gateway6.AsSlice()})
+	}
+	return neighs
+}
+
+func single(a netip.Addr) *net.IPNet {
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+// setting is a sysctl as its path below /proc/sys.
+type setting struct{ path, value string }
+
+// kernel is the real network of the namespace of the calling thread. All of its methods must
+// be called from one thread, when that thread is not in the process's own namespace.
+type kernel struct {
+	handle *netlink.Handle
+}
+
+func openKernel() (*kernel, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	return &kernel{h}, nil
+}
+
+func (k *kernel) close() { k.handle.Close() }
+
+// makeTAPs makes all or none.
+func (k *kernel) makeTAPs(ctx context.Context, taps []tap) error {
+	for i := range taps {
+		err := ctx.Err()
+		if err == nil {
+			err = k.makeTAP(&taps[i])
+		}
+		if err != nil {
+			return errors.Join(fmt.Errorf("TAP %s: %w", taps[i].TAP, err), k.deleteTAPs(taps[:i]))
+		}
+	}
+	return nil
+}
+
+// makeTAP makes the link and all that hangs on it. Only then it is made persistent: should anything before fail, or the
+// process die, the link goes with its descriptor.
+func (k *kernel) makeTAP(t *tap) error {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open /dev/net/tun (modprobe tun): %w", err)
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(t.TAP)
+	if err != nil {
+		return fmt.Errorf("name: %w", err)
+	}
+	// EXCL: never open a link that somebody made since we looked.
+	req.SetUint16(uint16(t.flags()) | unix.IFF_TAP | unix.IFF_TUN_EXCL)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
+		return fmt.Errorf("TUNSETIFF: %w", err)
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOWNER, t.uid); err != nil {
+		return fmt.Errorf("TUNSETOWNER %d: %w", t.uid, err)
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETGROUP, t.gid); err != nil {
+		return fmt.Errorf("TUNSETGROUP %d: %w", t.gid, err)
+	}
+	link, err := k.handle.LinkByName(t.TAP)
+	if err != nil {
+		return fmt.Errorf("find it again: %w", err)
+	}
+	if err := k.configure(t, link.Attrs().Index); err != nil {
+		return err
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("TUNSETPERSIST: %w", err)
+	}
+	return nil
+}
+
+// repairTAP gives an existing TAP of ours what it lacks and takes what is no longer wanted.
+func (k *kernel) repairTAP(t *tap) error {
+	link, err := k.handle.LinkByName(t.TAP)
+	if err != nil {
+		return fmt.Errorf("TAP %s: %w", t.TAP, err)
+	}
+	index := link.Attrs().Index
+	if err := k.clear(t, index); err != nil {
+		return fmt.Errorf("TAP %s: %w", t.TAP, err)
+	}
+	if err := k.configure(t, index); err != nil {
+		return fmt.Errorf("TAP %s: %w", t.TAP, err)
+	}
+	return nil
+}
+
+// clear removes our routes and the permanent neighbours that the TAP is not to have.
+func (k *kernel) clear(t *tap, index int) error {
+	routes, err := k.handle.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{LinkIndex: index, Protocol: routeProtocol,
+		Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	want := t.routes(index)
+	for _, r := range routes {
+		if !slices.ContainsFunc(want, func(w netlink.Route) bool { return sameRoute(w, r) }) {
+			if err := k.handle.RouteDel(&r); err != nil {
+				return fmt.Errorf("delete the route to %s: %w", r.Dst, err)
+			}
+		}
+	}
+	neighs, err := k.handle.NeighList(index, unix.AF_UNSPEC)
+	if err != nil {
+		return fmt.Errorf("list neighbours: %w", err)
+	}
+	wantNeighs := t.neighbours(index)
+	for _, n := range neighs {
+		if n.State&unix.NUD_PERMANENT != 0 && !slices.ContainsFunc(wantNeighs, func(w netlink.Neigh) bool { return w.IP.Equal(n.IP) }) {
+			if err := k.handle.NeighDel(&n); err != nil {
+				return fmt.Errorf("delete the neighbour %s: %w", n.IP, err)
+			}
+		}
+	}
+	return nil
+}
+
+func (k *kernel) configure(t *tap, index int) error {
+	for _, s := range t.settings() {
+		if err := k.writeSysctl(s); err != nil && !(t.Address6 == nil && errors.Is(err, fs.ErrNotExist)) {
+			return err // but a kernel without IPv6 has none to turn off
+		}
+	}
+	if err := t.setLink(index); err != nil {
+		return fmt.Errorf("set MAC %s, MTU %d and alias, and bring it up: %w", t.net.HostMAC, t.net.MTU, err)
+	}
+	if t.Address6 != nil {
+		addr := &netlink.Addr{IPNet: single(t.linkLocal()), Scope: unix.RT_SCOPE_LINK, Flags: unix.IFA_F_NODAD | unix.IFA_F_NOPREFIXROUTE}
+		if err := k.handle.AddrReplace(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index, Name: t.TAP}}, addr); err != nil {
+			return fmt.Errorf("address %s: %w", addr.IPNet, err)
+		}
+	}
+	for _, r := range t.routes(index) {
+		if err := k.addRoute(r); err != nil {
+			return err
+		}
+	}
+	for _, n := range t.neighbours(index) {
+		if err := k.handle.NeighSet(&n); err != nil {
+			return fmt.Errorf("neighbour %s: %w", n.IP, err)
+		}
+	}
+	return nil
+}
+
+// addrGenNone is IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
+const addrGenNone = 1
+
+// setLink sets all of a link's attributes and brings it up, in one message.
+func (t *tap) setLink(index int) error {
+	host, err := net.ParseMAC(t.net.HostMAC)
+	if err != nil {
+		return err
+	}
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index, msg.Flags, msg.Change = int32(index), unix.IFF_UP, unix.IFF_UP
+	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	req.AddData(msg)
+	req.AddData(nl.NewRtAttr(unix.IFLA_ADDRESS, host))
+	req.AddData(nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(t.net.MTU))))
+	req.AddData(nl.NewRtAttr(unix.IFLA_TXQLEN, nl.Uint32Attr(queueLength)))
+	req.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(t.mark)))
+	if t.Address6 != nil {
+		// The kernel would give all TAPs the same link-local address, made of their MAC.
+		spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
+		spec.AddRtAttr(unix.AF_INET6, nil).AddRtAttr(unix.IFLA_INET6_ADDR_GEN_MODE, []byte{addrGenNone})
+		req.AddData(spec)
+	}
+	_, err = req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
+}
+
+// addRoute never replaces a route: one to the same address on another link is somebody else's.
+func (k *kernel) addRoute(r netlink.Route) error {
+	err := k.handle.RouteAdd(&r)
+	if !errors.Is(err, unix.EEXIST) {
+		if err != nil {
+			return fmt.Errorf("route to %s: %w", r.Dst, err)
+		}
+		return nil
+	}
+	have, listErr := k.handle.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Dst: r.Dst, Table: unix.RT_TABLE_MAIN},
+		netlink.RT_FILTER_DST|netlink.RT_FILTER_TABLE)
+	if listErr != nil {
+		return fmt.Errorf("route to %s: %w", r.Dst, errors.Join(err, listErr))
+	}
+	if slices.ContainsFunc(have, func(h netlink.Route) bool { return sameRoute(r, h) }) {
+		return nil
+	}
+	return fmt.Errorf("route to %s: there is already another one to this address: %w", r.Dst, err)
+}
+
+func sameRoute(a, b netlink.Route) bool {
+	return a.LinkIndex == b.LinkIndex && a.Protocol == b.Protocol && a.Src.Equal(b.Src) && a.Dst != nil && b.Dst != nil &&
+		a.Dst.String() == b.Dst.String()
+}
+
+// deleteTAPs deletes links together. One by one, each would wait until no CPU can still hold a packet of it, some 10 ms;
+// so they are put into a group of their own and the group is deleted.
+func (k *kernel) deleteTAPs(taps []tap) error {
+	if len(taps) == 0 {
+		return nil
+	}
+	links, err := k.handle.LinkList()
+	if err != nil {
+		return fmt.Errorf("list links: %w", err)
+	}
+	group, used := uint32(1), map[uint32]bool{0: true}
+	byName := make(map[string]netlink.Link, len(links))
+	for _, l := range links {
+		used[l.Attrs().Group] = true
+		byName[l.Attrs().Name] = l
+	}
+	for used[group] {
+		group++
+	}
+	n := 0
+	for _, t := range taps {
+		l, ok := byName[t.TAP]
+		if !ok || l.Attrs().Alias != t.mark {
+			continue // gone already, or not ours
+		}
+		if err := k.handle.LinkSetGroup(l, int(group)); err != nil {
+			return fmt.Errorf("TAP %s: put it into group %d: %w", t.TAP, group, err)
+		}
+		n++
+	}
+	if n == 0 {
+		return nil
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(group)))
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+		return fmt.Errorf("delete %d TAPs: %w", n, err)
+	}
+	return nil
+}
+
+// loopback carries the gateway's addresses.
+const loopback = "lo"
+
+func (k *kernel) addAddress(a netip.Addr) error {
+	lo, err := k.handle.LinkByName(loopback)
+	if err != nil {
+		return fmt.Errorf("link %s: %w", loopback, err)
+	}
+	addr := &netlink.Addr{IPNet: single(a)}
+	if a.Is6() {
+		addr.Flags = unix.IFA_F_NODAD
+	}
+	if err := k.handle.AddrAdd(lo, addr); err != nil {
+		return fmt.Errorf("address %s on %s: %w", a, loopback, err)
+	}
+	return nil
+}
+
+func (k *kernel) deleteAddress(a netip.Addr) error {
+	lo, err := k.handle.LinkByName(loopback)
+	if err != nil {
+		return fmt.Errorf("link %s: %w", loopback, err)
+	}
+	if err := k.handle.AddrDel(lo, &netlink.Addr{IPNet: single(a)}); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("delete the address %s on %s: %w", a, loopback, err)
+	}
+	return nil
+}
+
+func (k *kernel) writeSysctl(s setting) error {
+	f, err := os.OpenFile(filepath.Join("/proc/sys", s.path), os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("set %s to %s: %w", s.path, s.value, err)
+	}
+	_, err = f.WriteString(s.value)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("set %s to %s: %w", s.path, s.value, err)
+	}
+	return nil
+}
+
+func readSysctl(path string) (string, error) {
+	b, err := os.ReadFile(filepath.Join("/proc/sys", path))
+	return strings.TrimSpace(string(b)), err
+}
+
+func (k *kernel) load(r plan.Ruleset, slots []plan.Slot) error { return loadFirewall(r, slots) }
+
+func (k *kernel) unload(tables []tableID) error { return unloadFirewall(tables) }
+
+// forget deletes what connection tracking knows of the workers: a later worker with the same address begins anew.
+func (k *kernel) forget(n *plan.Network) error {
+	if err := k.forgetFamily(n.Subnet, unix.AF_INET); err != nil {
+		return err
+	}
+	if n.Subnet6 == nil {
+		return nil
+	}
+	return k.forgetFamily(*n.Subnet6, unix.AF_INET6)
+}
+
+func (k *kernel) forgetFamily(subnet netip.Prefix, family netlink.InetFamily) error {
+	ipnet := net.IPNet{IP: subnet.Addr().AsSlice(), Mask: net.CIDRMask(subnet.Bits(), subnet.Addr().BitLen())}
+	var filters []netlink.CustomConntrackFilter
+	for _, end := range []netlink.ConntrackFilterType{netlink.ConntrackOrigSrcIP, netlink.ConntrackOrigDstIP} {
+		f := &netlink.ConntrackFilter{}
+		if err := f.AddIPNet(end, &ipnet); err != nil {
+			return fmt.Errorf("connection tracking: %w", err)
+		}
+		filters = append(filters, f)
+	}
+	if _, err := k.handle.ConntrackDeleteFilters(netlink.ConntrackTable, family, filters...); err != nil {
+		return fmt.Errorf("connection tracking: delete the entries of %s: %w", subnet, err)
+	}
+	return nil
+}

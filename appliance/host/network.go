@@ -1,0 +1,565 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// door is what changes a network. The real one is *kernel; a test's fails when it is told to.
+type door interface {
+	makeTAPs(context.Context, []tap) error
+	repairTAP(*tap) error
+	deleteTAPs([]tap) error
+	addAddress(netip.Addr) error
+	deleteAddress(netip.Addr) error
+	writeSysctl(setting) error
+	load(plan.Ruleset, []plan.Slot) error
+	unload([]tableID) error
+	forget(*plan.Network) error
+}
+
+var _ door = (*kernel)(nil)
+
+// step is one change, which differences it mends, and how it is taken back.
+type step struct {
+	name  string
+	fixes []Difference
+	do    func(context.Context) error
+	undo  func(context.Context) error
+}
+
+// have is the host's network as it is.
+type have struct {
+	links     map[string]netlink.Link
+	routes    []netlink.Route
+	neighs    map[int][]netlink.Neigh
+	addresses []netip.Addr // on lo
+	tables    map[tableID]tableState
+}
+
+func (n *network) survey() (*have, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("netlink: %w", err)
+	}
+	defer h.Close()
+	found := &have{links: map[string]netlink.Link{}, neighs: map[int][]netlink.Neigh{}}
+	links, err := h.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	for _, l := range links {
+		found.links[l.Attrs().Name] = l
+	}
+	found.routes, err = h.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	for _, proxies := range []bool{false, true} {
+		list := h.NeighList
+		if proxies {
+			list = h.NeighProxyList
+		}
+		neighs, err := list(0, unix.AF_UNSPEC)
+		if err != nil {
+			return nil, fmt.Errorf("list neighbours: %w", err)
+		}
+		for _, e := range neighs {
+			found.neighs[e.LinkIndex] = append(found.neighs[e.LinkIndex], e)
+		}
+	}
+	if found.addresses, err = loopbackAddresses(); err != nil {
+		return nil, err
+	}
+	found.tables, err = inspectFirewall(n.plan.Network.Ruleset, n.plan.Slots)
+	return found, err
+}
+
+// loopbackAddresses are the single addresses (/32, /128) on lo.
+func loopbackAddresses() ([]netip.Addr, error) {
+	lo, err := netlink.LinkByName(loopback)
+	if err != nil {
+		return nil, fmt.Errorf("link %s: %w", loopback, err)
+	}
+	addrs, err := netlink.AddrList(lo, unix.AF_UNSPEC)
+	if err != nil {
+		return nil, fmt.Errorf("list the addresses of %s: %w", loopback, err)
+	}
+	var found []netip.Addr
+	for _, a := range addrs {
+		if ones, bits := a.Mask.Size(); ones != bits {
+			continue
+		}
+		if addr, ok := netip.AddrFromSlice(a.IP); ok {
+			found = append(found, addr.Unmap())
+		}
+	}
+	return found, nil
+}
+
+// mark is the alias of this plan's TAPs.
+func (n *network) mark() string { return linkMark + n.plan.Paths.State }
+
+func (n *network) gateways() []netip.Addr {
+	g := []netip.Addr{n.plan.Network.Gateway}
+	if n.plan.Network.Gateway6 != nil {
+		g = append(g, *n.plan.Network.Gateway6)
+	}
+	return g
+}
+
+func (n *network) routing() []forwarding {
+	if n.plan.Network.Subnet6 == nil {
+		return []forwarding{forwarding4}
+	}
+	return []forwarding{forwarding4, forwarding6}
+}
+
+// steps are what makes the host's network equal to the plan. The order is such that no TAP is open to its owner
+// without rules: what goes, goes before the rules that do not know it any more, and what comes, comes after.
+func (n *network) steps(context.Context) ([]step, error) {
+	uid, gid, err := n.owner()
+	if err != nil {
+		return nil, err
+	}
+	h, err := n.survey()
+	if err != nil {
+		return nil, err
+	}
+	if err := n.refuse(h); err != nil {
+		return nil, err
+	}
+	taps := make([]tap, len(n.plan.Slots))
+	for i, s := range n.plan.Slots {
+		taps[i] = tap{Slot: s, net: &n.plan.Network, uid: uid, gid: gid, mark: n.mark()}
+	}
+	work, err := n.sort(h, taps)
+	if err != nil {
+		return nil, err
+	}
+	var steps []step
+	if len(work.remove) > 0 {
+		steps = append(steps, n.removeStep(work))
+	}
+	steps = append(steps, n.firewallStep(h)...)
+	routing, err := n.routingSteps()
+	if err != nil {
+		return nil, err
+	}
+	steps = append(steps, routing...)
+	steps = append(steps, n.addressSteps(h)...)
+	for _, r := range work.repair {
+		steps = append(steps, n.repairStep(r))
+	}
+	if len(work.create) > 0 {
+		steps = append(steps, n.createStep(work))
+	}
+	return steps, nil
+}
+
+// refuse finds what must not be touched and what cannot work, before anything is changed.
+func (n *network) refuse(h *have) error {
+	var errs []error
+	if _, ok := h.links[n.plan.EgressInterface]; !ok {
+		names := make([]string, 0, len(h.links))
+		for name, l := range h.links {
+			if name != loopback && !strings.HasPrefix(l.Attrs().Alias, linkMark) {
+				names = append(names, name)
+			}
+		}
+		slices.Sort(names)
+		errs = append(errs, fmt.Errorf("egress_interface %q does not exist; this host has: %s", n.plan.EgressInterface,
+			strings.Join(names, ", ")))
+	}
+	for _, l := range h.links {
+		if a := l.Attrs().Alias; strings.HasPrefix(a, linkMark) && a != n.mark() {
+			errs = append(errs, fmt.Errorf("the network of another plan is up (TAP %s is of the state_dir %s): take that one down first "+
+				"(fleetingd network down --plan FILE)", l.Attrs().Name, strings.TrimPrefix(a, linkMark)))
+			break
+		}
+	}
+	if lo := h.links[loopback]; lo == nil || lo.Attrs().Flags&net.FlagUp == 0 {
+		errs = append(errs, errors.New("link lo is down, and the gateway's address lives on it: ip link set lo up"))
+	}
+	for id, t := range h.tables {
+		if t.exists && !t.ours {
+			errs = append(errs, fmt.Errorf("%s exists and was not made by fleetingd (its first rule does not say so): "+
+				"rename or delete it (nft delete %s)", id, id))
+		}
+	}
+	errs = append(errs, n.overlaps(h)...)
+	return errors.Join(append(errs, n.silent())...)
+}
+
+// overlaps finds routes that the workers' addresses would take packets from: every link's own network, and what lies
+// inside the subnet. A wider route through a router (10.0.0.0/8 over a VPN) may hold the subnet.
+func (n *network) overlaps(h *have) []error {
+	ours := map[int]bool{}
+	names := map[int]string{}
+	for name, l := range h.links {
+		names[l.Attrs().Index] = name
+		ours[l.Attrs().Index] = l.Attrs().Alias == n.mark()
+	}
+	var errs []error
+	for _, subnet := range []*netip.Prefix{&n.plan.Network.Subnet, n.plan.Network.Subnet6} {
+		if subnet == nil {
+			continue
+		}
+		for _, r := range h.routes {
+			if r.Dst == nil || ours[r.LinkIndex] || names[r.LinkIndex] == loopback {
+				continue
+			}
+			dst := prefixOf(r.Dst)
+			onLink := len(r.Gw) == 0
+			if dst.IsValid() && dst.Bits() > 0 && dst.Overlaps(*subnet) && (onLink || dst.Bits() >= subnet.Bits()) {
+				errs = append(errs, fmt.Errorf("network.subnet %s overlaps the route %s of %s: take another subnet", subnet, dst,
+					names[r.LinkIndex]))
+			}
+		}
+	}
+	return errs
+}
+
+func prefixOf(n *net.IPNet) netip.Prefix {
+	addr, ok := netip.AddrFromSlice(n.IP)
+	ones, bits := n.Mask.Size()
+	if !ok || bits == 0 {
+		return netip.Prefix{}
+	}
+	if bits == 32 {
+		addr = addr.Unmap()
+	}
+	return netip.PrefixFrom(addr, ones)
+}
+
+// silent finds settings under which the kernel would not answer for the gateway.
+func (n *network) silent() error {
+	// The kernel takes the larger of this and the TAP's own.
+	if v, err := readSysctl("net/ipv4/conf/all/arp_ignore"); err == nil && v != "0" {
+		return fmt.Errorf("sysctl net.ipv4.conf.all.arp_ignore is %s: the host would not answer its workers' ARP for the gateway %s, "+
+			"which is on lo; set it to 0, and on the interfaces that need it set their own", v, n.plan.Network.Gateway)
+	}
+	if n.plan.Network.Subnet6 == nil {
+		return nil
+	}
+	if v, err := readSysctl("net/ipv6/conf/" + loopback + "/disable_ipv6"); err != nil || v != "0" {
+		return errors.New("network.subnet6 is set, and this host has no IPv6 (sysctl net.ipv6.conf.lo.disable_ipv6): " +
+			"turn it on, or leave subnet6 out")
+	}
+	return nil
+}
+
+// tapWork is what is to be done to TAPs.
+type tapWork struct {
+	remove, create []tap
+	repair         []repair
+	why            map[string]string // of those to be removed or created, by name
+}
+
+type repair struct {
+	tap     tap
+	problem string
+}
+
+// sort decides for each TAP whether it stays, is repaired, or is made anew.
+func (n *network) sort(h *have, want []tap) (*tapWork, error) {
+	w := &tapWork{why: map[string]string{}}
+	var errs []error
+	wanted := make(map[string]bool, len(want))
+	routes := map[int][]netlink.Route{}
+	for _, r := range h.routes {
+		routes[r.LinkIndex] = append(routes[r.LinkIndex], r)
+	}
+	for i := range want {
+		t := &want[i]
+		wanted[t.TAP] = true
+		l, ok := h.links[t.TAP]
+		if !ok {
+			w.create, w.why[t.TAP] = append(w.create, *t), "is missing"
+			continue
+		}
+		if l.Attrs().Alias != t.mark {
+			errs = append(errs, fmt.Errorf("TAP %s: there is a %s link of this name that is not ours: rename or delete it", t.TAP, l.Type()))
+			continue
+		}
+		if why := t.mustBeNew(l); why != "" {
+			if inUse(l) {
+				errs = append(errs, fmt.Errorf("TAP %s %s, and a running VM has it open: end that worker first", t.TAP, why))
+				continue
+			}
+			w.remove, w.create, w.why[t.TAP] = append(w.remove, *t), append(w.create, *t), why
+			continue
+		}
+		if why := t.lacks(l.Attrs(), routes[l.Attrs().Index], h.neighs[l.Attrs().Index]); why != "" {
+			w.repair = append(w.repair, repair{*t, why})
+		}
+	}
+	for name, l := range h.links {
+		if wanted[name] || l.Attrs().Alias != n.mark() {
+			continue
+		}
+		if inUse(l) {
+			errs = append(errs, fmt.Errorf("TAP %s is not in the plan any more, and a running VM has it open: end that worker first", name))
+			continue
+		}
+		w.remove = append(w.remove, tap{Slot: plan.Slot{TAP: name}, mark: n.mark()})
+		w.why[name] = "is not in the plan"
+	}
+	slices.SortFunc(w.remove, func(a, b tap) int { return strings.Compare(a.TAP, b.TAP) })
+	return w, errors.Join(errs...)
+}
+
+// inUse reports whether a process has the TAP open: only then it has a carrier.
+func inUse(l netlink.Link) bool {
+	if t, ok := l.(*netlink.Tuntap); ok && t.Queues > 0 {
+		return true
+	}
+	return l.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
+}
+
+// mustBeNew says how a link of ours differs in what cannot be changed.
+func (t *tap) mustBeNew(l netlink.Link) string {
+	tun, ok := l.(*netlink.Tuntap)
+	const known = netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR | netlink.TUNTAP_MULTI_QUEUE
+	switch {
+	case !ok || tun.Mode != netlink.TUNTAP_MODE_TAP || tun.NonPersist:
+		return "is not a persistent TAP"
+	case tun.Flags&known != t.flags():
+		return fmt.Sprintf("is made for another number of queues than %d", t.Queues)
+	case int(tun.Owner) != t.uid || int(tun.Group) != t.gid:
+		return fmt.Sprintf("belongs to %d:%d instead of %d:%d", tun.Owner, tun.Group, t.uid, t.gid)
+	}
+	return ""
+}
+
+// lacks says how a TAP of ours differs in what can be mended in place.
+func (t *tap) lacks(a *netlink.LinkAttrs, routes []netlink.Route, neighs []netlink.Neigh) string {
+	switch {
+	case a.Flags&net.FlagUp == 0:
+		return "is down"
+	case a.HardwareAddr.String() != t.net.HostMAC:
+		return fmt.Sprintf("has the MAC address %s instead of %s", a.HardwareAddr, t.net.HostMAC)
+	case a.MTU != t.net.MTU:
+		return fmt.Sprintf("has an MTU of %d instead of %d", a.MTU, t.net.MTU)
+	case a.TxQLen != queueLength:
+		return fmt.Sprintf("has a queue of %d packets instead of %d", a.TxQLen, queueLength)
+	}
+	want := t.routes(a.Index)
+	for _, r := range want {
+		if !slices.ContainsFunc(routes, func(h netlink.Route) bool { return sameRoute(r, h) }) {
+			return fmt.Sprintf("lacks the route to %s", r.Dst)
+		}
+	}
+	for _, r := range routes {
+		if r.Protocol == routeProtocol && !slices.ContainsFunc(want, func(w netlink.Route) bool { return sameRoute(w, r) }) {
+			return fmt.Sprintf("has a route to %s", r.Dst)
+		}
+	}
+	for _, e := range t.neighbours(a.Index) {
+		if !slices.ContainsFunc(neighs, func(h netlink.Neigh) bool { return sameNeigh(e, h) }) {
+			return fmt.Sprintf("lacks the neighbour %s", e.IP)
+		}
+	}
+	for _, s := range t.settings() {
+		v, err := readSysctl(s.path)
+		if err == nil && v != s.value || err != nil && t.Address6 != nil {
+			return fmt.Sprintf("has %s = %q instead of %q", s.path, v, s.value)
+		}
+	}
+	return ""
+}
+
+func sameNeigh(want, have netlink.Neigh) bool {
+	if !want.IP.Equal(have.IP) || want.Flags&unix.NTF_PROXY != have.Flags&unix.NTF_PROXY {
+		return false
+	}
+	return want.Flags&unix.NTF_PROXY != 0 || have.State&unix.NUD_PERMANENT != 0 && want.HardwareAddr.String() == have.HardwareAddr.String()
+}
+
+// earlier are the TAPs of those names as the last plan that came up had them.
+func (n *network) earlier(of []tap) []tap {
+	if n.notes.Applied == nil {
+		return nil
+	}
+	uid, gid, err := n.owner()
+	if err != nil {
+		return nil
+	}
+	var taps []tap
+	for _, s := range n.notes.Applied.Slots {
+		if slices.ContainsFunc(of, func(t tap) bool { return t.TAP == s.TAP }) {
+			taps = append(taps, tap{Slot: s, net: &n.notes.Applied.Network, uid: uid, gid: gid, mark: n.mark()})
+		}
+	}
+	return taps
+}
+
+func (n *network) removeStep(w *tapWork) step {
+	s := step{name: fmt.Sprintf("delete %d TAPs", len(w.remove))}
+	for _, t := range w.remove {
+		s.fixes = append(s.fixes, Difference{"TAP " + t.TAP, w.why[t.TAP]})
+	}
+	before := n.earlier(w.remove)
+	s.do = func(context.Context) error { return n.door.deleteTAPs(w.remove) }
+	s.undo = func(ctx context.Context) error { return n.door.makeTAPs(ctx, before) }
+	return s
+}
+
+func (n *network) createStep(w *tapWork) step {
+	s := step{name: fmt.Sprintf("make %d TAPs", len(w.create))}
+	for _, t := range w.create {
+		if !slices.ContainsFunc(w.remove, func(r tap) bool { return r.TAP == t.TAP }) {
+			s.fixes = append(s.fixes, Difference{"TAP " + t.TAP, w.why[t.TAP]})
+		}
+	}
+	s.do = func(ctx context.Context) error { return n.door.makeTAPs(ctx, w.create) }
+	s.undo = func(context.Context) error { return n.door.deleteTAPs(w.create) }
+	return s
+}
+
+func (n *network) repairStep(r repair) step {
+	s := step{name: "mend TAP " + r.tap.TAP, fixes: []Difference{{"TAP " + r.tap.TAP, r.problem}}}
+	s.do = func(context.Context) error { return n.door.repairTAP(&r.tap) }
+	s.undo = func(context.Context) error {
+		for _, t := range n.earlier([]tap{r.tap}) {
+			return n.door.repairTAP(&t)
+		}
+		return nil // mended, it stays mended
+	}
+	return s
+}
+
+func (n *network) firewallStep(h *have) []step {
+	s := step{name: "load the firewall"}
+	var added []tableID
+	for _, t := range n.plan.Network.Ruleset.Tables {
+		id := tableID{t.Family, t.Name}
+		state := h.tables[id]
+		if !state.exists {
+			added = append(added, id)
+			s.fixes = append(s.fixes, Difference{id.String(), "is missing"})
+		}
+		for _, d := range state.diff {
+			s.fixes = append(s.fixes, Difference{id.String(), "differs: " + d})
+		}
+	}
+	if len(s.fixes) == 0 {
+		return nil
+	}
+	s.do = func(context.Context) error { return n.door.load(n.plan.Network.Ruleset, n.plan.Slots) }
+	s.undo = func(context.Context) error {
+		if last := n.notes.Applied; last != nil && len(added) == 0 {
+			return n.door.load(last.Network.Ruleset, last.Slots)
+		}
+		return n.door.unload(added)
+	}
+	return []step{s}
+}
+
+func (n *network) routingSteps() ([]step, error) {
+	var steps []step
+	for _, f := range n.routing() {
+		on, err := f.on()
+		if err != nil {
+			return nil, err
+		}
+		if on {
+			continue
+		}
+		before, err := f.before()
+		if err != nil {
+			return nil, err
+		}
+		steps = append(steps, step{
+			name:  "set " + f.all,
+			fixes: []Difference{{"sysctl " + strings.ReplaceAll(f.all, "/", "."), "is off"}},
+			do: func(context.Context) error {
+				if err := f.enable(n.door); err != nil {
+					return errors.Join(err, restoreSysctls(n.door, before))
+				}
+				return nil
+			},
+			undo: func(context.Context) error { return restoreSysctls(n.door, before) },
+		})
+	}
+	return steps, nil
+}
+
+func (n *network) addressSteps(h *have) []step {
+	var steps []step
+	for _, a := range n.notes.Addresses { // of an earlier plan
+		if slices.Contains(n.gateways(), a) || !slices.Contains(h.addresses, a) {
+			continue
+		}
+		steps = append(steps, step{
+			name:  fmt.Sprintf("delete %s from %s", a, loopback),
+			fixes: []Difference{{"link " + loopback, "has the former gateway's address " + a.String()}},
+			do:    func(context.Context) error { return n.door.deleteAddress(a) },
+			undo:  func(context.Context) error { return n.door.addAddress(a) },
+		})
+	}
+	for _, a := range n.gateways() {
+		if slices.Contains(h.addresses, a) {
+			continue
+		}
+		steps = append(steps, step{
+			name:  fmt.Sprintf("add %s to %s", a, loopback),
+			fixes: []Difference{{"link " + loopback, "lacks the gateway's address " + a.String()}},
+			do:    func(context.Context) error { return n.door.addAddress(a) },
+			undo:  func(context.Context) error { return n.door.deleteAddress(a) },
+		})
+	}
+	return steps
+}
+
+// down deletes TAPs before rules: no worker is without them.
+func (n *network) down(context.Context) error {
+	h, err := n.survey()
+	if err != nil {
+		return err
+	}
+	var taps []tap
+	for name, l := range h.links {
+		if l.Attrs().Alias == n.mark() {
+			taps = append(taps, tap{Slot: plan.Slot{TAP: name}, mark: n.mark()})
+		}
+	}
+	if err := n.door.deleteTAPs(taps); err != nil {
+		return err // the rules stay with the TAPs
+	}
+	var errs []error
+	var tables []tableID
+	for id, t := range h.tables {
+		if t.exists && t.ours {
+			tables = append(tables, id)
+		}
+	}
+	if len(tables) > 0 {
+		errs = append(errs, n.door.unload(tables))
+	}
+	for _, a := range n.notes.Addresses {
+		errs = append(errs, n.door.deleteAddress(a))
+	}
+	var before []setting
+	for _, s := range n.notes.Sysctls {
+		before = append(before, setting{s.Path, s.Value})
+	}
+	errs = append(errs, restoreSysctls(n.door, before))
+	if len(taps) > 0 {
+		errs = append(errs, n.door.forget(&n.plan.Network))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err // the notes stay for the next try
+	}
+	return writeNotes(n.plan, &notes{})
+}
