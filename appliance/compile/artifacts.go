@@ -3,8 +3,6 @@ package compile
 import (
 	"path"
 	"regexp"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/unit"
@@ -167,41 +165,11 @@ func (c *compiler) refresh(v values) {
 	c.unit(c.host.Range, "fleetingd-refresh.timer", "refresh.timer", v, plan.Unit{Enable: true, Start: true})
 }
 
-// sysctls are the kernel settings of the host. None of them is one that a neighbour (Docker, libvirt, a VPN) would want
-// otherwise; what only concerns our TAPs is set on the TAPs.
+// sysctls are the kernel settings of the host. What concerns only our TAPs is set on the TAPs, and IPv6 forwarding by
+// "network up": the switch for all interfaces turns router advertisements off on each of them, and a line in
+// sysctl.d cannot give the neighbours theirs back.
 func (c *compiler) sysctls() []plan.Sysctl {
-	s := []plan.Sysctl{}
-	set := func(key, value string) {
-		s = append(s, plan.Sysctl{Key: key, Value: value})
-		c.from(c.host.Network.Range, plan.KindSysctl, key)
-	}
-	set("net.ipv4.ip_forward", "1")
-	if c.plan.Network.Subnet6 != nil {
-		// The kernel forwards IPv6 only where all.forwarding is on (ip6_forward), and a host that forwards no longer
-		// listens to router advertisements but on interfaces with 2: without it the uplink would lose its own address.
-		set("net.ipv6.conf.all.forwarding", "1")
-		set(interfaceKey("net/ipv6/conf", c.plan.EgressInterface, "accept_ra"), "2")
-	}
-	// Each worker is a neighbour. The kernel's own limit is 1,024 for all interfaces together (arp(7), gc_thresh3).
-	if n := len(c.plan.Slots); n > 512 {
-		for _, family := range []string{"ipv4", "ipv6"} {
-			if family == "ipv6" && c.plan.Network.Subnet6 == nil {
-				continue
-			}
-			for i, factor := range []int{1, 2, 4} {
-				set("net."+family+".neigh.default.gc_thresh"+strconv.Itoa(i+1), strconv.Itoa(n*factor))
-			}
-		}
-	}
-	return s
-}
-
-// interfaceKey names a setting of one interface. With a dot in the interface's name ("eno1.100") the key is
-// written with slashes, which sysctl.d(5) takes as it is.
-func interfaceKey(dir, link, setting string) string {
-	key := path.Join(dir, link, setting)
-	if strings.Contains(link, ".") {
-		return key
-	}
-	return strings.ReplaceAll(key, "/", ".")
+	const forward = "net.ipv4.ip_forward"
+	c.from(c.host.Network.Range, plan.KindSysctl, forward)
+	return []plan.Sysctl{{Key: forward, Value: "1"}}
 }

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/fleetingd/fleetingd/appliance/need"
+)
+
+const module = "github.com/fleetingd/fleetingd/"
+
+// mayImport is which of the project's own packages each package may import. It only ever names packages that
+// stand above it here: there are no cycles of thought either. A new package is written in first.
+var mayImport = []struct {
+	pkg  string
+	own  []string
+	pure bool // see forbidden
+}{
+	{pkg: "hcl/hostspec", pure: true},
+	{pkg: "templates", pure: true},
+	{pkg: "seed", pure: true},
+	{pkg: "appliance/plan", own: []string{"seed"}, pure: true},
+	{pkg: "appliance/compile", own: []string{"hcl/hostspec", "templates", "seed", "appliance/plan"}, pure: true},
+	// state writes files whole and locks them. Whoever keeps something stands below it.
+	{pkg: "appliance/state", own: []string{"appliance/plan"}},
+	{pkg: "appliance/need", own: []string{"appliance/state"}},
+	{pkg: "appliance/host", own: []string{"appliance/plan", "appliance/state"}},
+	{pkg: "appliance/apply", own: []string{"appliance/plan", "appliance/state", "appliance/host"}},
+	{pkg: "appliance/vm", own: []string{"appliance/plan", "appliance/state"}},
+	{pkg: "appliance/guest", own: []string{"seed"}},
+	{pkg: "appliance/image", own: []string{"appliance/plan", "seed", "appliance/state", "appliance/vm", "appliance/guest"}},
+	{pkg: "appliance/fleet", own: []string{
+		"appliance/plan", "appliance/state", "seed", "appliance/vm", "appliance/guest", "appliance/image"}},
+	{pkg: "appliance/hostlab"},
+	// What only tests use: helpers of one package's tests, in a folder of their own to be shared.
+	{pkg: "appliance/vm/vmtest", own: []string{"appliance/need", "appliance/vm"}},
+}
+
+// forbidden is what a pure package must not reach, not even through a library: it runs nothing, asks nobody and looks
+// at no machine. The same spec could otherwise give another plan elsewhere.
+var forbidden = []string{"os/exec", "net/http", "github.com/vishvananda/netlink", "github.com/mdlayher/netlink",
+	"github.com/google/nftables", "golang.org/x/crypto/ssh"}
+
+// vague are names that say nothing of what belongs in a package, so that everything does.
+var vague = []string{"util", "utils", "types", "common", "models", "helpers", "misc"}
+
+type goPackage struct {
+	ImportPath string
+	Imports    []string
+	Deps       []string
+}
+
+func goList(t *testing.T, args ...string) []goPackage {
+	t.Helper()
+	need.Tools(t, "go")
+	out, err := exec.CommandContext(t.Context(), "go", append([]string{"list", "-json=ImportPath,Imports,Deps"}, args...)...).Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			t.Fatalf("go list: %v\n%s", err, exit.Stderr)
+		}
+		t.Fatal(err)
+	}
+	var all []goPackage
+	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p goPackage
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			return all
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+}
+
+func TestImports(t *testing.T) {
+	for _, p := range goList(t, module+"...") {
+		name := strings.TrimPrefix(p.ImportPath, module)
+		for part := range strings.SplitSeq(name, "/") {
+			if slices.Contains(vague, part) {
+				t.Errorf("%s: a package called %q is about nothing", name, part)
+			}
+		}
+		if strings.HasPrefix(name, "cmd/") {
+			continue // wiring: it may import all
+		}
+		allowed, pure, ok := rules(name)
+		if !ok {
+			t.Errorf("%s is not in the table of this test: say there what it may import", name)
+			continue
+		}
+		for _, imported := range p.Imports {
+			own, isOwn := strings.CutPrefix(imported, module)
+			if isOwn && !slices.Contains(allowed, own) {
+				t.Errorf("%s imports %s, which it may not", name, own)
+			}
+		}
+		for _, dep := range p.Deps {
+			for _, f := range forbidden {
+				if pure && (dep == f || strings.HasPrefix(dep, f+"/")) {
+					t.Errorf("%s reaches %s", name, dep)
+				}
+			}
+		}
+	}
+}
+
+// rules are those of a package, or of the closest one above it that has rules, which it may then import too.
+func rules(name string) (allowed []string, pure, ok bool) {
+	var parents []string
+	for at := name; at != "."; at = path.Dir(at) {
+		for _, r := range mayImport {
+			if r.pkg == at {
+				return append(parents, append(r.own, at)...), r.pure, true
+			}
+		}
+		parents = append(parents, at)
+	}
+	return nil, false, false
+}
+
+// TestImportTable keeps the table itself in order: a package imports only from above it.
+func TestImportTable(t *testing.T) {
+	var above []string
+	for _, r := range mayImport {
+		for _, own := range r.own {
+			if !slices.Contains(above, own) {
+				t.Errorf("%s may import %s, which does not stand above it", r.pkg, own)
+			}
+		}
+		if slices.Contains(above, r.pkg) {
+			t.Errorf("%s is in the table twice", r.pkg)
+		}
+		above = append(above, r.pkg)
+	}
+}
