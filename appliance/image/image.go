@@ -4,19 +4,26 @@
 //
 // All that it keeps is content-addressed and lies below Paths.Images, on the file system that the clones are on:
 //
-//	base/DIGEST/      disk, kernel, initrd, manifest.json: a source, fetched, verified and converted to raw
-//	sealed/DIGEST/    the same four: a base after its prebuild, read-only
+//	base/DIGEST/      disk.raw, kernel, initrd, manifest.json: a source, fetched, verified and made raw
+//	sealed/DIGEST/    the same four: a base after its prebuild
 //	refs/SPEC         a link to the base or sealed image that a spec's digest stands for today
-//	locks/SPEC        one builder at a time, across processes
+//	locks/NAME        one builder at a time, across processes
 //
-// and downloads below Paths.Cache. Something with a name is whole: it is built
-// under a temporary name beside it, flushed and renamed.
+// What has a name there is whole and read-only: it is built under another name beside it, flushed and
+// renamed. Downloads lie below Paths.Cache until they have become a base. What only root can build
+// (the debian source) lies in the same layout below Paths.State/debian, where the runtime user cannot write.
 package image
 
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"time"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/vm"
@@ -38,10 +45,10 @@ type Phase string
 
 // The phases. A phase that is not needed is not reported.
 const (
-	PhaseDownload Phase = "download" // Done and Total are bytes
-	PhaseVerify   Phase = "verify"
-	PhaseConvert  Phase = "convert"
 	PhaseBuild    Phase = "build"    // the debian source; Line is mmdebstrap's output
+	PhaseDownload Phase = "download" // Done and Total are bytes
+	PhaseVerify   Phase = "verify"   // the same
+	PhaseConvert  Phase = "convert"
 	PhaseBase     Phase = "base"     // the base is there: Cached says that nothing was done for it
 	PhasePrebuild Phase = "prebuild" // Line is a step's output
 	PhaseSeal     Phase = "seal"
@@ -52,10 +59,10 @@ const (
 type Progress struct {
 	Image string
 	Phase Phase
-	Item  string // what is downloaded, or the step
+	Item  string // what is downloaded or converted
 	Done  int64  // bytes; Total is 0 where unknown
 	Total int64
-	// Line is one line of output; what came from a guest is already escaped for a terminal.
+	// Line is one line of output, escaped for a terminal.
 	Line   string
 	Cached bool
 }
@@ -63,8 +70,14 @@ type Progress struct {
 // Store makes and keeps the images of one Plan. All methods may be called at the
 // same time, by several processes too.
 type Store struct {
-	plan *plan.Plan
-	opts Options
+	plan  *plan.Plan
+	opts  Options
+	shelf *shelf // below Paths.Images
+	roots *shelf // below Paths.State: what root built
+	net   *fetcher
+	arch  string
+
+	ubuntuKeys []byte
 }
 
 // Base is a source made usable: fetched, verified, raw. Its files are read-only.
@@ -75,6 +88,7 @@ type Base struct {
 	Initrd  string // may be empty
 	Cmdline string
 	Size    int64 // bytes of Disk, sparse
+	Cached  bool  // it was there: this call built nothing
 }
 
 // Sealed is an image that workers are cloned from. Its files are read-only.
@@ -84,52 +98,190 @@ type Sealed struct {
 	Kernel  string
 	Initrd  string // may be empty
 	Cmdline string
-	Size    int64 // bytes of Disk, sparse: what a clone has at least
+	Size    int64 // bytes of Disk, sparse: a clone has at least that
 	Guest   bool  // the guest part is inside: readiness comes over the channel
 	User    string
 	Cached  bool // it was there: this call built nothing
 }
 
-var errNotYet = errors.New("image: not built yet")
-
-// Open checks the Plan's folders for images and makes what is missing of them.
+// Open makes what is missing of the folders for images. Root opens the Plan of
+// another user for Prepare and Prune only: root does not write where that user could put a link in its way.
 func Open(p *plan.Plan, o Options) (*Store, error) {
-	return &Store{plan: p, opts: o}, nil
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	if o.GuestBinary == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return nil, fmt.Errorf("find the fleetingd that goes into images: %w", err)
+		}
+		o.GuestBinary = self
+	}
+	s := &Store{
+		plan: p, opts: o, net: newFetcher(), arch: runtime.GOARCH, ubuntuKeys: ubuntuKeys,
+		shelf: &shelf{dir: p.Paths.Images, log: o.Log},
+		roots: &shelf{dir: filepath.Join(p.Paths.State, "debian"), log: o.Log},
+	}
+	if !s.mayWrite() {
+		return s, nil
+	}
+	if err := errors.Join(s.shelf.open(), os.MkdirAll(p.Paths.Cache, 0o750)); err != nil {
+		return nil, fmt.Errorf("make the folders for images: %w", err)
+	}
+	return s, nil
 }
 
-// EnsureBase gives the base of an image, and makes it where there is none. The
-// debian source can be made by root only; the error says so.
-func (s *Store) EnsureBase(ctx context.Context, img *plan.Image) (*Base, error) {
-	return nil, errNotYet
+// mayWrite reports that the folder for images is this process's own, or not there yet.
+func (s *Store) mayWrite() bool {
+	fi, err := os.Stat(s.plan.Paths.Images)
+	if err != nil {
+		return true // whatever it is, making it will say
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	return ok && (os.Geteuid() != 0 || st.Uid == 0)
+}
+
+func (s *Store) log() *slog.Logger { return s.opts.Log }
+
+func (s *Store) report(p Progress) {
+	if s.opts.Progress != nil {
+		s.opts.Progress(p)
+	}
+}
+
+// bytesOf reports a phase's bytes, ten times a second at most.
+func (s *Store) bytesOf(image string, phase Phase, item string) func(done, total int64) {
+	if s.opts.Progress == nil {
+		return nil
+	}
+	var last time.Time
+	return func(done, total int64) {
+		if now := time.Now(); done == total || now.Sub(last) > 100*time.Millisecond {
+			last = now
+			s.report(Progress{Image: image, Phase: phase, Item: item, Done: done, Total: total})
+		}
+	}
 }
 
 // Ensure gives the sealed image of a spec, and makes it where there is none: base, prebuild, seal. One caller
 // on the host builds, the others wait and find it. Where it is there already nothing is fetched, and no network is needed.
 // A failed step is a *guest.StepError.
 func (s *Store) Ensure(ctx context.Context, img *plan.Image) (*Sealed, error) {
-	return nil, errNotYet
+	return s.sealed(ctx, img, false)
 }
 
 // Refresh looks whether the source has changed, builds beside the image in use, and swaps: the next Ensure gives the
-// new one. Where nothing changed it gives the one in use.
+// new one. Where nothing changed it gives the one in use, Cached.
 func (s *Store) Refresh(ctx context.Context, img *plan.Image) (*Sealed, error) {
-	return nil, errNotYet
+	return s.sealed(ctx, img, true)
 }
 
-// Clone makes dst a clone of the sealed disk, mode 0600, grown to size bytes: FICLONE, so constant time at any size. It never copies:
-// where the file system cannot clone that is an error, and dst is not there.
-func (s *Store) Clone(ctx context.Context, img *Sealed, dst string, size int64) error {
-	return errNotYet
+// EnsureBase gives the base of an image, and makes it where there is none.
+func (s *Store) EnsureBase(ctx context.Context, img *plan.Image) (*Base, error) {
+	b, err := s.base(ctx, img, false)
+	return b, named(img, err)
 }
 
-// Prune removes images that no spec of the Plan stands for and that are not in use, and what interrupted builds left. It
-// returns the digests that it removed. A clone holds its own blocks and needs no sealed image, so inUse matters only
-// for what a VM is about to boot.
-func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) ([]string, error) {
-	return nil, errNotYet
+// named says which image an error is about.
+func named(img *plan.Image, err error) error {
+	if err != nil {
+		return fmt.Errorf("image %q: %w", img.Name, err)
+	}
+	return nil
 }
 
-// CanClone says why files in dir cannot be cloned, and nil where they can: it tries.
-func CanClone(dir string) error {
-	return errNotYet
+func (s *Store) sealed(ctx context.Context, img *plan.Image, fresh bool) (_ *Sealed, err error) {
+	defer func() { err = named(img, err) }()
+	if img.Prebuild == nil {
+		return s.unbuilt(ctx, img, fresh)
+	}
+	spec, err := s.sealedSpec(ctx, img)
+	if err != nil {
+		return nil, err
+	}
+	if !fresh {
+		if m, err := s.find(kindSealed, spec); m != nil || err != nil {
+			return s.sealedOf(img, m, true), err
+		}
+	}
+	if err := s.mine(); err != nil {
+		return nil, err
+	}
+	lock, err := s.shelf.lock(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, lock.Unlock()) }()
+	if !fresh { // the one that had the lock may have built it
+		if m, err := s.find(kindSealed, spec); m != nil || err != nil {
+			return s.sealedOf(img, m, true), err
+		}
+	}
+	base, err := s.base(ctx, img, fresh)
+	if err != nil {
+		return nil, err
+	}
+	m, cached, err := s.seal(ctx, img, base)
+	if err != nil {
+		return nil, err
+	}
+	return s.sealedOf(img, m, cached), s.shelf.point(spec, kindSealed, m.Digest)
+}
+
+// unbuilt is an image without a prebuild: its base is what workers are cloned from.
+func (s *Store) unbuilt(ctx context.Context, img *plan.Image, fresh bool) (*Sealed, error) {
+	b, err := s.base(ctx, img, fresh)
+	if err != nil {
+		return nil, err
+	}
+	s.report(Progress{Image: img.Name, Phase: PhaseSealed, Cached: b.Cached})
+	return &Sealed{Digest: b.Digest, Disk: b.Disk, Kernel: b.Kernel, Initrd: b.Initrd, Cmdline: b.Cmdline,
+		Size: b.Size, User: img.User, Cached: b.Cached}, nil
+}
+
+// mine refuses root's work in another user's folder: a link there could turn it against the host.
+func (s *Store) mine() error {
+	if s.mayWrite() {
+		return nil
+	}
+	return fmt.Errorf("%s belongs to another user, and root does not build there: start this as user %q (Prepare is root's part)",
+		s.plan.Paths.Images, s.plan.User)
+}
+
+// find gives the image that a spec stands for, and nil where it has to be made. What is damaged is made anew.
+func (s *Store) find(kind, spec string) (*manifest, error) {
+	m, err := s.shelf.follow(kind, spec)
+	if errors.Is(err, errMissing) {
+		if err != errMissing {
+			s.log().Warn("a kept image is not usable and is made anew", "reason", err)
+		}
+		return nil, nil
+	}
+	return m, err
+}
+
+func (s *Store) baseOf(img *plan.Image, m *manifest, cached bool) *Base {
+	if m == nil {
+		return nil
+	}
+	s.report(Progress{Image: img.Name, Phase: PhaseBase, Cached: cached})
+	b := &Base{Digest: m.Digest, Cmdline: m.Cmdline, Size: m.Size, Cached: cached,
+		Disk: s.shelf.file(m, diskFile), Kernel: s.shelf.file(m, kernelFile)}
+	if m.Initrd {
+		b.Initrd = s.shelf.file(m, initrdFile)
+	}
+	return b
+}
+
+func (s *Store) sealedOf(img *plan.Image, m *manifest, cached bool) *Sealed {
+	if m == nil {
+		return nil
+	}
+	s.report(Progress{Image: img.Name, Phase: PhaseSealed, Cached: cached})
+	out := &Sealed{Digest: m.Digest, Cmdline: m.Cmdline, Size: m.Size, Guest: m.Guest, User: m.User, Cached: cached,
+		Disk: s.shelf.file(m, diskFile), Kernel: s.shelf.file(m, kernelFile)}
+	if m.Initrd {
+		out.Initrd = s.shelf.file(m, initrdFile)
+	}
+	return out
 }

@@ -1,0 +1,291 @@
+package image
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/state"
+)
+
+// formatVersion is part of every digest: with another one, all is built anew.
+const formatVersion = 1
+
+// The two kinds of image, and the folders they lie in.
+const (
+	kindBase   = "base"
+	kindSealed = "sealed"
+)
+
+// The files of an image's folder.
+const (
+	diskFile     = "disk.raw"
+	kernelFile   = "kernel"
+	initrdFile   = "initrd"
+	manifestFile = "manifest.json"
+)
+
+// building is the prefix of a folder whose image is not whole yet.
+const building = ".building-"
+
+// manifest says what an image is and what went into it: for us, and for people who look.
+type manifest struct {
+	Format  int       `json:"format"`
+	Kind    string    `json:"kind"`
+	Digest  string    `json:"digest"`
+	Image   string    `json:"image"` // its name in the spec that first asked for it
+	Built   time.Time `json:"built"`
+	Cmdline string    `json:"cmdline"`
+	Size    int64     `json:"size"` // bytes of the disk
+	Initrd  bool      `json:"initrd"`
+	Guest   bool      `json:"guest"`
+	User    string    `json:"user,omitempty"`
+	// Inputs are what the digest is of.
+	Inputs json.RawMessage `json:"inputs"`
+}
+
+// digestOf is the digest of what goes into an image: of its JSON, which for structs has one order.
+func digestOf(inputs any) (digest string, canonical json.RawMessage, err error) {
+	b, err := json.Marshal(inputs)
+	if err != nil {
+		return "", nil, err
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:]), b, nil
+}
+
+// shelf is a folder of images, in the layout of the package's comment.
+type shelf struct {
+	dir string
+	log *slog.Logger
+}
+
+// open makes the shelf's folders.
+func (s *shelf) open() error {
+	for _, sub := range []string{kindBase, kindSealed, "refs", "locks"} {
+		if err := os.MkdirAll(filepath.Join(s.dir, sub), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *shelf) folder(kind, digest string) string { return filepath.Join(s.dir, kind, digest) }
+func (s *shelf) file(m *manifest, name string) string {
+	return filepath.Join(s.folder(m.Kind, m.Digest), name)
+}
+func (s *shelf) refPath(spec string) string  { return filepath.Join(s.dir, "refs", spec) }
+func (s *shelf) lockPath(name string) string { return filepath.Join(s.dir, "locks", name) }
+
+// errMissing is an image that is not there, or that is not what it says it is.
+var errMissing = errors.New("no such image")
+
+// read gives the manifest of an image whose files are all there.
+func (s *shelf) read(kind, digest string) (*manifest, error) {
+	dir := s.folder(kind, digest)
+	b, err := os.ReadFile(filepath.Join(dir, manifestFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errMissing
+	}
+	if err != nil {
+		return nil, err
+	}
+	var m manifest
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, fmt.Errorf("%w: %s is damaged: %w", errMissing, filepath.Join(dir, manifestFile), err)
+	}
+	if m.Format != formatVersion || m.Kind != kind || m.Digest != digest {
+		return nil, fmt.Errorf("%w: %s is of another image or format", errMissing, filepath.Join(dir, manifestFile))
+	}
+	files := []string{diskFile, kernelFile}
+	if m.Initrd {
+		files = append(files, initrdFile)
+	}
+	for _, name := range files {
+		fi, err := os.Lstat(filepath.Join(dir, name))
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil, fmt.Errorf("%w: %s has no %s", errMissing, dir, name)
+		case err != nil:
+			return nil, err
+		case name == diskFile && fi.Size() != m.Size:
+			return nil, fmt.Errorf("%w: %s is %d bytes, and %d when it was sealed", errMissing, filepath.Join(dir, name), fi.Size(), m.Size)
+		}
+	}
+	return &m, nil
+}
+
+// follow gives the image that a spec's digest stands for.
+func (s *shelf) follow(kind, spec string) (*manifest, error) {
+	target, err := os.Readlink(s.refPath(spec))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errMissing
+	}
+	if err != nil {
+		return nil, err
+	}
+	if filepath.Base(filepath.Dir(target)) != kind {
+		return nil, fmt.Errorf("%w: %s is no link to a %s image", errMissing, s.refPath(spec), kind)
+	}
+	return s.read(kind, filepath.Base(target))
+}
+
+// point makes a spec's digest stand for an image, from one moment to the next.
+func (s *shelf) point(spec, kind, digest string) error {
+	target := filepath.Join("..", kind, digest)
+	if have, err := os.Readlink(s.refPath(spec)); err == nil && have == target {
+		return nil
+	}
+	tmp := s.refPath(building + spec)
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Symlink(target, tmp); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, s.refPath(spec)); err != nil {
+		return err
+	}
+	return syncFolder(filepath.Dir(s.refPath(spec)))
+}
+
+// lock is one builder at a time of what name stands for, on this host.
+func (s *shelf) lock(ctx context.Context, name string) (*state.Lock, error) {
+	l, err := state.TryLock(s.lockPath(name))
+	if errors.Is(err, state.ErrLocked) {
+		s.log.Info("another process builds this image: waiting for it", "lock", name)
+		l, err = state.WaitLock(ctx, s.lockPath(name))
+	}
+	return l, err
+}
+
+// make gives the image of that digest: the one that is there, or a new one that fill puts into a draft. Two specs may come to the same
+// digest, so it has a lock of its own.
+func (s *shelf) make(
+	ctx context.Context, kind, digest string, fill func(*draft) (*manifest, error),
+) (_ *manifest, cached bool, err error) {
+	lock, err := s.lock(ctx, kind+"-"+digest)
+	if err != nil {
+		return nil, false, err
+	}
+	defer func() { err = errors.Join(err, lock.Unlock()) }()
+	if m, err := s.read(kind, digest); err == nil || !errors.Is(err, errMissing) {
+		return m, true, err
+	}
+	d, err := s.draft(kind, digest)
+	if err != nil {
+		return nil, false, err
+	}
+	defer func() { err = errors.Join(err, d.discard()) }()
+	m, err := fill(d)
+	if err != nil {
+		return nil, false, err
+	}
+	m.Kind, m.Digest = kind, digest
+	return m, false, s.finish(d, m)
+}
+
+// draft is an image that is being built, in a folder beside where it will lie.
+type draft struct {
+	dir  string
+	done bool
+}
+
+func (d *draft) path(name string) string { return filepath.Join(d.dir, name) }
+
+// discard removes a draft that was not finished.
+func (d *draft) discard() error {
+	if d.done {
+		return nil
+	}
+	return os.RemoveAll(d.dir)
+}
+
+// draft makes the folder for an image to be built in. Its name is the digest's, and the caller
+// has the digest's lock, so what is there is left from one that was killed.
+func (s *shelf) draft(kind, digest string) (*draft, error) {
+	dir := filepath.Join(s.dir, kind, building+digest)
+	if err := os.RemoveAll(dir); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return nil, err
+	}
+	return &draft{dir: dir}, nil
+}
+
+// finish gives the draft its name: files flushed and read-only, manifest written,
+// everything else in the folder removed.
+func (s *shelf) finish(d *draft, m *manifest) error {
+	keep := map[string]bool{diskFile: true, kernelFile: true, initrdFile: true}
+	entries, err := os.ReadDir(d.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !keep[e.Name()] {
+			err = os.RemoveAll(d.path(e.Name()))
+		} else {
+			err = seal(d.path(e.Name()))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	m.Format, m.Built = formatVersion, time.Now().UTC().Truncate(time.Second)
+	m.Size, m.Initrd = fileSize(d.path(diskFile)), fileSize(d.path(initrdFile)) > 0
+	b, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := state.WriteFile(d.path(manifestFile), append(b, '\n'), 0o444); err != nil {
+		return err
+	}
+	if err := errors.Join(os.Chmod(d.dir, 0o755), syncFolder(d.dir)); err != nil {
+		return err
+	}
+	return s.place(d, s.folder(m.Kind, m.Digest))
+}
+
+// place renames a draft to where it belongs. An image that is there already is a damaged one: read did not take it.
+func (s *shelf) place(d *draft, dir string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	if err := os.Rename(d.dir, dir); err != nil {
+		return err
+	}
+	d.done = true
+	return syncFolder(filepath.Dir(dir))
+}
+
+// seal flushes a file and makes it read-only.
+func seal(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Chmod(0o444), f.Sync(), f.Close())
+}
+
+func syncFolder(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+func isDigest(name string) bool {
+	_, err := checkSHA256(name)
+	return err == nil && name == strings.ToLower(name)
+}

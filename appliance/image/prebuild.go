@@ -1,0 +1,334 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/guest"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/vm"
+	"github.com/fleetingd/fleetingd/seed"
+)
+
+// guestName is the guest part's name on the prebuild's seed ISO.
+const guestName = "fleetingd"
+
+// poweroffTimeout is for a sealed guest to power off. It has nothing left to do.
+const poweroffTimeout = 2 * time.Minute
+
+// sealedInputs are what a sealed image is the digest of. The seed's network is no part of it: sealing takes that out, and a host
+// with one more worker, whose build slot has another address, is to build nothing.
+type sealedInputs struct {
+	Format int         `json:"format"`
+	Base   string      `json:"base"` // the base's digest; in a spec's digest the source's
+	Steps  []plan.Step `json:"steps"`
+	Seed   seed.Seed   `json:"seed"`
+	Guest  string      `json:"guest"` // SHA-256 of the guest part
+	User   string      `json:"user"`
+	Size   int64       `json:"size"` // bytes of the disk; 0: the base's
+}
+
+func (s *Store) sealedInputs(ctx context.Context, img *plan.Image, base string) (sealedInputs, error) {
+	digest, err := hashFile(ctx, s.opts.GuestBinary, s.plan.Paths.Cache, nil)
+	if err != nil {
+		return sealedInputs{}, fmt.Errorf("the guest part: %w", err)
+	}
+	in := sealedInputs{
+		Format: formatVersion, Base: base, Steps: img.Prebuild.Steps, Seed: img.Prebuild.Seed,
+		Guest: digest, User: img.User, Size: s.needs(img).disk,
+	}
+	in.Seed.Network = nil
+	return in, nil
+}
+
+// sealedSpec is the digest of an image as the spec has it.
+func (s *Store) sealedSpec(ctx context.Context, img *plan.Image) (string, error) {
+	base, err := s.baseSpec(ctx, img)
+	if err != nil {
+		return "", err
+	}
+	in, err := s.sealedInputs(ctx, img, base)
+	if err != nil {
+		return "", err
+	}
+	digest, _, err := digestOf(in)
+	return digest, err
+}
+
+// needs are what an image's pools ask for together.
+type needs struct {
+	cpus   int
+	memory int64 // bytes
+	disk   int64 // bytes; 0: no pool takes the image
+}
+
+// needs gives the most CPUs and memory, and the smallest disk, of the image's pools: a
+// clone cannot be smaller than its image, and grows at its first boot where it is to be larger.
+func (s *Store) needs(img *plan.Image) needs {
+	n := needs{cpus: 1, memory: 1 << 30}
+	for _, p := range s.plan.Pools {
+		if p.Image != img.Name {
+			continue
+		}
+		n.cpus, n.memory = max(n.cpus, p.CPUs), max(n.memory, p.Memory)
+		if n.disk == 0 || p.Disk < n.disk {
+			n.disk = p.Disk
+		}
+	}
+	return n
+}
+
+// seal gives the sealed image of a base, and prebuilds it where there is none.
+func (s *Store) seal(ctx context.Context, img *plan.Image, base *Base) (_ *manifest, cached bool, err error) {
+	in, err := s.sealedInputs(ctx, img, base.Digest)
+	if err != nil {
+		return nil, false, err
+	}
+	digest, inputs, err := digestOf(in)
+	if err != nil {
+		return nil, false, err
+	}
+	return s.shelf.make(ctx, kindSealed, digest, func(d *draft) (*manifest, error) {
+		if s.opts.Driver == nil {
+			return nil, errors.New("it is not prebuilt, and this command starts no VMs")
+		}
+		b := &prebuild{Store: s, img: img, base: base, draft: d, size: max(in.Size, base.Size)}
+		if in.Size != 0 && in.Size < base.Size {
+			return nil, fmt.Errorf("its disk is %s, and a pool of it has a disk of %s: make that larger",
+				bytesText(base.Size), bytesText(in.Size))
+		}
+		if err := b.run(ctx); err != nil {
+			return nil, fmt.Errorf("prebuild: %w", err)
+		}
+		return &manifest{Image: img.Name, Cmdline: base.Cmdline, Guest: true, User: img.User, Inputs: inputs}, nil
+	})
+}
+
+// prebuild is one run of an image's steps in a VM.
+type prebuild struct {
+	*Store
+	img   *plan.Image
+	base  *Base
+	draft *draft
+	size  int64 // bytes of the disk
+}
+
+// The further files of a prebuild VM, beside what becomes the image's.
+const (
+	seedFile    = "seed.iso"
+	exportFile  = "export.raw"
+	consoleFile = "console.log"
+)
+
+// run boots the base, runs the steps, and leaves disk, kernel and initrd of the sealed image in the draft. When it returns the VM is gone.
+func (b *prebuild) run(ctx context.Context) (err error) {
+	timeout := time.Duration(b.img.Prebuild.Timeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it is not done after %v (the spec's timeout)", timeout))
+	defer cancel()
+	slot := b.plan.BuildSlot(b.img)
+	// The TAP takes one VM. Another spec's prebuild may have the same slot.
+	lock, err := b.shelf.lock(ctx, "slot-"+slot.TAP)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lock.Unlock()) }()
+	if err := b.prepare(); err != nil {
+		return err
+	}
+	dir, err := b.runDir(ctx, slot)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	began := time.Now()
+	b.log().Info("prebuild started", "image", b.img.Name, "steps", len(b.img.Prebuild.Steps))
+	export, err := b.boot(ctx, b.config(dir, slot))
+	if err != nil {
+		return err
+	}
+	if err := b.takeExport(export); err != nil {
+		return err
+	}
+	b.log().Info("prebuild finished", "image", b.img.Name, "took", time.Since(began).Round(time.Millisecond))
+	return nil
+}
+
+// prepare makes the VM's disks.
+func (b *prebuild) prepare() error {
+	if err := cloneDisk(b.base.Disk, b.draft.path(diskFile), b.size); err != nil {
+		return err
+	}
+	binary, err := os.ReadFile(b.opts.GuestBinary)
+	if err != nil {
+		return fmt.Errorf("the guest part: %w", err)
+	}
+	s := b.img.Prebuild.Seed
+	s.Extra = map[string][]byte{guestName: binary}
+	if err := s.ISOFile(b.draft.path(seedFile), 0o600); err != nil {
+		return err
+	}
+	out, err := os.OpenFile(b.draft.path(exportFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	return errors.Join(out.Truncate(guest.ExportSize), out.Close())
+}
+
+// runDir makes the VM's private folder. A VM that is still there is one whose fleetingd was killed: it has
+// the TAP, and nobody waits for it.
+func (b *prebuild) runDir(ctx context.Context, slot plan.Slot) (string, error) {
+	dir := filepath.Join(b.plan.Paths.Run, "prebuild-"+slot.TAP)
+	if _, err := os.Stat(dir); err == nil {
+		left, err := b.opts.Driver.Adopt(ctx, dir)
+		if err == nil {
+			b.log().Warn("ending the VM of a prebuild that was cut off", "pid", left.PID())
+			err = left.Kill()
+		}
+		if err != nil && !errors.Is(err, vm.ErrNotRunning) {
+			return "", fmt.Errorf("end the VM of a prebuild that was cut off: %w", err)
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			return "", err
+		}
+	}
+	if err := os.MkdirAll(b.plan.Paths.Run, 0o750); err != nil {
+		return "", err
+	}
+	return dir, os.Mkdir(dir, 0o700)
+}
+
+func (b *prebuild) config(dir string, slot plan.Slot) vm.Config {
+	n := b.needs(b.img)
+	return vm.Config{
+		ID: "prebuild-" + slot.TAP, Dir: dir,
+		CPUs: max(n.cpus, slot.Queues), Memory: n.memory,
+		Kernel: b.base.Kernel, Initrd: b.base.Initrd, Cmdline: b.base.Cmdline,
+		Disks: []vm.Disk{
+			{Path: b.draft.path(diskFile)},
+			{Path: b.draft.path(seedFile), ReadOnly: true},
+			{Path: b.draft.path(exportFile), Serial: guest.ExportSerial},
+		},
+		Net:     &vm.Net{TAP: slot.TAP, MAC: b.plan.Network.GuestMAC, Queues: slot.Queues},
+		Console: b.draft.path(consoleFile),
+	}
+}
+
+// boot runs the VM from its start to its end.
+func (b *prebuild) boot(ctx context.Context, cfg vm.Config) (_ guest.Export, err error) {
+	machine, err := b.opts.Driver.Start(ctx, cfg)
+	if err != nil {
+		return guest.Export{}, err
+	}
+	defer func() {
+		if err == nil {
+			err = machine.Stop(ctx) // it has powered off: this removes what the driver left
+		} else {
+			err = errors.Join(err, machine.Kill())
+		}
+	}()
+	session := guest.NewSession(machine.Channel, guest.Options{Log: b.log()})
+	defer session.Close()
+	out := &lines{emit: func(text string) {
+		b.report(Progress{Image: b.img.Name, Phase: PhasePrebuild, Line: text})
+	}}
+	b.report(Progress{Image: b.img.Name, Phase: PhasePrebuild})
+	if err := session.Prebuild(ctx, guestSteps(b.img.Prebuild.Steps), out); err != nil {
+		return guest.Export{}, b.explain(ctx, machine, err)
+	}
+	b.report(Progress{Image: b.img.Name, Phase: PhaseSeal})
+	export, err := session.Seal(ctx)
+	if err != nil {
+		return guest.Export{}, b.explain(ctx, machine, err)
+	}
+	select {
+	case <-machine.Done():
+		if !errors.Is(machine.Exit(), vm.ErrPoweredOff) {
+			return guest.Export{}, b.explain(ctx, machine, errors.New("the sealed guest did not end by itself"))
+		}
+		return export, nil
+	case <-ctx.Done():
+		return guest.Export{}, b.explain(ctx, machine, context.Cause(ctx))
+	case <-time.After(poweroffTimeout):
+		return guest.Export{}, b.explain(ctx, machine, fmt.Errorf("the sealed guest has not powered off in %v", poweroffTimeout))
+	}
+}
+
+// explain adds to an error what is known beside it. A step that failed says it all.
+func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error {
+	if _, ok := errors.AsType[*guest.StepError](err); ok {
+		return err
+	}
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+		err = fmt.Errorf("%w: %w", cause, err)
+	}
+	select {
+	case <-machine.Done():
+		err = fmt.Errorf("%w; the VM ended: %w", err, machine.Exit())
+	default:
+	}
+	if last := lastOfFile(b.draft.path(consoleFile)); len(last) > 0 {
+		err = fmt.Errorf("%w; the guest's console ends with:\n  %s", err, strings.Join(last, "\n  "))
+	}
+	return err
+}
+
+// takeExport puts the kernel and initrd that the sealed guest boots with into the draft: the ones that it exported, or the base's.
+func (b *prebuild) takeExport(e guest.Export) error {
+	if e.Bytes == 0 {
+		b.log().Warn("the guest exported no kernel: the base's is kept", "image", b.img.Name, "reason", e.Reason)
+		return b.keepKernel()
+	}
+	f, err := os.Open(b.draft.path(exportFile))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	dir := b.draft.path("export")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	if err := guest.ReadExport(f, dir, e); err != nil {
+		return err
+	}
+	return errors.Join(
+		os.Rename(filepath.Join(dir, guest.ExportKernel), b.draft.path(kernelFile)),
+		os.Rename(filepath.Join(dir, guest.ExportInitrd), b.draft.path(initrdFile)))
+}
+
+func (b *prebuild) keepKernel() error {
+	if err := copyFile(b.base.Kernel, b.draft.path(kernelFile)); err != nil || b.base.Initrd == "" {
+		return err
+	}
+	return copyFile(b.base.Initrd, b.draft.path(initrdFile))
+}
+
+func guestSteps(steps []plan.Step) []guest.Step {
+	out := make([]guest.Step, len(steps))
+	for i, s := range steps {
+		out[i] = guest.Step{Name: s.Name, Command: s.Command, Packages: s.Packages}
+		if f := s.File; f != nil {
+			out[i].File = &guest.File{Path: f.Path, Content: f.Content, Mode: f.Mode}
+		}
+	}
+	return out
+}
+
+// lastOfFile gives the last lines of a file, escaped for a terminal: a console is what the guest likes to write.
+func lastOfFile(path string) []string {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	buf := make([]byte, 8<<10)
+	n, _ := f.ReadAt(buf, max(0, fileSize(path)-int64(len(buf)))) // a short read is what there is
+	var l lines
+	l.Write(buf[:n])
+	l.flush()
+	return l.last
+}

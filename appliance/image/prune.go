@@ -1,0 +1,174 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/state"
+)
+
+// Item is an image as it lies on the disk.
+type Item struct {
+	Digest string    `json:"digest"`
+	Kind   string    `json:"kind"`  // "base" or "sealed"
+	Image  string    `json:"image"` // its name in the spec that first asked for it
+	Built  time.Time `json:"built"`
+	Used   int64     `json:"used"` // bytes on the disk; blocks that clones share are counted
+	// Current: a spec of the Plan stands for it today, or a sealed one that does was made of it.
+	Current bool `json:"current"`
+}
+
+// List gives all images, sealed ones first, the newest first.
+func (s *Store) List(ctx context.Context) ([]Item, error) {
+	current, err := s.current(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var items []Item
+	for _, kind := range []string{kindSealed, kindBase} {
+		digests, err := s.shelf.digests(kind)
+		if err != nil {
+			return nil, err
+		}
+		for _, digest := range digests {
+			m, err := s.shelf.read(kind, digest)
+			if err != nil {
+				s.log().Warn("an image is damaged", "kind", kind, "digest", digest, "reason", err)
+				continue
+			}
+			items = append(items, Item{Digest: digest, Kind: kind, Image: m.Image, Built: m.Built,
+				Used: blocks(s.shelf.file(m, diskFile)), Current: current[digest]})
+		}
+	}
+	return items, nil
+}
+
+// Prune removes images that no spec of the Plan stands for and that are not in use, and what interrupted builds left. It
+// returns the digests that it removed. A clone holds its own blocks and needs no sealed image, so inUse matters only
+// for what a VM is about to boot. What is being built stays.
+func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (removed []string, err error) {
+	current, err := s.current(ctx)
+	if err != nil {
+		return nil, err
+	}
+	keep := func(digest string) bool { return current[digest] || (inUse != nil && inUse(digest)) }
+	var errs []error
+	if s.mayWrite() {
+		removed, err = s.shelf.prune(keep)
+		errs = append(errs, err)
+	}
+	if os.Geteuid() == 0 {
+		more, err := s.roots.prune(keep)
+		removed, errs = append(removed, more...), append(errs, err)
+	}
+	return removed, errors.Join(errs...)
+}
+
+// current gives the digests that the Plan's specs stand for, on both shelves, and those of the specs themselves.
+func (s *Store) current(ctx context.Context) (map[string]bool, error) {
+	current := map[string]bool{}
+	for i := range s.plan.Images {
+		img := &s.plan.Images[i]
+		spec, err := s.baseSpec(ctx, img)
+		if err != nil {
+			// A file source that cannot be read now: better to keep too much than to remove what it stands for.
+			return nil, named(img, err)
+		}
+		current[spec] = true
+		for _, shelf := range []*shelf{s.shelf, s.roots} {
+			if m, err := shelf.follow(kindBase, spec); err == nil {
+				current[m.Digest] = true
+			}
+		}
+		if img.Prebuild == nil {
+			continue
+		}
+		if spec, err = s.sealedSpec(ctx, img); err != nil {
+			return nil, named(img, err)
+		}
+		current[spec] = true
+		if m, err := s.shelf.follow(kindSealed, spec); err == nil {
+			current[m.Digest] = true
+		}
+	}
+	return current, nil
+}
+
+// digests are the names in a kind's folder, drafts left out.
+func (s *shelf) digests(kind string) ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(s.dir, kind))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var out []string
+	for _, e := range entries {
+		if isDigest(e.Name()) {
+			out = append(out, e.Name())
+		}
+	}
+	return out, err
+}
+
+// prune removes images and references that keep does not name, and drafts that nobody works on.
+func (s *shelf) prune(keep func(digest string) bool) (removed []string, err error) {
+	var errs []error
+	refs, err := os.ReadDir(filepath.Join(s.dir, "refs"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	for _, e := range refs {
+		if !keep(e.Name()) {
+			errs = append(errs, s.unlessLocked(e.Name(), s.refPath(e.Name())))
+		}
+	}
+	for _, kind := range []string{kindSealed, kindBase} {
+		entries, err := os.ReadDir(filepath.Join(s.dir, kind))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		for _, e := range entries {
+			digest := strings.TrimPrefix(e.Name(), building)
+			if !isDigest(digest) || (digest == e.Name() && keep(digest)) {
+				continue
+			}
+			path := filepath.Join(s.dir, kind, e.Name())
+			if err := s.unlessLocked(kind+"-"+digest, path); err != nil {
+				errs = append(errs, err)
+			} else if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) && digest == e.Name() {
+				removed = append(removed, digest)
+			}
+		}
+	}
+	return removed, errors.Join(errs...)
+}
+
+// unlessLocked removes a path whose builder, if it has one, is done.
+func (s *shelf) unlessLocked(lock, path string) (err error) {
+	l, err := state.TryLock(s.lockPath(lock))
+	if errors.Is(err, state.ErrLocked) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Unlock()) }()
+	if err := os.RemoveAll(path); err != nil {
+		return fmt.Errorf("remove what is not used: %w", err)
+	}
+	return nil
+}
+
+// blocks is what a sparse file takes up on its disk, in bytes.
+func blocks(path string) int64 {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return 0
+	}
+	return allocated(fi)
+}
