@@ -1,0 +1,470 @@
+package vm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// Names in Config.Dir.
+const (
+	qmpSocket   = "qmp.sock"
+	guestSocket = "guest.sock" // the host's end of the virtio-serial port
+)
+
+// qemuOldest is the first release with all that is used here.
+var qemuOldest = []int{7, 2}
+
+// Deadlines of the control socket: QEMU is ready in 0.2 s on an idle machine, and answers in microseconds.
+const (
+	startDeadline   = 60 * time.Second
+	controlDeadline = 2 * time.Second
+)
+
+// qemuTarget is what differs by architecture.
+type qemuTarget struct {
+	binary, machine, console string
+}
+
+// q35 without what a guest of ours never uses. Not microvm: its firmware starts the kernel
+// half a second sooner, but under emulation two of four boots of a Debian kernel hung there.
+var qemuTargets = map[string]qemuTarget{
+	"amd64":   {"qemu-system-x86_64", "q35,smm=off,vmport=off,sata=off,smbus=off", "ttyS0"},
+	"arm64":   {"qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0"},
+	"riscv64": {"qemu-system-riscv64", "virt", "ttyS0"},
+}
+
+type qemu struct {
+	plan   plan.Hypervisor
+	target qemuTarget
+	log    *slog.Logger
+	// kvm is asked once: the machine does not change under us, and every Start needs the answer.
+	kvm     func() error
+	unruled sync.Once // network_mbps was asked for
+}
+
+var _ Driver = (*qemu)(nil)
+
+func newQEMU(h plan.Hypervisor, log *slog.Logger) (*qemu, error) {
+	target, ok := qemuTargets[runtime.GOARCH]
+	if !ok {
+		return nil, fmt.Errorf("hypervisor \"qemu\": no machine type is known for %s", runtime.GOARCH)
+	}
+	if h.Binary == "" || h.Binary == "qemu" {
+		h.Binary = target.binary
+	}
+	switch h.Accel {
+	case "":
+		h.Accel = "auto"
+	case "auto", "kvm", "tcg":
+	default:
+		return nil, fmt.Errorf("hypervisor \"qemu\": accel is %q; it can be \"auto\", \"kvm\" or \"tcg\"", h.Accel)
+	}
+	// Not the caller's context: the answer is for all callers.
+	kvm := sync.OnceValue(func() error { return ProbeKVM(context.Background()) })
+	return &qemu{plan: h, target: target, log: log, kvm: kvm}, nil
+}
+
+func (q *qemu) Name() string { return "qemu" }
+
+// accel is "kvm" or "tcg".
+func (q *qemu) accel() (string, error) {
+	if q.plan.Accel == "tcg" {
+		return "tcg", nil
+	}
+	err := q.kvm()
+	if err == nil {
+		return "kvm", nil
+	}
+	if q.plan.Accel == "kvm" {
+		return "", fmt.Errorf("accel = \"kvm\": %w", err)
+	}
+	return "tcg", nil
+}
+
+func (q *qemu) Probe(ctx context.Context) (Info, error) {
+	binary, err := exec.LookPath(q.plan.Binary)
+	if err != nil {
+		return Info{}, fmt.Errorf("hypervisor \"qemu\": %w; install it (Debian, Ubuntu: apt install qemu-system) or set binary", err)
+	}
+	if binary, err = filepath.Abs(binary); err != nil {
+		return Info{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, binary, "--version").Output()
+	if err != nil {
+		return Info{}, fmt.Errorf("%s --version: %w", binary, err)
+	}
+	version, err := qemuVersion(string(out))
+	if err != nil {
+		return Info{}, fmt.Errorf("%s --version: %w", binary, err)
+	}
+	if older(version, qemuOldest) {
+		return Info{}, fmt.Errorf("%s is version %s; %d.%d or newer is needed", binary, version, qemuOldest[0], qemuOldest[1])
+	}
+	accel, err := q.accel()
+	if err != nil {
+		return Info{}, err
+	}
+	return Info{Binary: binary, Version: version, Accel: accel}, nil
+}
+
+var qemuVersionLine = regexp.MustCompile(`^QEMU emulator version (\d{1,4}\.\d{1,4}(?:\.\d{1,4})?)`)
+
+func qemuVersion(out string) (string, error) {
+	m := qemuVersionLine.FindStringSubmatch(out)
+	if m == nil {
+		first, _, _ := strings.Cut(out, "\n")
+		return "", fmt.Errorf("not QEMU's answer: %.80q", first)
+	}
+	return m[1], nil
+}
+
+// older compares a dotted version, of which every part is a number, with the oldest that will do.
+func older(version string, oldest []int) bool {
+	parts := strings.Split(version, ".")
+	for i, want := range oldest {
+		have := 0
+		if i < len(parts) {
+			have, _ = strconv.Atoi(parts[i]) // matched as digits before
+		}
+		if have != want {
+			return have < want
+		}
+	}
+	return false
+}
+
+func (q *qemu) Start(ctx context.Context, cfg Config) (VM, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	binary, err := exec.LookPath(q.plan.Binary)
+	if err != nil {
+		return nil, fmt.Errorf("hypervisor \"qemu\": %w", err)
+	}
+	accel, err := q.accel()
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Limits.NetworkMbps > 0 {
+		q.unruled.Do(func() {
+			q.log.Warn("network_mbps is not enforced: QEMU has no limiter for a TAP that it is handed; " +
+				"hypervisor \"cloud-hypervisor\" has")
+		})
+	}
+	l := launch{cfg: cfg, driver: q.Name(), binary: binary, files: []string{qmpSocket, guestSocket}, log: q.log}
+	if cfg.Net != nil {
+		if l.extra, err = openTAP(cfg.Net); err != nil {
+			return nil, fmt.Errorf("VM %s: %w", cfg.ID, err)
+		}
+		defer closeAll(l.extra)
+	}
+	if l.args, err = q.args(cfg, accel); err != nil {
+		return nil, err
+	}
+	p, err := start(l)
+	if err != nil {
+		return nil, err
+	}
+	v := newQEMUVM(p)
+	p.watch(v.drain)
+	if err := v.boot(ctx); err != nil {
+		return nil, p.abandon(ctx, err)
+	}
+	return v, nil
+}
+
+func (q *qemu) Adopt(ctx context.Context, dir string) (VM, error) {
+	p, err := adopt(dir, q.Name(), qmpSocket, []string{qmpSocket, guestSocket}, q.log)
+	if err != nil {
+		return nil, err
+	}
+	v := newQEMUVM(p)
+	p.watch(v.drain)
+	ctx, cancel := context.WithTimeout(ctx, controlDeadline)
+	defer cancel()
+	if err := v.connect(ctx); err != nil && !p.ended() {
+		// It can still be watched and ended; only the power button and the events are lost.
+		p.log.Warn("adopted a VM whose QEMU does not answer", "pid", p.record.PID, "error", err)
+	}
+	return v, nil
+}
+
+// args is QEMU's command line. It holds no secret: anyone on the host can read it.
+func (q *qemu) args(cfg Config, accel string) ([]string, error) {
+	args := []string{
+		"-nodefaults", "-no-user-config", "-display", "none",
+		"-name", comma("fleetingd-" + cfg.ID),
+		"-machine", q.target.machine,
+		"-smp", strconv.Itoa(cfg.CPUs),
+		"-m", fmt.Sprintf("size=%dk", cfg.Memory>>10),
+		"-kernel", cfg.Kernel,
+		"-append", kernelCommandLine(&cfg, q.target.console),
+		"-chardev", "socket,id=qmp,server=on,wait=off,path=" + comma(filepath.Join(cfg.Dir, qmpSocket)),
+		"-mon", "chardev=qmp,mode=control",
+	}
+	if accel == "kvm" {
+		args = append(args, "-accel", "kvm", "-cpu", "host")
+	} else {
+		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+	}
+	if cfg.Initrd != "" {
+		args = append(args, "-initrd", cfg.Initrd)
+	}
+	if cfg.Console != "" {
+		// Appending, so that a log survives a second start and can be cut while it is written.
+		args = append(args, "-chardev", "file,id=console,append=on,path="+comma(cfg.Console), "-serial", "chardev:console")
+	}
+	if q.plan.Sandbox {
+		args = append(args, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+	}
+	devices, err := q.devices(cfg)
+	return append(args, devices...), err
+}
+
+// devices are the disks, the network, the guest channel, entropy and the balloon.
+func (q *qemu) devices(cfg Config) ([]string, error) {
+	var args []string
+	object := func(option string, value map[string]any) error {
+		data, err := json.Marshal(value)
+		args = append(args, option, string(data))
+		return err
+	}
+	var errs []error
+	if cfg.Limits.DiskIOPS > 0 { // one group: the limit is the worker's, not each disk's
+		errs = append(errs, object("-object", map[string]any{
+			"qom-type": "throttle-group", "id": "limit", "limits": map[string]any{"iops-total": cfg.Limits.DiskIOPS},
+		}))
+	}
+	for i, d := range cfg.Disks {
+		errs = append(errs, object("-blockdev", qemuDisk(i, d, cfg.Limits.DiskIOPS > 0)))
+		errs = append(errs, object("-device", map[string]any{
+			"driver": "virtio-blk-pci", "drive": fmt.Sprintf("disk%d", i), "serial": d.Serial,
+			// A full host disk is an I/O error in the guest. The default for it pauses the VM, unseen.
+			"werror": "report", "rerror": "report",
+		}))
+	}
+	if n := cfg.Net; n != nil {
+		fds := make([]string, n.Queues)
+		for i := range fds {
+			fds[i] = strconv.Itoa(3 + i) // after stdin, stdout and stderr
+		}
+		// vhost is left off: it needs /dev/vhost-net, which the runtime user need not have.
+		if n.Queues == 1 {
+			args = append(args, "-netdev", "tap,id=net,vhost=off,fd="+fds[0])
+		} else {
+			args = append(args, "-netdev", "tap,id=net,vhost=off,fds="+strings.Join(fds, ":"))
+		}
+		net := map[string]any{
+			"driver": "virtio-net-pci", "netdev": "net", "mac": n.MAC,
+			"romfile": "", // no network boot: saves the firmware a second
+		}
+		if n.Queues > 1 {
+			net["mq"], net["vectors"] = true, 2*n.Queues+2 // a vector a queue, one for control, one for configuration
+		}
+		errs = append(errs, object("-device", net))
+	}
+	args = append(args, "-chardev", "socket,id=guest,server=on,wait=off,path="+comma(filepath.Join(cfg.Dir, guestSocket)))
+	errs = append(errs,
+		object("-device", map[string]any{"driver": "virtio-serial-pci", "id": "serial"}),
+		object("-device", map[string]any{
+			"driver": "virtserialport", "bus": "serial.0", "chardev": "guest", "name": GuestPort,
+		}),
+		object("-object", map[string]any{"qom-type": "rng-builtin", "id": "rng"}),
+		object("-device", map[string]any{"driver": "virtio-rng-pci", "rng": "rng"}),
+		// Never inflated: it is there so that pages which the guest has freed come back to the host.
+		object("-device", map[string]any{"driver": "virtio-balloon-pci", "free-page-reporting": true}),
+	)
+	return args, errors.Join(errs...)
+}
+
+// qemuDisk is one -blockdev: the file, read as raw and never guessed (a guest could write a
+// qcow2 header that names any host file), behind the throttle where there is one.
+//
+// The host's page cache is used: most disks are clones that live for minutes, and O_DIRECT fails on
+// tmpfs. discard=unmap gives back to the file system what the guest trims. locking=on
+// keeps a second VM from a disk that one writes; readers share.
+func qemuDisk(i int, d Disk, limited bool) map[string]any {
+	name := fmt.Sprintf("disk%d", i)
+	file := map[string]any{
+		"driver": "file", "filename": d.Path, "locking": "on", "aio": "threads",
+	}
+	raw := map[string]any{
+		"driver": "raw", "file": file, "read-only": d.ReadOnly, "discard": "unmap",
+		"cache": map[string]any{"direct": false, "no-flush": false},
+	}
+	if !limited {
+		raw["node-name"] = name
+		return raw
+	}
+	return map[string]any{
+		"driver": "throttle", "node-name": name, "throttle-group": "limit", "file": raw,
+		"read-only": d.ReadOnly, "discard": "unmap",
+	}
+}
+
+// comma escapes a value of QEMU's key=value options.
+func comma(s string) string { return strings.ReplaceAll(s, ",", ",,") }
+
+// qemuVM is a VM of the qemu driver.
+type qemuVM struct {
+	*process
+
+	mu  sync.Mutex
+	qmp *qmp // nil where QEMU could not be reached
+
+	channelMu sync.Mutex
+	channel   net.Conn
+}
+
+var _ VM = (*qemuVM)(nil)
+
+func newQEMUVM(p *process) *qemuVM { return &qemuVM{process: p} }
+
+// boot returns when QEMU says that the guest runs.
+func (v *qemuVM) boot(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startDeadline)
+	defer cancel()
+	if err := v.connect(ctx); err != nil {
+		return err
+	}
+	var status struct {
+		Status string `json:"status"`
+	}
+	if err := v.qmp.execute(ctx, "query-status", &status); err != nil {
+		return err
+	}
+	if status.Status != "running" {
+		return fmt.Errorf("QEMU is up, but its guest is %q", status.Status)
+	}
+	return v.running()
+}
+
+// connect waits for the control socket and opens it.
+func (v *qemuVM) connect(ctx context.Context) error {
+	conn, err := v.dial(ctx, qmpSocket)
+	if err != nil {
+		return err
+	}
+	q, err := newQMP(ctx, conn, v.event)
+	if err != nil {
+		return err
+	}
+	v.mu.Lock()
+	v.qmp = q
+	v.mu.Unlock()
+	return nil
+}
+
+// dial connects to a socket of the VMM, which may not be there yet.
+func (p *process) dial(ctx context.Context, name string) (net.Conn, error) {
+	path := filepath.Join(p.dir, name)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+		if err == nil {
+			return conn, nil
+		}
+		select {
+		case <-p.done:
+			return nil, p.exitError()
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", err, context.Cause(ctx))
+		case <-tick.C:
+		}
+	}
+}
+
+// event hears what QEMU says by itself (qapi/run-state.json, qapi/block-core.json).
+func (v *qemuVM) event(name string, data qmpEventData) {
+	switch name {
+	case "SHUTDOWN":
+		switch data.Reason {
+		case "guest-shutdown":
+			v.note(ErrPoweredOff)
+		case "guest-panic":
+			v.note(errors.New("the guest's kernel panicked"))
+		}
+	case "RESET":
+		if data.Guest {
+			v.rebooted()
+		}
+	case "BLOCK_IO_ERROR":
+		v.log.Warn("a disk of the guest has an I/O error: is the host's disk full?", "disk", printable(data.Device))
+	}
+}
+
+// drain hears QEMU's last events: the socket ends with the process.
+func (v *qemuVM) drain() {
+	v.mu.Lock()
+	q := v.qmp
+	v.mu.Unlock()
+	if q == nil {
+		return
+	}
+	late := time.NewTimer(time.Second)
+	defer late.Stop()
+	select {
+	case <-q.done:
+	case <-late.C:
+		q.conn.Close()
+	}
+}
+
+func (v *qemuVM) PID() int { return v.record.PID }
+
+func (v *qemuVM) Done() <-chan struct{} { return v.done }
+
+func (v *qemuVM) Exit() error { return v.exitError() }
+
+func (v *qemuVM) Stop(ctx context.Context) error {
+	return v.stop(ctx, func(ctx context.Context) error {
+		v.mu.Lock()
+		q := v.qmp
+		v.mu.Unlock()
+		if q == nil {
+			return errors.New("QEMU's control socket is not connected")
+		}
+		ctx, cancel := context.WithTimeout(ctx, controlDeadline)
+		defer cancel()
+		return q.execute(ctx, "system_powerdown", nil)
+	})
+}
+
+func (v *qemuVM) Kill() error { return v.kill() }
+
+// Channel connects to the virtio-serial port's socket. QEMU serves one connection at a time,
+// and the next as soon as that has ended.
+func (v *qemuVM) Channel(ctx context.Context) (net.Conn, error) {
+	v.channelMu.Lock()
+	defer v.channelMu.Unlock()
+	if v.channel != nil {
+		v.channel.Close()
+		v.channel = nil
+	}
+	conn, err := v.dial(ctx, guestSocket)
+	if err != nil {
+		return nil, fmt.Errorf("guest channel of VM %s: %w", v.record.ID, err)
+	}
+	v.channel = conn
+	return conn, nil
+}

@@ -1,0 +1,76 @@
+package vm
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// openTAP opens a TAP that exists, one descriptor for each queue pair. Its owner needs
+// no capability for that; the flags must be those that it was made with.
+func openTAP(n *Net) ([]*os.File, error) {
+	// Asked first: TUNSETIFF by root would make the interface that it does not find.
+	if _, err := net.InterfaceByName(n.TAP); err != nil {
+		return nil, fmt.Errorf("TAP %s: %w; make it with: fleetingd network up --plan FILE", n.TAP, err)
+	}
+	var files []*os.File
+	for range n.Queues {
+		f, err := openQueue(n)
+		if err != nil {
+			closeAll(files)
+			return nil, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+func openQueue(n *Net) (*os.File, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		cure := "load the module with: modprobe tun"
+		if errors.Is(err, unix.EACCES) {
+			cure = "give it back the mode that udev gives it: chmod 0666 /dev/net/tun"
+		}
+		return nil, fmt.Errorf("open /dev/net/tun: %w; %s", err, cure)
+	}
+	req, err := unix.NewIfreq(n.TAP)
+	if err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("TAP name %q: %w", n.TAP, err)
+	}
+	// No packet information, but the virtio header: that is what both VMMs expect.
+	flags := uint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if n.Queues > 1 {
+		flags |= unix.IFF_MULTI_QUEUE
+	}
+	req.SetUint16(flags)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
+		unix.Close(fd)
+		return nil, tapError(n, err)
+	}
+	return os.NewFile(uintptr(fd), "tap:"+n.TAP), nil
+}
+
+func tapError(n *Net, err error) error {
+	why := "see `ip -d link show " + n.TAP + "`"
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		why = "another process, perhaps an earlier VM, has it open"
+	case errors.Is(err, unix.EPERM):
+		why = fmt.Sprintf("it does not belong to uid %d: fleetingd network up makes it for the plan's user", os.Getuid())
+	case errors.Is(err, unix.EINVAL):
+		why = fmt.Sprintf("it was made with other flags; %d queue pairs want IFF_NO_PI, IFF_VNET_HDR and, above one pair, "+
+			"IFF_MULTI_QUEUE: fleetingd network up makes it so", n.Queues)
+	}
+	return fmt.Errorf("open TAP %s: %w: %s", n.TAP, err, why)
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
