@@ -132,17 +132,23 @@ type failing struct{}
 
 func (failing) Write([]byte) (int, error) { return 0, unix.ENOSPC }
 
+// FuzzReadISO changes the parts of an image that say where the others are, and not its 40 KB of zeroes.
 func FuzzReadISO(f *testing.F) {
 	good := iso(f, worker())
-	f.Add(good)
-	f.Add(good[:17*2048])
-	f.Add([]byte{})
-	f.Fuzz(func(t *testing.T, data []byte) {
-		s, err := seed.ReadISO(bytes.NewReader(data))
+	const volume, root, dir = 16 * 2048, 16*2048 + 156, 18 * 2048
+	own := bytes.Index(good, []byte(`{"instance_id"`))
+	f.Add(good[volume:volume+80], good[root:root+34], good[dir:dir+300], good[own:own+800])
+	f.Add([]byte("\x01CD001"), []byte{34}, []byte{255, 34}, []byte(`{}`))
+	f.Fuzz(func(t *testing.T, v, r, d, j []byte) {
+		image := bytes.Clone(good)
+		for i, at := range []int{volume, root, dir, own} {
+			copy(image[at:min(at+2048, len(image))], [][]byte{v, r, d, j}[i])
+		}
+		s, err := seed.ReadISO(bytes.NewReader(image))
 		if err != nil {
 			return
 		}
-		if err := s.WriteISO(new(bytes.Buffer)); err != nil {
+		if err := s.WriteISO(nowhere{}); err != nil {
 			t.Errorf("read, but not written again: %v", err)
 		}
 	})
