@@ -1,0 +1,171 @@
+package guest
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// notForWorkers are units that distributions enable for machines that live long or have hardware, and what each is
+// for. They are disabled, not masked or removed: a job starts them when it wants to. Only what the
+// image itself enabled counts; what a prebuild step enables was asked for and stays.
+var notForWorkers = map[string]string{
+	// A worker's address is there before any of these looks, and nothing else comes up later.
+	"systemd-networkd-wait-online.service": "waits for links that networkd does not manage, two minutes long",
+	"NetworkManager-wait-online.service":   "the same for NetworkManager",
+	"ifupdown-wait-online.service":         "the same for ifupdown",
+
+	// Housekeeping by the clock, for machines that are there next week. It takes CPU, disk and the package lock from the job.
+	"apt-daily.timer":                        "updates package lists, and holds apt's lock while a job wants it",
+	"apt-daily-upgrade.timer":                "upgrades packages under the job",
+	"unattended-upgrades.service":            "waits for shutdown to upgrade packages",
+	"dnf-makecache.timer":                    "dnf's apt-daily",
+	"man-db.timer":                           "indexes manual pages",
+	"dpkg-db-backup.timer":                   "copies dpkg's database",
+	"e2scrub_all.timer":                      "checks LVM snapshots of ext4",
+	"e2scrub_reap.service":                   "removes what e2scrub left",
+	"fstrim.timer":                           "trims weekly",
+	"logrotate.timer":                        "rotates logs daily",
+	"motd-news.timer":                        "fetches advertisements for /etc/motd",
+	"update-notifier-download.timer":         "desktop",
+	"update-notifier-motd.timer":             "counts updates for /etc/motd",
+	"apport-autoreport.timer":                "sends crash reports",
+	"apport-autoreport.path":                 "sends crash reports",
+	"apport.service":                         "collects crash reports",
+	"ua-timer.timer":                         "Ubuntu Pro",
+	"ua-reboot-cmds.service":                 "Ubuntu Pro",
+	"ubuntu-advantage.service":               "Ubuntu Pro",
+	"esm-cache.service":                      "Ubuntu Pro",
+	"sysstat.service":                        "accounts activity",
+	"sysstat-collect.timer":                  "accounts activity",
+	"sysstat-summary.timer":                  "accounts activity",
+	"snapd.service":                          "seeds snaps at boot; its socket stays, so `snap` starts it",
+	"snapd.seeded.service":                   "waits for that",
+	"snapd.apparmor.service":                 "loads the profiles of snaps",
+	"snapd.autoimport.service":               "imports assertions from removable disks",
+	"snapd.core-fixup.service":               "Ubuntu Core",
+	"snapd.recovery-chooser-trigger.service": "Ubuntu Core",
+	"snapd.snap-repair.timer":                "Ubuntu Core",
+
+	// Hardware and hypervisors that a worker does not have.
+	"fwupd-refresh.timer":          "fetches firmware",
+	"fwupd.service":                "firmware",
+	"ModemManager.service":         "modems",
+	"multipathd.service":           "multipath storage",
+	"multipathd.socket":            "multipath storage",
+	"iscsid.socket":                "iSCSI storage",
+	"open-iscsi.service":           "iSCSI storage",
+	"lvm2-monitor.service":         "watches LVM mirrors",
+	"blk-availability.service":     "takes LVM and multipath apart at shutdown",
+	"open-vm-tools.service":        "VMware",
+	"vgauth.service":               "VMware",
+	"hv-kvp-daemon.service":        "Hyper-V",
+	"thermald.service":             "CPU temperature",
+	"udisks2.service":              "removable disks",
+	"keyboard-setup.service":       "a keyboard",
+	"console-setup.service":        "a screen's font",
+	"getty@tty1.service":           "a screen's login",
+	"secureboot-db.service":        "UEFI secure boot",
+	"grub-common.service":          "records a good boot for GRUB, which does not run",
+	"grub-initrd-fallback.service": "the same",
+	"pollinate.service":            "asks a server on the internet for entropy",
+	"networkd-dispatcher.service":  "runs hooks when networkd's links change",
+}
+
+// slowStatics are started by others than an [Install] section, so only a mask keeps them out of a boot. None has a use in a worker.
+var slowStatics = map[string]string{
+	"sshd-keygen.service":              "makes RSA keys at boot; a worker's host keys come from the guest part, before sshd",
+	"regenerate_ssh_host_keys.service": "the same, elsewhere",
+	"systemd-firstboot.service":        "asks questions on the console of a new machine",
+	"modprobe@drm.service":             "graphics",
+	"systemd-pcrphase.service":         "TPM measurements",
+	"systemd-pcrphase-sysinit.service": "TPM measurements",
+	"cloud-init-hotplugd.socket":       "listens for cloud-init, which does not run",
+}
+
+// shortenBoot leaves at boot what a job needs. Nothing is removed.
+func (s *sealer) shortenBoot() error {
+	var errs []error
+	for unit := range notForWorkers {
+		if s.stock[unit] {
+			errs = append(errs, s.disable(unit))
+		}
+	}
+	if !keepsCloudInit(s.root) {
+		// Python, four times one after the other before sshd: more than half of a plain boot. The file is cloud-init's own
+		// switch (https://docs.cloud-init.io/en/latest/howto/disable_cloud_init.html); to remove it brings all back.
+		errs = append(errs, s.write("etc/cloud/cloud-init.disabled", "by fleetingd: the guest part applies a worker's seed\n"))
+		for unit := range slowStatics {
+			errs = append(errs, s.mask(unit))
+		}
+		// The kernel's name for the one interface. Else udev renames it while the guest part sets it up.
+		errs = append(errs, s.write("etc/systemd/network/10-fleetingd.link",
+			"# by fleetingd: the worker's one interface keeps the kernel's name\n[Match]\nDriver=virtio_net\n\n[Link]\nNamePolicy=keep kernel\n"))
+		if _, err := os.Stat(s.path("etc/NetworkManager")); err == nil {
+			errs = append(errs, s.write("etc/NetworkManager/conf.d/10-fleetingd.conf",
+				"# by fleetingd: no DHCP on a worker's interface, its address comes from the seed\n[main]\nno-auto-default=*\n"))
+		}
+	}
+	return errors.Join(append(errs, s.updateDone())...)
+}
+
+// updateDone tells systemd that /usr is as /etc and /var know it (systemd-update-done.service(8)). Packages that the
+// prebuild installed made /usr newer, and each clone would build the hardware database, ld.so's cache and the journal's catalog
+// anew, which the packages' own scripts have done.
+func (s *sealer) updateDone() error {
+	usr, err := os.Stat(s.path("usr"))
+	if err != nil {
+		return err
+	}
+	for _, f := range []string{"etc/.updated", "var/.updated"} {
+		if err := s.write(f, "# by fleetingd, in the place of systemd-update-done.service\n"); err != nil {
+			return err
+		}
+		if err := os.Chtimes(s.path(f), usr.ModTime(), usr.ModTime()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *sealer) write(path, text string) error {
+	p := s.path(path)
+	if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
+		return err
+	}
+	return writeFile(p, []byte(text), 0o644)
+}
+
+// enabledUnits are the units that a machine's links enable.
+func enabledUnits(root string) map[string]bool {
+	units := map[string]bool{}
+	for _, dir := range []string{"wants", "requires"} {
+		found, _ := filepath.Glob(filepath.Join(root, "etc/systemd/system/*."+dir, "*")) // the pattern is valid
+		for _, p := range found {
+			units[filepath.Base(p)] = true
+		}
+	}
+	return units
+}
+
+// disable takes the links away that start a unit at boot, as `systemctl disable` does.
+func (s *sealer) disable(unit string) error {
+	var errs []error
+	for _, dir := range []string{"wants", "requires"} {
+		found, err := filepath.Glob(s.path("etc/systemd/system/*." + dir + "/" + strings.ReplaceAll(unit, "[", `\[`)))
+		errs = append(errs, err)
+		for _, p := range found {
+			errs = append(errs, os.Remove(p))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// mask keeps a unit from starting at all, unless the machine's owner has his own unit of that name.
+func (s *sealer) mask(unit string) error {
+	if _, err := os.Lstat(s.path("etc/systemd/system/" + unit)); err == nil {
+		return nil
+	}
+	return s.link("/dev/null", "etc/systemd/system/"+unit)
+}

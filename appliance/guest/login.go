@@ -1,0 +1,111 @@
+package guest
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// waitLogin waits until a user can log in: sshd greets, and pam_nologin lets users other than root in (systemd takes
+// /run/nologin away late in the boot, sshd may be there before).
+func waitLogin(ctx context.Context, root string) error {
+	addrs := sshAddresses(root)
+	wait := 5 * time.Millisecond
+	var last error
+	for {
+		last = nil
+		for _, f := range []string{"run/nologin", "etc/nologin"} {
+			if _, err := os.Stat(filepath.Join(root, f)); err == nil {
+				last = fmt.Errorf("/%s keeps users out", f)
+			}
+		}
+		if last == nil {
+			if last = greets(ctx, addrs); last == nil {
+				return nil
+			}
+		}
+		if !pause(ctx, wait) {
+			return fmt.Errorf("nobody can log in yet: %w", last)
+		}
+		wait = min(2*wait, 50*time.Millisecond)
+	}
+}
+
+// greets looks for an SSH banner (RFC 4253, 4.2) at one of the addresses.
+func greets(ctx context.Context, addrs []string) error {
+	var last error
+	for _, a := range addrs {
+		d := net.Dialer{Timeout: 5 * time.Second}
+		conn, err := d.DialContext(ctx, "tcp", a)
+		if err != nil {
+			last = err
+			continue
+		}
+		err = conn.SetDeadline(time.Now().Add(30 * time.Second)) // an emulated sshd starts slowly
+		if err == nil {
+			var b []byte
+			b, err = bufio.NewReaderSize(conn, 256).ReadSlice('\n')
+			if err == nil && !strings.HasPrefix(string(b), "SSH-") {
+				err = fmt.Errorf("%s says %q", a, b)
+			}
+		}
+		conn.Close()
+		if err == nil {
+			return nil
+		}
+		last = fmt.Errorf("sshd at %s: %w", a, err)
+	}
+	return last
+}
+
+// sshAddresses is where sshd listens by its configuration, loopback first.
+func sshAddresses(root string) []string {
+	ports := sshdSetting(root, "port")
+	if len(ports) == 0 {
+		ports = []string{"22"}
+	}
+	var addrs []string
+	for _, p := range ports {
+		addrs = append(addrs, net.JoinHostPort("127.0.0.1", p))
+	}
+	for _, l := range sshdSetting(root, "listenaddress") {
+		host, port, err := net.SplitHostPort(l)
+		if err != nil {
+			host, port = strings.Trim(l, "[]"), ports[0]
+		}
+		if ip := net.ParseIP(host); ip != nil && !ip.IsUnspecified() {
+			addrs = append(addrs, net.JoinHostPort(host, port))
+		}
+	}
+	return slices.Compact(addrs)
+}
+
+// sshdSetting gives the values of one keyword of sshd_config(5) and of the files that distributions include from
+// it. Match blocks are passed over: no host-wide setting stands in one.
+func sshdSetting(root, keyword string) []string {
+	files, _ := filepath.Glob(filepath.Join(root, "etc/ssh/sshd_config.d/*.conf")) // the pattern is valid
+	files = append(files, filepath.Join(root, "etc/ssh/sshd_config"))
+	var values []string
+	for _, f := range files {
+		data, err := os.ReadFile(f)
+		if err != nil {
+			continue // no sshd_config: the defaults hold
+		}
+		for l := range strings.Lines(string(data)) {
+			w := strings.Fields(strings.Replace(l, "=", " ", 1))
+			if len(w) > 0 && strings.EqualFold(w[0], "match") {
+				break
+			}
+			if len(w) > 1 && strings.EqualFold(w[0], keyword) {
+				values = append(values, strings.Trim(w[1], `"`))
+			}
+		}
+	}
+	return values
+}
