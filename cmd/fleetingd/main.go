@@ -51,5 +51,6 @@ func commands() []*cli.Command {
 		compileCommand(),
 		validateCommand(),
 		fmtCommand(),
+		doctorCommand(),
 	}
 }

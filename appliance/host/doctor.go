@@ -1,0 +1,116 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// Status is how a check of Doctor ended.
+type Status string
+
+// With StatusFail the host cannot do what the plan says. With StatusWarn it can, but less well, or somebody else will see to it.
+const (
+	StatusOK   Status = "ok"
+	StatusWarn Status = "warn"
+	StatusFail Status = "fail"
+)
+
+// Finding is what one check found. Its JSON is stable: names of checks are not reused, and fields are only added.
+type Finding struct {
+	Check  string `json:"check"`
+	Status Status `json:"status"`
+	Detail string `json:"detail"`         // what is, in one line
+	Cure   string `json:"cure,omitempty"` // a command where there is one, else what to do; "" when ok
+}
+
+// Probes are what Doctor cannot find out itself, since it knows neither hypervisors nor images.
+type Probes struct {
+	KVM      func(context.Context) error                             // runs a guest
+	Driver   func(context.Context) (binary, version string, _ error) // the plan's hypervisor
+	CanClone func(dir string) error                                  // why files in dir cannot be cloned
+}
+
+// Doctor says what this host lacks for the plan, and how each is cured. It changes nothing that lasts: it loads the
+// ruleset in a network namespace of its own, makes a file and removes it, runs a guest of a few instructions. What only
+// root can try is a warning for others.
+func Doctor(ctx context.Context, p *plan.Plan, probes Probes) []Finding {
+	return (&doctor{plan: p, probes: probes, machine: realMachine()}).examine(ctx)
+}
+
+// doctor examines one machine for one plan.
+type doctor struct {
+	plan    *plan.Plan
+	probes  Probes
+	machine machine
+	found   []Finding
+}
+
+func (d *doctor) examine(ctx context.Context) []Finding {
+	d.cpu()
+	d.kvm(ctx)
+	d.hypervisor(ctx)
+	d.systemd(ctx)
+	d.cgroup()
+	d.landlock()
+	d.user()
+	d.tun()
+	d.nftables()
+	d.links()
+	d.sysctls()
+	d.stateDir()
+	d.disks()
+	d.space()
+	d.memory()
+	d.tools()
+	d.clock()
+	d.runner(ctx)
+	return d.found
+}
+
+func (d *doctor) add(check string, s Status, cure, format string, args ...any) {
+	// A program's answer may have lines; a table's row is one.
+	detail := strings.Join(strings.Fields(fmt.Sprintf(format, args...)), " ")
+	d.found = append(d.found, Finding{Check: check, Status: s, Detail: detail, Cure: cure})
+}
+
+func (d *doctor) ok(check, format string, args ...any) { d.add(check, StatusOK, "", format, args...) }
+
+func (d *doctor) warn(check, cure, format string, args ...any) {
+	d.add(check, StatusWarn, cure, format, args...)
+}
+
+func (d *doctor) fail(check, cure, format string, args ...any) {
+	d.add(check, StatusFail, cure, format, args...)
+}
+
+// asRoot is the cure where a check is root's.
+const asRoot = "sudo fleetingd doctor HOST"
+
+// install is the command that installs a package, under its Debian or its Fedora name.
+func (d *doctor) install(deb, rpm string) string {
+	if _, err := d.machine.lookPath("apt-get"); err == nil {
+		return "apt-get install -y " + deb
+	}
+	if _, err := d.machine.lookPath("dnf"); err == nil {
+		return "dnf install -y " + rpm
+	}
+	return "install " + deb + " with this system's package manager"
+}
+
+// needsKVM says whether workers run on KVM alone, and wantsKVM whether they use it where it works.
+func (d *doctor) needsKVM() bool {
+	return d.plan.Hypervisor.Driver == "cloud-hypervisor" || d.plan.Hypervisor.Accel == "kvm"
+}
+
+func (d *doctor) wantsKVM() bool { return d.needsKVM() || d.plan.Hypervisor.Accel != "tcg" }
+
+// withoutKVM is fail where workers need KVM, and warn where they are only slow without.
+func (d *doctor) withoutKVM() Status {
+	if d.needsKVM() {
+		return StatusFail
+	}
+	return StatusWarn
+}

@@ -1,0 +1,573 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+const firmwareCure = "turn on VT-x or AMD-V (SVM) in the machine's firmware, or nested virtualization in the hypervisor above it"
+
+// cpuFlag finds Intel's or AMD's virtualization among the flags of /proc/cpuinfo.
+var cpuFlag = regexp.MustCompile(`(?m)^flags\s*:.*\b(vmx|svm)\b`)
+
+func (d *doctor) cpu() {
+	const check = "cpu-virtualization"
+	if d.machine.arch != "amd64" || !d.wantsKVM() {
+		return // elsewhere no flag tells, and the kvm check does
+	}
+	info, err := d.machine.readFile("/proc/cpuinfo")
+	if err != nil {
+		d.warn(check, "mount -t proc proc /proc", "%v", err)
+		return
+	}
+	if m := cpuFlag.FindSubmatch(info); m != nil {
+		d.ok(check, "the CPU has %s", m[1])
+		return
+	}
+	d.add(check, d.withoutKVM(), firmwareCure, "the CPU shows neither vmx nor svm")
+}
+
+func (d *doctor) kvm(ctx context.Context) {
+	const check = "kvm"
+	if !d.wantsKVM() {
+		return
+	}
+	err := d.probes.KVM(ctx)
+	if err == nil {
+		d.ok(check, "/dev/kvm runs a guest")
+		return
+	}
+	cure := firmwareCure
+	if _, missing := d.machine.stat("/dev/kvm"); missing != nil {
+		module := "kvm_intel"
+		if info, _ := d.machine.readFile("/proc/cpuinfo"); strings.Contains(string(info), "AuthenticAMD") {
+			module = "kvm_amd"
+		}
+		cure = "modprobe " + module
+	} else if errors.Is(d.machine.openAs(nil, "/dev/kvm"), fs.ErrPermission) {
+		cure = asRoot
+	}
+	if d.needsKVM() {
+		cure += `; or take another machine, or hypervisor "qemu" in the spec`
+	}
+	d.add(check, d.withoutKVM(), cure, "%v", err)
+}
+
+func (d *doctor) hypervisor(ctx context.Context) {
+	binary, version, err := d.probes.Driver(ctx)
+	if err == nil {
+		d.ok("hypervisor", "%s %s (%s)", d.plan.Hypervisor.Driver, version, binary)
+		return
+	}
+	cure := d.install("qemu-system-x86", "qemu-kvm")
+	if d.plan.Hypervisor.Driver == "cloud-hypervisor" {
+		asset := "cloud-hypervisor-static"
+		if d.machine.arch == "arm64" {
+			asset += "-aarch64"
+		}
+		cure = "curl -fsSLo /usr/local/bin/cloud-hypervisor https://github.com/cloud-hypervisor/cloud-hypervisor/releases/latest/download/" +
+			asset + " && chmod 0755 /usr/local/bin/cloud-hypervisor"
+	}
+	d.fail("hypervisor", cure, "%v", err)
+}
+
+// minSystemd brought DelegateSubgroup=, without which the runner sits in the cgroup whose children get the limits.
+const minSystemd = 254
+
+var systemdVersion = regexp.MustCompile(`^systemd (\d+)`)
+
+func (d *doctor) systemd(ctx context.Context) {
+	const check = "systemd"
+	if _, err := d.machine.stat("/run/systemd/system"); err != nil {
+		d.fail(check, "boot this host with systemd (a container or WSL may have none)", "systemd does not run this host")
+		return
+	}
+	out, err := d.machine.output(ctx, "systemctl", "--version")
+	m := systemdVersion.FindStringSubmatch(out)
+	if err != nil || m == nil {
+		d.fail(check, d.install("systemd", "systemd"), "its version is not known: %q %v", firstLine(out), err)
+		return
+	}
+	if v, err := strconv.Atoi(m[1]); err != nil || v < minSystemd {
+		d.warn(check, "upgrade to Debian 13, Ubuntu 24.04 or later (Debian 12: apt-get install -y -t bookworm-backports systemd)",
+			"systemd %s is older than %d and has no DelegateSubgroup=: the limits of pools will not be enforced", m[1], minSystemd)
+		return
+	}
+	d.ok(check, "systemd %s", m[1])
+}
+
+// cgroupControllers are those that the runner's unit delegates.
+var cgroupControllers = []string{"cpu", "memory", "io", "pids"}
+
+func (d *doctor) cgroup() {
+	const check = "cgroup"
+	// The file is there in the unified hierarchy alone (cgroups(7)).
+	text, err := d.machine.readFile("/sys/fs/cgroup/cgroup.controllers")
+	if err != nil {
+		d.warn(check, "boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line",
+			"cgroup v2 is not mounted on /sys/fs/cgroup: the limits of pools will not be enforced (%v)", err)
+		return
+	}
+	have := strings.Fields(string(text))
+	missing := slices.DeleteFunc(slices.Clone(cgroupControllers), func(c string) bool { return slices.Contains(have, c) })
+	if len(missing) > 0 {
+		d.warn(check, "boot without cgroup_disable= and with cgroup_enable=memory on the kernel's command line",
+			"cgroup v2 lacks %s: those limits will not be enforced", strings.Join(missing, ", "))
+		return
+	}
+	d.ok(check, "cgroup v2 with %s", strings.Join(cgroupControllers, ", "))
+}
+
+// minLandlock is the first ABI that can forbid truncation (Linux 6.2); Cloud Hypervisor asks for it.
+const minLandlock = 3
+
+func (d *doctor) landlock() {
+	const check = "landlock"
+	if d.plan.Hypervisor.Driver != "cloud-hypervisor" || !d.plan.Hypervisor.Sandbox {
+		return
+	}
+	abi, err := d.machine.landlock()
+	switch {
+	case err != nil:
+		d.warn(check, "boot Linux 6.2 or later", "%v", err)
+	case abi == 0:
+		d.warn(check, "boot Linux 6.2 or later, with landlock in its lsm= list", "the kernel has no landlock: VMMs run without that part of their sandbox")
+	case abi < minLandlock:
+		d.warn(check, "boot Linux 6.2 or later", "landlock has ABI %d, and %d is needed: VMMs run without that part of their sandbox", abi, minLandlock)
+	default:
+		d.ok(check, "landlock ABI %d", abi)
+	}
+}
+
+func (d *doctor) user() {
+	const check = "user"
+	name := d.plan.User
+	a, err := d.machine.account(name)
+	switch {
+	case err != nil:
+		d.fail(check, "getent passwd "+name, "%v", err)
+	case a == nil:
+		d.warn(check, "useradd --system --user-group --groups kvm --home-dir "+d.plan.Paths.State+" --shell /usr/sbin/nologin "+name,
+			"user %s does not exist yet: systemd-sysusers makes it from the files of fleetingd compile", name)
+	case a.uid == 0:
+		d.fail(check, "userdel "+name, "user %s is root: the plugin and the VMs run as an ordinary user", name)
+	case !d.wantsKVM():
+		d.ok(check, "user %s, uid %d", name, a.uid)
+	case !d.machine.root:
+		d.warn(check, asRoot, "only root can try what user %s may open", name)
+	default:
+		err := d.machine.openAs(a, "/dev/kvm")
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			d.add(check, d.withoutKVM(), "usermod -aG kvm "+name, "user %s may not open /dev/kvm", name)
+		case err != nil: // the kvm check says so
+			d.ok(check, "user %s, uid %d", name, a.uid)
+		default:
+			d.ok(check, "user %s, uid %d, may open /dev/kvm", name, a.uid)
+		}
+	}
+}
+
+func (d *doctor) tun() {
+	const check = "tun"
+	var a *account
+	who := "this user"
+	if d.machine.root {
+		// An error is the user check's.
+		if found, err := d.machine.account(d.plan.User); err == nil && found != nil {
+			a, who = found, d.plan.User
+		}
+	}
+	err := d.machine.openAs(a, "/dev/net/tun")
+	switch {
+	case err == nil:
+		d.ok(check, "/dev/net/tun opens for %s", who)
+	case errors.Is(err, fs.ErrPermission):
+		d.fail(check, "chmod 0666 /dev/net/tun", "%v (as %s): the kernel checks each TAP's owner itself", err, who)
+	default:
+		d.fail(check, "modprobe tun", "%v", err)
+	}
+}
+
+func (d *doctor) nftables() {
+	const check = "nftables"
+	if !d.machine.root {
+		d.warn(check, asRoot, "only root can try the firewall")
+		return
+	}
+	if err := d.machine.trial(d.plan.Network.Ruleset, d.plan.Slots); err != nil {
+		d.fail(check, "modprobe nf_tables (and take a kernel with nf_tables for inet, arp and nat, such as Debian's)", "%v", err)
+		return
+	}
+	d.ok(check, "the kernel takes the plan's ruleset (tried in a network namespace of its own)")
+}
+
+func (d *doctor) links() {
+	h, err := d.machine.network()
+	if err != nil {
+		d.fail("egress-interface", "ip link", "%v", err)
+		return
+	}
+	d.egressInterface(h)
+	d.subnet(h)
+}
+
+func (d *doctor) egressInterface(h *have) {
+	const check = "egress-interface"
+	name := d.plan.EgressInterface
+	l, ok := h.links[name]
+	if !ok {
+		var others []string
+		for n, l := range h.links {
+			if n != loopback && !strings.HasPrefix(l.Attrs().Alias, linkMark) {
+				others = append(others, n)
+			}
+		}
+		slices.Sort(others)
+		cure := "write one of them as egress_interface in the spec"
+		if way := defaultLink(h); way != "" {
+			cure = fmt.Sprintf("write egress_interface = %q in the spec: the default route goes there", way)
+		}
+		d.fail(check, cure, "%s does not exist; this host has: %s", name, strings.Join(others, ", "))
+		return
+	}
+	if l.Attrs().Flags&net.FlagUp == 0 {
+		d.fail(check, "ip link set "+name+" up", "%s is down", name)
+		return
+	}
+	d.ok(check, "%s is up", name)
+}
+
+// defaultLink is the link of the IPv4 default route, or "".
+func defaultLink(h *have) string {
+	for _, r := range h.routes {
+		if r.Dst != nil && prefixOf(r.Dst) != netip.PrefixFrom(netip.IPv4Unspecified(), 0) {
+			continue
+		}
+		for name, l := range h.links {
+			if l.Attrs().Index == r.LinkIndex {
+				return name
+			}
+		}
+	}
+	return ""
+}
+
+func (d *doctor) subnet(h *have) {
+	const check = "subnet"
+	n := &network{plan: d.plan}
+	errs := n.overlaps(h)
+	if len(errs) == 0 {
+		d.ok(check, "no route overlaps %s", d.plan.Network.Subnet)
+		return
+	}
+	cure := "write another subnet in the spec's network block"
+	if free, ok := freeSubnet(d.plan, h); ok {
+		cure = fmt.Sprintf("write subnet = %q in the spec's network block: nothing here uses it", free)
+	}
+	d.fail(check, cure, "%v", errors.Join(errs...))
+}
+
+// freeSubnet is a network of the same size in 172.16.0.0/12 (RFC 1918) that no route overlaps.
+func freeSubnet(p *plan.Plan, h *have) (netip.Prefix, bool) {
+	private := netip.MustParsePrefix("172.16.0.0/12")
+	bits := max(p.Network.Subnet.Bits(), private.Bits())
+	try := *p
+	try.Network.Subnet6 = nil
+	addr := private.Addr().As4()
+	for range 1 << min(bits-private.Bits(), 8) {
+		try.Network.Subnet = netip.PrefixFrom(netip.AddrFrom4(addr), bits).Masked()
+		if len((&network{plan: &try}).overlaps(h)) == 0 {
+			return try.Network.Subnet, true
+		}
+		next := uint32(addr[0])<<24 | uint32(addr[1])<<16 | uint32(addr[2])<<8 | uint32(addr[3])
+		next += 1 << max(32-bits, 12) // every 4,096 addresses will do
+		addr = [4]byte{byte(next >> 24), byte(next >> 16), byte(next >> 8), byte(next)}
+	}
+	return netip.Prefix{}, false
+}
+
+func (d *doctor) sysctls() {
+	d.sysctl("ip-forwarding", "net/ipv4/ip_forward", "1", StatusWarn,
+		"it is off until fleetingd network up turns it on")
+	if d.plan.Network.Subnet6 != nil {
+		d.sysctl("ip6-forwarding", "net/ipv6/conf/all/forwarding", "1", StatusWarn,
+			"it is off until fleetingd network up turns it on")
+	}
+	d.sysctl("arp-ignore", "net/ipv4/conf/all/arp_ignore", "0", StatusFail,
+		"the host would not answer its workers' ARP for the gateway, which is on lo")
+}
+
+func (d *doctor) sysctl(check, path, want string, otherwise Status, why string) {
+	name := strings.ReplaceAll(path, "/", ".")
+	b, err := d.machine.readFile("/proc/sys/" + path)
+	got := strings.TrimSpace(string(b))
+	switch {
+	case err != nil:
+		d.fail(check, "mount -t proc proc /proc", "%v", err)
+	case got != want:
+		d.add(check, otherwise, "sysctl -w "+name+"="+want, "%s is %s: %s", name, got, why)
+	default:
+		d.ok(check, "%s is %s", name, want)
+	}
+}
+
+func (d *doctor) stateDir() {
+	const check = "state-dir"
+	dir := d.plan.Paths.State
+	there, err := d.machine.existing(dir)
+	if err != nil {
+		d.fail(check, "ls -ld "+dir, "%v", err)
+		return
+	}
+	for at := there; ; at = filepath.Dir(at) {
+		st, err := d.machine.stat(at)
+		switch {
+		case err != nil:
+			d.fail(check, "ls -ld "+at, "%v", err)
+			return
+		case !st.IsDir():
+			d.fail(check, "write another state_dir in the spec", "%s is not a folder", at)
+			return
+		case st.Mode().Perm()&0o001 == 0:
+			d.fail(check, "chmod o+x "+at, "user %s does not get through %s, which has mode %04o", d.plan.User, at, st.Mode().Perm())
+			return
+		}
+		if at == "/" {
+			break
+		}
+	}
+	if there == dir {
+		d.ok(check, "%s is there and can be reached", dir)
+		return
+	}
+	d.ok(check, "%s will be made in %s", dir, there)
+}
+
+func (d *doctor) disks() {
+	const check = "disks"
+	backing := d.plan.Disks.Backing
+	there, err := d.machine.existing(d.plan.Paths.Disks)
+	if err != nil {
+		d.fail(check, "ls -ld "+there, "%v", err)
+		return
+	}
+	if backing == "xfs-image" || backing == "tmpfs" {
+		if d.haveXFS(check) {
+			d.ok(check, "backing = %q: an XFS image will be mounted on %s", backing, d.plan.Paths.Disks)
+		}
+		return
+	}
+	err = d.probes.CanClone(there)
+	switch {
+	case err == nil:
+		d.ok(check, "the file system of %s clones files", there)
+	case errors.Is(err, fs.ErrPermission):
+		d.warn(check, asRoot, "only root can try whether files clone in %s", there)
+	case backing == "directory":
+		d.fail(check, `write disks { backing = "auto" } in the spec`, "%v", err)
+	default:
+		if d.haveXFS(check) {
+			d.ok(check, "the file system of %s does not clone: an XFS image will be mounted on %s", there, d.plan.Paths.Disks)
+		}
+	}
+}
+
+// haveXFS reports whether an XFS image can be made, and where it cannot says so.
+func (d *doctor) haveXFS(check string) bool {
+	if _, err := d.machine.lookPath("mkfs.xfs"); err != nil {
+		d.fail(check, d.install("xfsprogs", "xfsprogs"), "the disks need an XFS image, and mkfs.xfs is not here")
+		return false
+	}
+	return true
+}
+
+const gib = 1 << 30
+
+// space compares what the workers' disks may grow to with what is free. They are sparse: too little is a warning, unless
+// not even one fits.
+func (d *doctor) space() {
+	const check = "disk-space"
+	if d.plan.Disks.Backing == "tmpfs" {
+		return // it is memory
+	}
+	there, err := d.machine.existing(d.plan.Paths.State)
+	if d.plan.Disks.Backing != "xfs-image" && err == nil {
+		there, err = d.machine.existing(d.plan.Paths.Disks)
+	}
+	free := int64(0)
+	if err == nil {
+		free, err = d.machine.space(there)
+	}
+	if err != nil {
+		d.fail(check, "df -h", "%v", err)
+		return
+	}
+	// Floats: no sum of a plan's may wrap around.
+	need, largest := 0.0, 0.0
+	for _, p := range d.plan.Pools {
+		need += float64(p.Disk) * float64(p.MaxInstances)
+		largest = max(largest, float64(p.Disk))
+	}
+	cure := "free space on " + there + ", or lower disk or max_instances in the spec's pools"
+	if size := float64(d.plan.Disks.Size); d.plan.Disks.Backing == "xfs-image" && size > float64(free) {
+		d.warn(check, "free space on "+there+", or lower size in the spec's disks block",
+			"%s has %.1f GiB free, and the XFS image may grow to %.1f GiB", there, float64(free)/gib, size/gib)
+		return
+	}
+	switch have := float64(free); {
+	case have < largest:
+		d.fail(check, cure, "%s has %.1f GiB free, and one worker's disk may grow to %.1f GiB", there, have/gib, largest/gib)
+	case have < need:
+		d.warn(check, cure, "%s has %.1f GiB free; the disks of all workers are sparse and may grow to %.1f GiB", there, have/gib, need/gib)
+	default:
+		d.ok(check, "%s has %.1f GiB free; the disks of all workers may grow to %.1f GiB", there, have/gib, need/gib)
+	}
+}
+
+// memTotal is a line of /proc/meminfo, in KiB (proc_meminfo(5)).
+var memTotal = regexp.MustCompile(`(?m)^MemTotal:\s+(\d+) kB$`)
+
+func (d *doctor) memory() {
+	const check = "memory"
+	b, err := d.machine.readFile("/proc/meminfo")
+	m := memTotal.FindSubmatch(b)
+	if err != nil || m == nil {
+		d.fail(check, "mount -t proc proc /proc", "no MemTotal in /proc/meminfo: %v", err)
+		return
+	}
+	kib, err := strconv.ParseInt(string(m[1]), 10, 64)
+	if err != nil {
+		d.fail(check, "cat /proc/meminfo", "%v", err)
+		return
+	}
+	have, need := float64(kib)*1024, 0.0
+	for _, p := range d.plan.Pools {
+		need += float64(p.Memory) * float64(p.MaxInstances)
+	}
+	if d.plan.Disks.Backing == "tmpfs" {
+		need += float64(d.plan.Disks.Size)
+	}
+	if need > have {
+		d.fail(check, "lower memory or max_instances in the spec's pools", "this host has %.1f GiB, and all workers together may use %.1f GiB",
+			have/gib, need/gib)
+		return
+	}
+	d.ok(check, "this host has %.1f GiB; all workers together may use %.1f GiB", have/gib, need/gib)
+}
+
+// tools are the programs that images are made with.
+func (d *doctor) tools() {
+	uses := func(is func(plan.Source) bool) bool {
+		return slices.ContainsFunc(d.plan.Images, func(im plan.Image) bool { return is(im.Source) })
+	}
+	if uses(func(s plan.Source) bool { return s.Debian == nil }) {
+		d.tool("qemu-img", "qemu-utils", "qemu-img", "images are converted with it")
+	}
+	if !uses(func(s plan.Source) bool { return s.Debian != nil }) {
+		return
+	}
+	d.tool("mmdebstrap", "mmdebstrap", "mmdebstrap", "the debian source is built with it")
+	d.tool("mke2fs", "e2fsprogs", "e2fsprogs", "the debian source is built with it")
+	const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+	if _, err := d.machine.stat(keyring); err != nil {
+		d.fail("debian-archive-keyring", d.install("debian-archive-keyring", "debian-keyring"), "Debian's packages are verified with it: %v", err)
+		return
+	}
+	d.ok("debian-archive-keyring", "%s", keyring)
+}
+
+func (d *doctor) tool(name, deb, rpm, why string) {
+	path, err := d.machine.lookPath(name)
+	if err != nil {
+		d.fail(name, d.install(deb, rpm), "%s is not on PATH: %s", name, why)
+		return
+	}
+	d.ok(name, "%s", path)
+}
+
+// clock is a warning: jobs notice first, by certificates that are not valid yet.
+func (d *doctor) clock() {
+	const check = "clock"
+	synced, err := d.machine.synced()
+	switch {
+	case err != nil:
+		d.warn(check, "timedatectl status", "%v", err)
+	case synced:
+		d.ok(check, "the clock is synchronised")
+	case d.hasTimeClient():
+		d.warn(check, "timedatectl set-ntp true", "the clock is not synchronised, and workers take their time from it")
+	default:
+		d.warn(check, d.install("systemd-timesyncd", "chrony"), "the clock is not synchronised, and workers take their time from it")
+	}
+}
+
+func (d *doctor) hasTimeClient() bool {
+	if _, err := d.machine.stat("/usr/lib/systemd/systemd-timesyncd"); err == nil {
+		return true
+	}
+	_, err := d.machine.lookPath("chronyd")
+	return err == nil
+}
+
+// The first GitLab Runner with all settings that the compiled config.toml has: state_storage came with 17.5.0,
+// update_interval and instance_ready_command with 16.11
+// (https://docs.gitlab.com/runner/configuration/advanced-configuration/#the-runnersautoscaler-section).
+const (
+	minRunnerMajor = 17
+	minRunnerMinor = 5
+)
+
+var runnerVersion = regexp.MustCompile(`(?m)^Version:\s+v?(\d{1,4})\.(\d{1,4})(\S*)`)
+
+func (d *doctor) runner(ctx context.Context) {
+	const (
+		check = "gitlab-runner"
+		repo  = "curl -fsSL https://packages.gitlab.com/install/repositories/runner/gitlab-runner/script."
+	)
+	if len(d.plan.Runners) == 0 {
+		return
+	}
+	cure := repo + "deb.sh | bash && apt-get install -y gitlab-runner"
+	if d.install("apt", "dnf") == "dnf install -y dnf" {
+		cure = repo + "rpm.sh | bash && dnf install -y gitlab-runner"
+	}
+	path, err := d.machine.lookPath("gitlab-runner")
+	if err != nil {
+		d.fail(check, cure, "gitlab-runner is not on PATH")
+		return
+	}
+	out, err := d.machine.output(ctx, path, "--version")
+	if err != nil {
+		d.fail(check, cure, "%v", err)
+		return
+	}
+	m := runnerVersion.FindStringSubmatch(out)
+	if m == nil {
+		d.warn(check, cure, "%s does not say a version that is known: %.80q", path, firstLine(out))
+		return
+	}
+	major, _ := strconv.Atoi(m[1]) // at most four digits
+	minor, _ := strconv.Atoi(m[2])
+	if major < minRunnerMajor || major == minRunnerMajor && minor < minRunnerMinor {
+		d.fail(check, cure, "gitlab-runner %s.%s is older than %d.%d, which brought state_storage", m[1], m[2], minRunnerMajor, minRunnerMinor)
+		return
+	}
+	d.ok(check, "gitlab-runner %s.%s%s (%s)", m[1], m[2], m[3], path)
+}
+
+func firstLine(s string) string {
+	line, _, _ := strings.Cut(s, "\n")
+	return line
+}

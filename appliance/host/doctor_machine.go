@@ -1,0 +1,223 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"unsafe"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// machine is all that Doctor sees of the host. Tests replace single functions by a fault.
+type machine struct {
+	arch     string // GOARCH
+	root     bool
+	lookPath func(name string) (string, error)
+	output   func(ctx context.Context, name string, args ...string) (string, error)
+	readFile func(path string) ([]byte, error)
+	stat     func(path string) (fs.FileInfo, error)
+	account  func(name string) (*account, error)
+	openAs   func(a *account, path string) error
+	space    func(dir string) (free int64, err error)
+	network  func() (*have, error)
+	trial    func(plan.Ruleset, []plan.Slot) error
+	landlock func() (abi int, err error)
+	synced   func() (bool, error)
+}
+
+// account is a user as the kernel sees one.
+type account struct {
+	uid, gid int
+	groups   []int
+}
+
+func realMachine() machine {
+	return machine{
+		arch:     runtime.GOARCH,
+		root:     os.Geteuid() == 0,
+		lookPath: exec.LookPath,
+		output:   output,
+		readFile: os.ReadFile,
+		stat:     os.Stat,
+		account:  findAccount,
+		openAs:   openAs,
+		space:    freeSpace,
+		network:  linksAndRoutes,
+		trial:    trialLoad,
+		landlock: landlockABI,
+		synced:   clockSynced,
+	}
+}
+
+func output(ctx context.Context, name string, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return string(out), nil
+}
+
+// findAccount returns nil where there is no such user.
+func findAccount(name string) (*account, error) {
+	u, err := user.Lookup(name)
+	var unknown user.UnknownUserError
+	if errors.As(err, &unknown) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	ids, err := u.GroupIds()
+	if err != nil {
+		return nil, err
+	}
+	a := &account{}
+	a.uid, err = strconv.Atoi(u.Uid)
+	if err != nil {
+		return nil, err
+	}
+	if a.gid, err = strconv.Atoi(u.Gid); err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		gid, err := strconv.Atoi(id)
+		if err != nil {
+			return nil, err
+		}
+		a.groups = append(a.groups, gid)
+	}
+	return a, nil
+}
+
+// openAs opens a device for reading and writing as somebody else would, by root alone: mode bits do not tell all, there
+// are ACLs. A nil account is who we are.
+func openAs(a *account, path string) error {
+	result := make(chan error, 1)
+	go func() {
+		// The kernel's identities are a thread's (credentials(7)); Go's wrappers would change them for all. The thread is
+		// never unlocked, so it ends here with what it became.
+		runtime.LockOSThread()
+		if a != nil {
+			if err := become(a); err != nil {
+				result <- err
+				return
+			}
+		}
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			result <- &fs.PathError{Op: "open", Path: path, Err: err}
+			return
+		}
+		result <- unix.Close(fd)
+	}()
+	return <-result
+}
+
+// become gives the calling thread another identity.
+func become(a *account) error {
+	groups := make([]uint32, max(len(a.groups), 1))
+	for i, g := range a.groups {
+		groups[i] = uint32(g)
+	}
+	for _, call := range []struct {
+		name              string
+		nr, one, two, six uintptr
+	}{
+		{"setgroups", unix.SYS_SETGROUPS, uintptr(len(a.groups)), uintptr(unsafe.Pointer(&groups[0])), 0},
+		{"setresgid", unix.SYS_SETRESGID, uintptr(a.gid), uintptr(a.gid), uintptr(a.gid)},
+		{"setresuid", unix.SYS_SETRESUID, uintptr(a.uid), uintptr(a.uid), uintptr(a.uid)},
+	} {
+		if _, _, errno := unix.RawSyscall(call.nr, call.one, call.two, call.six); errno != 0 {
+			return fmt.Errorf("%s: %w", call.name, errno)
+		}
+	}
+	runtime.KeepAlive(groups)
+	return nil
+}
+
+// freeSpace is what an ordinary user may still write, in bytes.
+func freeSpace(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, &fs.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return int64(st.Bavail) * st.Bsize, nil
+}
+
+// linksAndRoutes is as much of the network as nobody needs root for.
+func linksAndRoutes() (*have, error) {
+	found := &have{links: map[string]netlink.Link{}}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	for _, l := range links {
+		found.links[l.Attrs().Name] = l
+	}
+	found.routes, err = netlink.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	return found, nil
+}
+
+// trialLoad loads the ruleset where it meets no packet: in a network namespace that ends with its thread.
+func trialLoad(r plan.Ruleset, slots []plan.Slot) error {
+	result := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread is in another namespace and must not be used again
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			result <- fmt.Errorf("make a network namespace to try it in: %w", err)
+			return
+		}
+		result <- loadFirewall(r, slots)
+	}()
+	return <-result
+}
+
+// landlockABI is 0 where the kernel has no landlock, or has it turned off (landlock_create_ruleset(2)).
+func landlockABI() (int, error) {
+	const createRulesetVersion = 1 // LANDLOCK_CREATE_RULESET_VERSION
+	abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, createRulesetVersion)
+	switch errno {
+	case 0:
+		return int(abi), nil
+	case unix.ENOSYS, unix.EOPNOTSUPP:
+		return 0, nil
+	default:
+		return 0, fmt.Errorf("landlock_create_ruleset: %w", errno)
+	}
+}
+
+// clockSynced asks the kernel, which every NTP client tells (adjtimex(2)).
+func clockSynced() (bool, error) {
+	var t unix.Timex
+	state, err := unix.Adjtimex(&t)
+	if err != nil {
+		return false, fmt.Errorf("adjtimex: %w", err)
+	}
+	return state != unix.TIME_ERROR && t.Status&unix.STA_UNSYNC == 0, nil
+}
+
+// existing is the innermost folder of path that is there.
+func (m machine) existing(path string) (string, error) {
+	for {
+		_, err := m.stat(path)
+		if !errors.Is(err, fs.ErrNotExist) || path == "/" {
+			return path, err
+		}
+		path = filepath.Dir(path)
+	}
+}

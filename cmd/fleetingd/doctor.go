@@ -1,0 +1,108 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"text/tabwriter"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/compile"
+	"github.com/fleetingd/fleetingd/appliance/host"
+	"github.com/fleetingd/fleetingd/appliance/image"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/vm"
+)
+
+func doctorCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "doctor",
+		Usage:     "say what this host lacks for a spec, and how to cure it",
+		ArgsUsage: "HOST",
+		Description: `Tries on this machine what HOST needs: that KVM runs a guest, that the kernel takes the firewall, that files clone,
+that memory and disk are enough, and so on. Each finding comes with the command that cures it. It changes
+nothing. Some things only root can try.
+
+Exits with 0 when nothing fails; warnings do not fail.`,
+		Flags:  append(specFlags(), &cli.BoolFlag{Name: "json", Usage: "print the findings as JSON"}),
+		Action: doctorAction,
+	}
+}
+
+func doctorAction(c *cli.Context) error {
+	if c.NArg() != 1 {
+		return usageError{fmt.Errorf("doctor takes one spec, and was given %d: fleetingd doctor HOST.hcl", c.NArg())}
+	}
+	_, p, err := compileSpec(c, compile.Options{})
+	if err != nil {
+		return err
+	}
+	found := host.Doctor(c.Context, p, host.Probes{
+		KVM:      vm.ProbeKVM,
+		Driver:   func(ctx context.Context) (binary, version string, _ error) { return probeDriver(ctx, p.Hypervisor) },
+		CanClone: image.CanClone,
+	})
+	report := newDoctorReport(p.Host, found)
+	write := report.table
+	if c.Bool("json") {
+		write = report.json
+	}
+	if err := write(c.App.Writer); err != nil {
+		return err
+	}
+	if !report.OK {
+		return errDiagnosed
+	}
+	return nil
+}
+
+func probeDriver(ctx context.Context, h plan.Hypervisor) (binary, version string, _ error) {
+	driver, err := vm.Open(h, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return "", "", err
+	}
+	info, err := driver.Probe(ctx)
+	return info.Binary, info.Version, err
+}
+
+// doctorReport is the JSON of doctor. A field is only ever added; anything else makes another version.
+type doctorReport struct {
+	Version int            `json:"version"`
+	Host    string         `json:"host"`
+	OK      bool           `json:"ok"` // nothing failed
+	Checks  []host.Finding `json:"checks"`
+}
+
+func newDoctorReport(name string, found []host.Finding) doctorReport {
+	failed := slices.ContainsFunc(found, func(f host.Finding) bool { return f.Status == host.StatusFail })
+	return doctorReport{Version: 1, Host: name, OK: !failed, Checks: found}
+}
+
+func (r doctorReport) json(w io.Writer) error {
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	enc.SetEscapeHTML(false) // a cure is to be copied
+	return enc.Encode(r)
+}
+
+func (r doctorReport) table(w io.Writer) error {
+	counts := map[host.Status]int{}
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	for _, f := range r.Checks {
+		counts[f.Status]++
+		fmt.Fprintf(tw, "%s\t%s\t%s\n", f.Status, f.Check, printable(f.Detail))
+		if f.Cure != "" {
+			fmt.Fprintf(tw, "\t\tcure: %s\n", f.Cure)
+		}
+	}
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintf(w, "\nhost %s: %d ok, %d to look at, %d failed\n", r.Host, counts[host.StatusOK], counts[host.StatusWarn],
+		counts[host.StatusFail])
+	return err
+}
