@@ -128,8 +128,10 @@ func (v *fakeVM) die() {
 
 // fakeImages has an image at once and clones with a small file, unless told otherwise.
 type fakeImages struct {
-	ensure func(context.Context) error
-	clone  func(ctx context.Context, dst string) error
+	noGuest bool // no guest part: found ready over SSH
+	ensure  func(context.Context) error
+	refresh func()
+	clone   func(ctx context.Context, dst string) error
 }
 
 func (f *fakeImages) Ensure(ctx context.Context, _ *plan.Image) (*image.Sealed, error) {
@@ -138,10 +140,13 @@ func (f *fakeImages) Ensure(ctx context.Context, _ *plan.Image) (*image.Sealed, 
 			return nil, err
 		}
 	}
-	return &image.Sealed{Digest: "d1", Kernel: "/k", Cmdline: "root=/dev/vda", User: "ubuntu", Guest: true, Cached: true}, nil
+	return &image.Sealed{Digest: "d1", Kernel: "/k", Cmdline: "root=/dev/vda", User: "ubuntu", Guest: !f.noGuest, Cached: true}, nil
 }
 
 func (f *fakeImages) Refresh(ctx context.Context, img *plan.Image) (*image.Sealed, error) {
+	if f.refresh != nil {
+		f.refresh()
+	}
 	return f.Ensure(ctx, img)
 }
 
@@ -401,4 +406,7 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-type vmConfig = vm.Config
+type (
+	vmConfig     = vm.Config
+	imageOptions = image.Options
+)

@@ -148,6 +148,12 @@ var (
 func (g *Group) Init(ctx context.Context, log hclog.Logger, settings provider.Settings) (provider.ProviderInfo, error) {
 	g.life.Lock()
 	defer g.life.Unlock()
+	switch {
+	case g.closed:
+		return provider.ProviderInfo{}, errShutdown
+	case g.plan != nil:
+		return provider.ProviderInfo{}, errors.New("the plugin was initialized twice in one process; it serves one pool")
+	}
 	g.log = log.Named("fleetingd")
 	g.slog = newSlog(g.log)
 	g.settings = settings
@@ -169,12 +175,6 @@ func (g *Group) Init(ctx context.Context, log hclog.Logger, settings provider.Se
 
 func (g *Group) init(ctx context.Context) error {
 	start := time.Now()
-	switch {
-	case g.closed:
-		return errShutdown
-	case g.plan != nil:
-		return errors.New("the plugin was initialized twice in one process; it serves one pool")
-	}
 	p, err := g.loadPlan()
 	if err != nil {
 		return err
