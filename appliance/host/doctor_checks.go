@@ -49,14 +49,15 @@ func (d *doctor) kvm(ctx context.Context) {
 		return
 	}
 	cure := firmwareCure
-	if _, missing := d.machine.stat("/dev/kvm"); missing != nil {
+	switch err := d.machine.openAs(nil, "/dev/kvm"); {
+	case errors.Is(err, fs.ErrPermission):
+		cure = asRoot
+	case err != nil: // missing; or made by udev for a module that is not loaded, ENODEV
 		module := "kvm_intel"
 		if info, _ := d.machine.readFile("/proc/cpuinfo"); strings.Contains(string(info), "AuthenticAMD") {
 			module = "kvm_amd"
 		}
 		cure = "modprobe " + module
-	} else if errors.Is(d.machine.openAs(nil, "/dev/kvm"), fs.ErrPermission) {
-		cure = asRoot
 	}
 	if d.needsKVM() {
 		cure += `; or take another machine, or hypervisor "qemu" in the spec`
@@ -331,6 +332,10 @@ func (d *doctor) stateDir() {
 		d.fail(check, "ls -ld "+dir, "%v", err)
 		return
 	}
+	a, err := d.machine.account(d.plan.User)
+	if err != nil || a == nil {
+		a = &account{uid: -1, gid: -1} // it will be somebody without rights of its own
+	}
 	for at := there; ; at = filepath.Dir(at) {
 		st, err := d.machine.stat(at)
 		switch {
@@ -340,7 +345,7 @@ func (d *doctor) stateDir() {
 		case !st.IsDir():
 			d.fail(check, "write another state_dir in the spec", "%s is not a folder", at)
 			return
-		case st.Mode().Perm()&0o001 == 0:
+		case !a.passes(st):
 			d.fail(check, "chmod o+x "+at, "user %s does not get through %s, which has mode %04o", d.plan.User, at, st.Mode().Perm())
 			return
 		}

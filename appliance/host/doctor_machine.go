@@ -10,8 +10,10 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"unsafe"
 
 	"github.com/vishvananda/netlink"
@@ -41,6 +43,20 @@ type machine struct {
 type account struct {
 	uid, gid int
 	groups   []int
+}
+
+// passes reports whether the account gets through a folder, by its mode (path_resolution(7)).
+func (a *account) passes(dir fs.FileInfo) bool {
+	mode := dir.Mode().Perm()
+	if st, ok := dir.Sys().(*syscall.Stat_t); ok {
+		switch {
+		case int(st.Uid) == a.uid:
+			return mode&0o100 != 0
+		case int(st.Gid) == a.gid || slices.Contains(a.groups, int(st.Gid)):
+			return mode&0o010 != 0
+		}
+	}
+	return mode&0o001 != 0
 }
 
 func realMachine() machine {
