@@ -44,8 +44,8 @@ func (s *Seed) WriteISO(w io.Writer) (err error) {
 			return fmt.Errorf("write seed ISO: %s: %w", f.name, err)
 		}
 	}
-	// The library writes sector by sector, 12,000 times for the guest binary.
-	b := bufio.NewWriterSize(&undated{w: w}, 1<<20)
+	// The library writes sector by sector, 12,000 times for the guest binary. A larger buffer costs a worker's seed more than it saves.
+	b := bufio.NewWriterSize(&undated{w: w}, 64<<10)
 	if err := iso.WriteTo(b, Label); err != nil {
 		return fmt.Errorf("write seed ISO: %w", err)
 	}
