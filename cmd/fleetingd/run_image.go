@@ -1,0 +1,114 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/fleetingd/fleetingd/appliance/image"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/vm"
+)
+
+// imageProgress shows the making of an image as phases of a view.
+type imageProgress struct {
+	v    *view
+	ph   *running
+	name image.Phase
+	last string // the last line of output, for the phase's end
+}
+
+func newImageProgress(v *view) *imageProgress { return &imageProgress{v: v} }
+
+// show takes the events of one image, which come one after the other.
+func (p *imageProgress) show(e image.Progress) {
+	if e.Phase == image.PhaseBase || e.Phase == image.PhaseSealed {
+		p.end(true)
+		if e.Cached {
+			p.v.add(Phase{Name: p.label(e.Phase), Detail: e.Item, Cached: true})
+		}
+		return
+	}
+	if p.ph == nil || p.name != e.Phase {
+		p.end(true)
+		p.name, p.last = e.Phase, e.Item
+		p.ph = p.v.begin(p.label(e.Phase), e.Item)
+	}
+	switch {
+	case e.Line != "":
+		if e.Phase == image.PhasePrebuild {
+			p.v.log(e.Line)
+		} else {
+			p.ph.update(e.Line)
+		}
+	case e.Total > 0:
+		p.last = e.Item
+		p.ph.update(fmt.Sprintf("%s %d of %d MB", e.Item, e.Done/1e6, e.Total/1e6))
+	case e.Item != "":
+		p.last = e.Item
+		p.ph.update(e.Item)
+	}
+}
+
+// end ends the phase that is under way.
+func (p *imageProgress) end(ok bool) {
+	if p.ph == nil {
+		return
+	}
+	detail := p.last
+	if !ok {
+		detail += ": failed"
+	}
+	p.ph.done(detail, false)
+	p.ph = nil
+}
+
+// label is what a phase is called in a run.
+func (p *imageProgress) label(ph image.Phase) string {
+	switch ph {
+	case image.PhaseBase:
+		return "image"
+	case image.PhaseSealed:
+		return "prebuild"
+	}
+	return string(ph)
+}
+
+// prebuild makes the pool's sealed image unless it is there, in sight of the
+// user: the plugin finds it then. A failed step is no reason to try again, as it is for the plugin.
+func prebuild(ctx context.Context, v *view, req jobRequest) error {
+	text, err := os.ReadFile(req.Plan)
+	if err != nil {
+		return err
+	}
+	p, err := plan.Parse(text)
+	if err != nil {
+		return fmt.Errorf("%s: %w", req.Plan, err)
+	}
+	pool, err := p.Pool(req.Pool)
+	if err != nil {
+		return err
+	}
+	img, err := p.Image(pool.Image)
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.DiscardHandler)
+	driver, err := vm.Open(p.Hypervisor, log)
+	if err != nil {
+		return err
+	}
+	ip := newImageProgress(v)
+	store, err := image.Open(p, image.Options{Log: log, Driver: driver, GuestBinary: selfExe, Progress: ip.show})
+	if err != nil {
+		return err
+	}
+	_, err = store.Ensure(ctx, img)
+	ip.end(err == nil)
+	if ctx.Err() != nil {
+		return errors.New("interrupted")
+	}
+	return err
+}
