@@ -38,7 +38,7 @@ func (s *Store) base(ctx context.Context, img *plan.Image, fresh bool) (_ *Base,
 	}
 	if !fresh {
 		if m, err := s.find(kindBase, spec); m != nil || err != nil {
-			return s.baseOf(img, m, true), err
+			return s.baseOf(img, s.shelf, m, true), err
 		}
 	}
 	if err := s.mine(); err != nil {
@@ -63,7 +63,7 @@ func (s *Store) base(ctx context.Context, img *plan.Image, fresh bool) (_ *Base,
 	if err != nil {
 		return nil, err
 	}
-	return s.baseOf(img, m, cached), s.shelf.point(spec, kindBase, digest)
+	return s.baseOf(img, s.shelf, m, cached), s.shelf.point(spec, kindBase, digest)
 }
 
 // resolve finds the parts of a source and their digests.
@@ -107,7 +107,8 @@ func (s *Store) Prepare(ctx context.Context, img *plan.Image, fresh bool) error 
 	if img.Source.Debian == nil {
 		return nil
 	}
-	_, err := s.buildDebian(ctx, img, fresh)
+	m, cached, err := s.buildDebian(ctx, img, fresh)
+	s.baseOf(img, s.roots, m, cached)
 	return named(img, err)
 }
 
@@ -119,7 +120,7 @@ func (s *Store) resolveDebian(ctx context.Context, img *plan.Image, fresh bool) 
 		return nil, err
 	}
 	if os.Geteuid() == 0 {
-		m, err = s.buildDebian(ctx, img, fresh)
+		m, _, err = s.buildDebian(ctx, img, fresh)
 	} else if m, err = s.roots.follow(kindBase, spec); errors.Is(err, errMissing) {
 		err = checkDebian(img.Source.Debian, s.arch)
 	}
@@ -138,46 +139,46 @@ func (s *Store) resolveDebian(ctx context.Context, img *plan.Image, fresh bool) 
 }
 
 // buildDebian makes the disk of a debian source. Root only.
-func (s *Store) buildDebian(ctx context.Context, img *plan.Image, fresh bool) (_ *manifest, err error) {
+func (s *Store) buildDebian(ctx context.Context, img *plan.Image, fresh bool) (_ *manifest, cached bool, err error) {
 	spec, err := s.baseSpec(ctx, img)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if !fresh {
 		if m, err := s.roots.follow(kindBase, spec); !errors.Is(err, errMissing) {
-			return m, err
+			return m, true, err
 		}
 	}
 	src := img.Source.Debian
 	if err := checkDebian(src, s.arch); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if err := s.roots.open(); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	lock, err := s.roots.lock(ctx, spec)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
 	line := func(text string) { s.report(Progress{Image: img.Name, Phase: PhaseBuild, Line: text}) }
 	proxy := aptProxy(ctx)
 	in, err := resolveDebian(ctx, s.net.withProxy(proxy), src)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	digest, inputs, err := digestOf(in)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	m, _, err := s.roots.make(ctx, kindBase, digest, func(d *draft) (*manifest, error) {
+	m, cached, err := s.roots.make(ctx, kindBase, digest, func(d *draft) (*manifest, error) {
 		s.log().Info("building from packages", "image", img.Name, "suite", src.Suite, "mirror", in.Repos[0].URI)
 		b := &debianBuilder{inputs: in, digest: digest, proxy: proxy, line: line}
 		args, err := b.build(ctx, d)
 		return &manifest{Image: img.Name, Cmdline: args, Inputs: inputs}, err
 	})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	return m, s.roots.point(spec, kindBase, digest)
+	return m, cached, s.roots.point(spec, kindBase, digest)
 }

@@ -203,6 +203,10 @@ type debianBuilder struct {
 func (b *debianBuilder) build(ctx context.Context, d *draft) (cmdlineArgs string, err error) {
 	root := d.path("root")
 	defer func() { err = errors.Join(err, os.RemoveAll(root)) }()
+	// apt fetches as its own user, _apt, who has to get there.
+	if err := os.Chmod(d.dir, 0o711); err != nil {
+		return "", err
+	}
 	if err := b.bootstrap(ctx, root); err != nil {
 		return "", err
 	}
@@ -277,7 +281,7 @@ rm -f "$1"/etc/ssh/ssh_host_*_key*
 echo 'datasource_list: [ NoCloud, None ]' >"$1/etc/cloud/cloud.cfg.d/90_fleetingd.cfg"
 # Housekeeping for machines that live longer than a job.
 for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer; do
-	chroot "$1" systemctl --quiet disable "$unit" || true
+	rm -f "$1"/etc/systemd/system/*.wants/"$unit"
 done
 `
 

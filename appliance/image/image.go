@@ -176,8 +176,13 @@ func (s *Store) Refresh(ctx context.Context, img *plan.Image) (*Sealed, error) {
 	return s.sealed(ctx, img, true)
 }
 
-// EnsureBase gives the base of an image, and makes it where there is none.
+// EnsureBase gives the base of an image, and makes it where there is none. Started by
+// root for another user it does Prepare, and gives what that built.
 func (s *Store) EnsureBase(ctx context.Context, img *plan.Image) (*Base, error) {
+	if !s.mayWrite() && img.Source.Debian != nil {
+		m, cached, err := s.buildDebian(ctx, img, false)
+		return s.baseOf(img, s.roots, m, cached), named(img, err)
+	}
 	b, err := s.base(ctx, img, false)
 	return b, named(img, err)
 }
@@ -260,15 +265,15 @@ func (s *Store) find(kind, spec string) (*manifest, error) {
 	return m, err
 }
 
-func (s *Store) baseOf(img *plan.Image, m *manifest, cached bool) *Base {
+func (s *Store) baseOf(img *plan.Image, on *shelf, m *manifest, cached bool) *Base {
 	if m == nil {
 		return nil
 	}
 	s.report(Progress{Image: img.Name, Phase: PhaseBase, Cached: cached})
 	b := &Base{Digest: m.Digest, Cmdline: m.Cmdline, Size: m.Size, Cached: cached,
-		Disk: s.shelf.file(m, diskFile), Kernel: s.shelf.file(m, kernelFile)}
+		Disk: on.file(m, diskFile), Kernel: on.file(m, kernelFile)}
 	if m.Initrd {
-		b.Initrd = s.shelf.file(m, initrdFile)
+		b.Initrd = on.file(m, initrdFile)
 	}
 	return b
 }
