@@ -52,5 +52,7 @@ func commands() []*cli.Command {
 		validateCommand(),
 		fmtCommand(),
 		doctorCommand(),
+		imageCommand(),
+		refreshCommand(),
 	}
 }

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/image"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+func imageCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "image",
+		Usage: "look at the images that workers are cloned from, and remove old ones",
+		Subcommands: []*cli.Command{
+			{
+				Name:   "list",
+				Usage:  "list base and sealed images",
+				Flags:  []cli.Flag{planFlag(), &cli.BoolFlag{Name: "json", Usage: "print JSON"}},
+				Action: listImages,
+			},
+			{
+				Name:  "prune",
+				Usage: "remove images that the plan does not use",
+				Description: "Removes images that no image of the plan stands for any more, and what builds that were cut off left.\n" +
+					"Workers that run keep their disks. As root it removes what root built, too.",
+				Flags:  []cli.Flag{planFlag()},
+				Action: pruneImages,
+			},
+		},
+		Action: func(c *cli.Context) error {
+			return usageError{fmt.Errorf("image needs one of list and prune, not %q", c.Args().First())}
+		},
+	}
+}
+
+// planFlag names the compiled host.
+func planFlag() cli.Flag {
+	return &cli.StringFlag{Name: "plan", Usage: "the compiled host, a `FILE` that `fleetingd compile` wrote", Required: true}
+}
+
+// readPlan reads the --plan of a command that takes nothing else.
+func readPlan(c *cli.Context) (*plan.Plan, error) {
+	if c.NArg() > 0 {
+		return nil, usageError{fmt.Errorf("%s takes no arguments, and was given %q", c.Command.FullName(), c.Args().First())}
+	}
+	path := c.String("plan")
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read the plan: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, plan.MaxSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("read the plan: %w", err)
+	}
+	p, err := plan.Parse(data)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return p, nil
+}
+
+func textLog(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
+
+func listImages(c *cli.Context) error {
+	p, err := readPlan(c)
+	if err != nil {
+		return err
+	}
+	store, err := image.Open(p, image.Options{Log: textLog(c.App.ErrWriter)})
+	if err != nil {
+		return err
+	}
+	items, err := store.List(c.Context)
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		e := json.NewEncoder(c.App.Writer)
+		e.SetIndent("", "  ")
+		return e.Encode(append([]image.Item{}, items...)) // no images are [], not null
+	}
+	w := tabwriter.NewWriter(c.App.Writer, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "DIGEST\tKIND\tIMAGE\tBUILT\tUSED\tCURRENT")
+	for _, i := range items {
+		current := "no"
+		if i.Current {
+			current = "yes"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d MiB\t%s\n", i.Digest[:12], i.Kind, i.Image, i.Built.Format(time.RFC3339), i.Used>>20, current)
+	}
+	return w.Flush()
+}
+
+func pruneImages(c *cli.Context) error {
+	p, err := readPlan(c)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	store, err := image.Open(p, image.Options{Log: textLog(c.App.ErrWriter)})
+	if err != nil {
+		return err
+	}
+	removed, err := store.Prune(ctx, nil)
+	for _, digest := range removed {
+		fmt.Fprintln(c.App.Writer, "removed", digest[:12])
+	}
+	return err
+}

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/image"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/vm"
+)
+
+func refreshCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "refresh",
+		Usage: "build the workers' images anew where their sources have changed",
+		Description: "Builds beside the images in use and swaps when done: new workers start from the new ones, and those that run are left alone.\n" +
+			"The timer that apply installs runs it. --root-part builds what only root can build, from Debian's packages; the rest\n" +
+			"runs as the plan's user.",
+		Flags: []cli.Flag{
+			planFlag(),
+			&cli.BoolFlag{Name: "root-part", Usage: "as root: build from packages only, and start no VM"},
+		},
+		Action: refreshImages,
+	}
+}
+
+func refreshImages(c *cli.Context) error {
+	p, err := readPlan(c)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	log := textLog(c.App.ErrWriter)
+	opts := image.Options{Log: log}
+	if !c.Bool("root-part") {
+		if opts.Driver, err = vm.Open(p.Hypervisor, log); err != nil {
+			return err
+		}
+	}
+	opts.Progress = func(e image.Progress) {
+		if e.Line != "" {
+			log.Info(e.Line, "image", e.Image, "phase", string(e.Phase))
+		}
+	}
+	store, err := image.Open(p, opts)
+	if err != nil {
+		return err
+	}
+	return refreshAll(ctx, c, store, p, log)
+}
+
+// refreshAll goes on after an image that cannot be built: the others may.
+func refreshAll(ctx context.Context, c *cli.Context, store *image.Store, p *plan.Plan, log *slog.Logger) error {
+	var errs []error
+	for i := range p.Images {
+		img := &p.Images[i]
+		if c.Bool("root-part") {
+			errs = append(errs, store.Prepare(ctx, img, true))
+			continue
+		}
+		sealed, err := store.Refresh(ctx, img)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		news := "built anew"
+		if sealed.Cached {
+			news = "unchanged"
+		}
+		fmt.Fprintf(c.App.Writer, "image %s: %s (%s)\n", img.Name, news, sealed.Digest[:12])
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err // what is in use stays: nothing is pruned after a failure
+	}
+	removed, err := store.Prune(ctx, nil)
+	if len(removed) > 0 {
+		log.Info("removed images that nothing stands for any more", "number", len(removed))
+	}
+	return err
+}
