@@ -339,7 +339,9 @@ var (
 
 func l4(protocol byte) need { return need{expr.MetaKeyL4PROTO, protocol} }
 
-func meta(k expr.MetaKey) field { return field{kind: loadMeta, meta: k, length: unix.IFNAMSIZ, encode: name} }
+func meta(k expr.MetaKey) field {
+	return field{kind: loadMeta, meta: k, length: unix.IFNAMSIZ, encode: name}
+}
 
 func payload(base expr.PayloadBase, offset, length uint32, enc func(string) ([]byte, error), needs ...need) field {
 	return field{kind: loadPayload, base: base, offset: offset, length: length, encode: enc, needs: needs}

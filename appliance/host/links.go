@@ -132,9 +132,27 @@ func (k *kernel) makeTAPs(ctx context.Context, taps []tap) error {
 	return nil
 }
 
-// makeTAP makes the link and all that hangs on it. Only then it is made persistent: should anything before fail, or the
-// process die, the link goes with its descriptor.
+// makeTAP makes the link and all that hangs on it, or nothing.
 func (k *kernel) makeTAP(t *tap) error {
+	if err := k.makeLink(t); err != nil {
+		return err
+	}
+	link, err := k.handle.LinkByName(t.TAP)
+	if err == nil {
+		err = k.configure(t, link.Attrs().Index)
+	}
+	if err != nil {
+		return errors.Join(err, k.deleteTAPs([]tap{*t}))
+	}
+	return nil
+}
+
+// makeLink makes the bare, persistent link. It is given our mark before it is made persistent: should the process die
+// before, the link goes with its descriptor, and after, it is known as ours.
+//
+// The descriptor is closed before the link is brought up. Closing takes the carrier away, and from a link that is up the kernel
+// takes it in the background, holding the lock that all of netlink waits for: a minute for 1,000 links.
+func (k *kernel) makeLink(t *tap) error {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open /dev/net/tun (modprobe tun): %w", err)
@@ -159,8 +177,11 @@ func (k *kernel) makeTAP(t *tap) error {
 	if err != nil {
 		return fmt.Errorf("find it again: %w", err)
 	}
-	if err := k.configure(t, link.Attrs().Index); err != nil {
-		return err
+	if err := k.noQueue(link.Attrs().Index); err != nil {
+		return fmt.Errorf("qdisc noqueue: %w", err)
+	}
+	if err := k.handle.LinkSetAlias(link, t.mark); err != nil {
+		return fmt.Errorf("alias %q: %w", t.mark, err)
 	}
 	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
 		return fmt.Errorf("TUNSETPERSIST: %w", err)
@@ -168,14 +189,14 @@ func (k *kernel) makeTAP(t *tap) error {
 	return nil
 }
 
-// repairTAP gives an existing TAP of ours what it lacks and takes what is no longer wanted.
-func (k *kernel) repairTAP(t *tap) error {
+// repairTAP gives an existing TAP of ours what it lacks and takes what is there and not wanted.
+func (k *kernel) repairTAP(t *tap, there hangings) error {
 	link, err := k.handle.LinkByName(t.TAP)
 	if err != nil {
 		return fmt.Errorf("TAP %s: %w", t.TAP, err)
 	}
 	index := link.Attrs().Index
-	if err := k.clear(t, index); err != nil {
+	if err := k.clear(t, index, there); err != nil {
 		return fmt.Errorf("TAP %s: %w", t.TAP, err)
 	}
 	if err := k.configure(t, index); err != nil {
@@ -184,31 +205,31 @@ func (k *kernel) repairTAP(t *tap) error {
 	return nil
 }
 
+// hangings are the routes and neighbours of one link.
+type hangings struct {
+	routes []netlink.Route
+	neighs []netlink.Neigh
+}
+
 // clear removes our routes and the permanent neighbours that the TAP is not to have.
-func (k *kernel) clear(t *tap, index int) error {
-	routes, err := k.handle.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{LinkIndex: index, Protocol: routeProtocol,
-		Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
-	if err != nil {
-		return fmt.Errorf("list routes: %w", err)
-	}
+func (k *kernel) clear(t *tap, index int, there hangings) error {
 	want := t.routes(index)
-	for _, r := range routes {
-		if !slices.ContainsFunc(want, func(w netlink.Route) bool { return sameRoute(w, r) }) {
-			if err := k.handle.RouteDel(&r); err != nil {
-				return fmt.Errorf("delete the route to %s: %w", r.Dst, err)
-			}
+	for _, r := range there.routes {
+		if r.Protocol != routeProtocol || slices.ContainsFunc(want, func(w netlink.Route) bool { return sameRoute(w, r) }) {
+			continue
+		}
+		if err := k.handle.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("delete the route to %s: %w", r.Dst, err)
 		}
 	}
-	neighs, err := k.handle.NeighList(index, unix.AF_UNSPEC)
-	if err != nil {
-		return fmt.Errorf("list neighbours: %w", err)
-	}
 	wantNeighs := t.neighbours(index)
-	for _, n := range neighs {
-		if n.State&unix.NUD_PERMANENT != 0 && !slices.ContainsFunc(wantNeighs, func(w netlink.Neigh) bool { return w.IP.Equal(n.IP) }) {
-			if err := k.handle.NeighDel(&n); err != nil {
-				return fmt.Errorf("delete the neighbour %s: %w", n.IP, err)
-			}
+	for _, e := range there.neighs {
+		ours := e.State&unix.NUD_PERMANENT != 0 || e.Flags&unix.NTF_PROXY != 0
+		if e.IP.IsMulticast() || !ours || slices.ContainsFunc(wantNeighs, func(w netlink.Neigh) bool { return sameNeigh(w, e) }) {
+			continue
+		}
+		if err := k.handle.NeighDel(&e); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("delete the neighbour %s: %w", e.IP, err)
 		}
 	}
 	return nil
@@ -221,7 +242,7 @@ func (k *kernel) configure(t *tap, index int) error {
 		}
 	}
 	if err := t.setLink(index); err != nil {
-		return fmt.Errorf("set MAC %s, MTU %d and alias, and bring it up: %w", t.net.HostMAC, t.net.MTU, err)
+		return fmt.Errorf("set MAC %s and MTU %d, and bring it up: %w", t.net.HostMAC, t.net.MTU, err)
 	}
 	if t.Address6 != nil {
 		addr := &netlink.Addr{IPNet: single(t.linkLocal()), Scope: unix.RT_SCOPE_LINK, Flags: unix.IFA_F_NODAD | unix.IFA_F_NOPREFIXROUTE}
@@ -242,10 +263,19 @@ func (k *kernel) configure(t *tap, index int) error {
 	return nil
 }
 
+// noQueue gives a link, before it is up, no queueing discipline. A multi-queue TAP has 256 transmit queues, however many are opened
+// (MAX_TAP_QUEUES), and the default discipline of each has buffers of its own: 6 MB a TAP with pfifo_fast,
+// more with fq_codel. They would never be used: a TAP takes every packet, into the ring of the queue
+// that its reader opened, or drops it there.
+func (k *kernel) noQueue(index int) error {
+	return k.handle.QdiscReplace(&netlink.GenericQdisc{QdiscType: "noqueue",
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: index, Parent: netlink.HANDLE_ROOT}})
+}
+
 // addrGenNone is IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
 const addrGenNone = 1
 
-// setLink sets all of a link's attributes and brings it up, in one message.
+// setLink sets a link's attributes and brings it up, in one message.
 func (t *tap) setLink(index int) error {
 	host, err := net.ParseMAC(t.net.HostMAC)
 	if err != nil {
@@ -258,7 +288,6 @@ func (t *tap) setLink(index int) error {
 	req.AddData(nl.NewRtAttr(unix.IFLA_ADDRESS, host))
 	req.AddData(nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(t.net.MTU))))
 	req.AddData(nl.NewRtAttr(unix.IFLA_TXQLEN, nl.Uint32Attr(queueLength)))
-	req.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(t.mark)))
 	if t.Address6 != nil {
 		// The kernel would give all TAPs the same link-local address, made of their MAC.
 		spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
@@ -278,8 +307,10 @@ func (k *kernel) addRoute(r netlink.Route) error {
 		}
 		return nil
 	}
-	have, listErr := k.handle.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Dst: r.Dst, Table: unix.RT_TABLE_MAIN},
-		netlink.RT_FILTER_DST|netlink.RT_FILTER_TABLE)
+	have, listErr := whole(func() ([]netlink.Route, error) {
+		return k.handle.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Dst: r.Dst, Table: unix.RT_TABLE_MAIN},
+			netlink.RT_FILTER_DST|netlink.RT_FILTER_TABLE)
+	})
 	if listErr != nil {
 		return fmt.Errorf("route to %s: %w", r.Dst, errors.Join(err, listErr))
 	}
@@ -300,7 +331,7 @@ func (k *kernel) deleteTAPs(taps []tap) error {
 	if len(taps) == 0 {
 		return nil
 	}
-	links, err := k.handle.LinkList()
+	links, err := whole(k.handle.LinkList)
 	if err != nil {
 		return fmt.Errorf("list links: %w", err)
 	}

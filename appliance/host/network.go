@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
@@ -18,7 +19,7 @@ import (
 // door is what changes a network. The real one is *kernel; a test's fails when it is told to.
 type door interface {
 	makeTAPs(context.Context, []tap) error
-	repairTAP(*tap) error
+	repairTAP(*tap, hangings) error
 	deleteTAPs([]tap) error
 	addAddress(netip.Addr) error
 	deleteAddress(netip.Addr) error
@@ -42,8 +43,8 @@ type step struct {
 type have struct {
 	links     map[string]netlink.Link
 	routes    []netlink.Route
-	neighs    map[int][]netlink.Neigh
-	addresses []netip.Addr // on lo
+	hangings  map[int]hangings // by the link's index
+	addresses []netip.Addr     // on lo
 	tables    map[tableID]tableState
 }
 
@@ -53,30 +54,37 @@ func (n *network) survey() (*have, error) {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
 	defer h.Close()
-	found := &have{links: map[string]netlink.Link{}, neighs: map[int][]netlink.Neigh{}}
-	links, err := h.LinkList()
+	found := &have{links: map[string]netlink.Link{}, hangings: map[int]hangings{}}
+	links, err := whole(h.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
 	for _, l := range links {
 		found.links[l.Attrs().Name] = l
 	}
-	found.routes, err = h.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	found.routes, err = whole(func() ([]netlink.Route, error) {
+		return h.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
-	for _, proxies := range []bool{false, true} {
-		list := h.NeighList
-		if proxies {
-			list = h.NeighProxyList
-		}
-		neighs, err := list(0, unix.AF_UNSPEC)
-		if err != nil {
-			return nil, fmt.Errorf("list neighbours: %w", err)
-		}
-		for _, e := range neighs {
-			found.neighs[e.LinkIndex] = append(found.neighs[e.LinkIndex], e)
-		}
+	neighs, err := whole(func() ([]netlink.Neigh, error) { return h.NeighList(0, unix.AF_UNSPEC) })
+	if err != nil {
+		return nil, fmt.Errorf("list neighbours: %w", err)
+	}
+	proxies, err := whole(listProxies)
+	if err != nil {
+		return nil, fmt.Errorf("list neighbours that this host answers for: %w", err)
+	}
+	for _, r := range found.routes {
+		on := found.hangings[r.LinkIndex]
+		on.routes = append(on.routes, r)
+		found.hangings[r.LinkIndex] = on
+	}
+	for _, e := range append(neighs, proxies...) {
+		on := found.hangings[e.LinkIndex]
+		on.neighs = append(on.neighs, e)
+		found.hangings[e.LinkIndex] = on
 	}
 	if found.addresses, err = loopbackAddresses(); err != nil {
 		return nil, err
@@ -85,13 +93,42 @@ func (n *network) survey() (*have, error) {
 	return found, err
 }
 
+// whole asks the kernel again where something changed while it listed. On a busy host that is usual.
+func whole[T any](list func() ([]T, error)) ([]T, error) {
+	for range 9 {
+		if l, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return l, err
+		}
+	}
+	return list()
+}
+
+// listProxies asks as netlink.NeighProxyList does, which then drops every entry with a further flag ("router").
+func listProxies() ([]netlink.Neigh, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETNEIGH, unix.NLM_F_DUMP)
+	req.AddData(&netlink.Ndmsg{Family: unix.AF_INET6, Flags: unix.NTF_PROXY})
+	messages, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
+	if err != nil {
+		return nil, err
+	}
+	var found []netlink.Neigh
+	for _, m := range messages {
+		n, err := netlink.NeighDeserialize(m)
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, *n)
+	}
+	return found, nil
+}
+
 // loopbackAddresses are the single addresses (/32, /128) on lo.
 func loopbackAddresses() ([]netip.Addr, error) {
 	lo, err := netlink.LinkByName(loopback)
 	if err != nil {
 		return nil, fmt.Errorf("link %s: %w", loopback, err)
 	}
-	addrs, err := netlink.AddrList(lo, unix.AF_UNSPEC)
+	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(lo, unix.AF_UNSPEC) })
 	if err != nil {
 		return nil, fmt.Errorf("list the addresses of %s: %w", loopback, err)
 	}
@@ -269,6 +306,7 @@ type tapWork struct {
 type repair struct {
 	tap     tap
 	problem string
+	there   hangings
 }
 
 // sort decides for each TAP whether it stays, is repaired, or is made anew.
@@ -276,10 +314,6 @@ func (n *network) sort(h *have, want []tap) (*tapWork, error) {
 	w := &tapWork{why: map[string]string{}}
 	var errs []error
 	wanted := make(map[string]bool, len(want))
-	routes := map[int][]netlink.Route{}
-	for _, r := range h.routes {
-		routes[r.LinkIndex] = append(routes[r.LinkIndex], r)
-	}
 	for i := range want {
 		t := &want[i]
 		wanted[t.TAP] = true
@@ -300,8 +334,9 @@ func (n *network) sort(h *have, want []tap) (*tapWork, error) {
 			w.remove, w.create, w.why[t.TAP] = append(w.remove, *t), append(w.create, *t), why
 			continue
 		}
-		if why := t.lacks(l.Attrs(), routes[l.Attrs().Index], h.neighs[l.Attrs().Index]); why != "" {
-			w.repair = append(w.repair, repair{*t, why})
+		there := h.hangings[l.Attrs().Index]
+		if why := t.lacks(l.Attrs(), there); why != "" {
+			w.repair = append(w.repair, repair{*t, why, there})
 		}
 	}
 	for name, l := range h.links {
@@ -343,7 +378,7 @@ func (t *tap) mustBeNew(l netlink.Link) string {
 }
 
 // lacks says how a TAP of ours differs in what can be mended in place.
-func (t *tap) lacks(a *netlink.LinkAttrs, routes []netlink.Route, neighs []netlink.Neigh) string {
+func (t *tap) lacks(a *netlink.LinkAttrs, there hangings) string {
 	switch {
 	case a.Flags&net.FlagUp == 0:
 		return "is down"
@@ -356,17 +391,17 @@ func (t *tap) lacks(a *netlink.LinkAttrs, routes []netlink.Route, neighs []netli
 	}
 	want := t.routes(a.Index)
 	for _, r := range want {
-		if !slices.ContainsFunc(routes, func(h netlink.Route) bool { return sameRoute(r, h) }) {
+		if !slices.ContainsFunc(there.routes, func(h netlink.Route) bool { return sameRoute(r, h) }) {
 			return fmt.Sprintf("lacks the route to %s", r.Dst)
 		}
 	}
-	for _, r := range routes {
+	for _, r := range there.routes {
 		if r.Protocol == routeProtocol && !slices.ContainsFunc(want, func(w netlink.Route) bool { return sameRoute(w, r) }) {
 			return fmt.Sprintf("has a route to %s", r.Dst)
 		}
 	}
 	for _, e := range t.neighbours(a.Index) {
-		if !slices.ContainsFunc(neighs, func(h netlink.Neigh) bool { return sameNeigh(e, h) }) {
+		if !slices.ContainsFunc(there.neighs, func(h netlink.Neigh) bool { return sameNeigh(e, h) }) {
 			return fmt.Sprintf("lacks the neighbour %s", e.IP)
 		}
 	}
@@ -429,12 +464,18 @@ func (n *network) createStep(w *tapWork) step {
 
 func (n *network) repairStep(r repair) step {
 	s := step{name: "mend TAP " + r.tap.TAP, fixes: []Difference{{"TAP " + r.tap.TAP, r.problem}}}
-	s.do = func(context.Context) error { return n.door.repairTAP(&r.tap) }
+	s.do = func(context.Context) error { return n.door.repairTAP(&r.tap, r.there) }
 	s.undo = func(context.Context) error {
-		for _, t := range n.earlier([]tap{r.tap}) {
-			return n.door.repairTAP(&t)
+		earlier := n.earlier([]tap{r.tap})
+		if len(earlier) == 0 {
+			return nil // mended, it stays mended
 		}
-		return nil // mended, it stays mended
+		l, err := netlink.LinkByName(r.tap.TAP)
+		if err != nil {
+			return err
+		}
+		index := l.Attrs().Index
+		return n.door.repairTAP(&earlier[0], hangings{r.tap.routes(index), r.tap.neighbours(index)})
 	}
 	return s
 }
