@@ -12,14 +12,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -39,23 +34,25 @@ type Lab struct {
 	// Dir is the lab's private folder on this machine; Close removes it.
 	Dir string
 
-	opts  Options
-	base  base
-	lock  *os.File
-	qemu  *process
-	port  int
-	heard int64 // bytes of the ready file that belong to earlier boots
+	opts    Options
+	base    base
+	lock    *os.File
+	qemu    *process
+	monitor io.WriteCloser // QEMU's, where it is on its standard input
+	port    int
+	heard   int64 // bytes of the ready file that belong to earlier boots
 
 	mu     sync.Mutex
 	master *process // the SSH connection that all commands share
 }
 
 // bootDeadline is for one boot on a machine that is busy; an idle one takes a tenth of it.
-const bootDeadline = 3 * time.Minute
+const bootDeadline = 5 * time.Minute
 
-// Start makes a host and boots it; it returns when sshd answers. The first Start on a machine builds the base image
-// from Debian's packages, which needs root, mmdebstrap and a Debian mirror, and takes two minutes. The caller ends the
-// host with Close; if the process dies first, the kernel ends it.
+// Start gives a host that is up. The first Start on a machine builds the base image from Debian's packages, which needs
+// root, mmdebstrap and a Debian mirror, and takes two minutes; the first with these Options boots it. Every other takes
+// seconds: it goes on from the memory that the first had when it was up. The caller ends the host with Close; if the
+// process dies first, the kernel ends it.
 func Start(ctx context.Context, opts Options) (*Lab, error) {
 	if opts.Memory == 0 {
 		opts.Memory = 4 << 30
@@ -77,32 +74,40 @@ func Start(ctx context.Context, opts Options) (*Lab, error) {
 		return nil, err
 	}
 	cache = filepath.Join(cache, "hostlab")
-	b, err := buildOnce(ctx, cache, opts.Log)
+	base, err := buildOnce(ctx, cache, opts.Log)
 	if err != nil {
 		return nil, err
 	}
-	l := &Lab{opts: opts, base: b}
+	booted, err := bootOnce(ctx, cache, base, opts)
+	if err != nil {
+		return nil, err
+	}
+	l := &Lab{opts: opts, base: base}
 	if l.Dir, l.lock, err = newRunDir(ctx, cache); err != nil {
 		return nil, err
 	}
-	if err := l.prepare(ctx); err != nil {
+	if err := l.wake(ctx, booted); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
 }
 
-func (l *Lab) prepare(ctx context.Context) error {
-	// qcow2 and not a raw copy: it is there at once, and its tables are in QEMU's memory until the guest flushes, so that
-	// a killed QEMU loses unflushed writes as a disk with a volatile cache does.
-	if err := run(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", l.base.disk(), l.disk(0)); err != nil {
-		return err
-	}
-	for i, size := range l.opts.Disks {
-		if err := run(ctx, "qemu-img", "create", "-q", "-f", "qcow2", l.disk(i+1), fmt.Sprint(size)); err != nil {
+func (l *Lab) wake(ctx context.Context, b booted) error {
+	for i := range l.disks() {
+		if err := overlay(ctx, l.disk(i), b.disk(i), "qcow2"); err != nil {
 			return err
 		}
 	}
-	if err := l.Boot(ctx); err != nil {
+	ctx, cancel := context.WithTimeout(ctx, bootDeadline)
+	defer cancel()
+	if err := l.on(ctx, "-incoming", "file:"+b.memory()); err != nil {
+		return err
+	}
+	if err := l.connect(ctx); err != nil {
+		return errors.Join(err, l.died())
+	}
+	// It went to sleep when it was cached.
+	if _, err := l.Sh(ctx, fmt.Sprintf("date --set=@%d >/dev/null", time.Now().Unix())); err != nil {
 		return err
 	}
 	for remote, local := range l.opts.Files {
@@ -112,8 +117,6 @@ func (l *Lab) prepare(ctx context.Context) error {
 	}
 	return nil
 }
-
-func (l *Lab) disk(i int) string { return filepath.Join(l.Dir, fmt.Sprintf("disk%d.qcow2", i)) }
 
 // ForTest is Start for a test: failures are fatal, the lab ends with the test, and its console is shown when the test
 // failed. The caller asks need.VM first.
@@ -144,64 +147,20 @@ func (l *Lab) Boot(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, bootDeadline)
 	defer cancel()
-	// The port is chosen here and taken by QEMU a moment later: somebody else may have been faster.
-	for try := 1; ; try++ {
-		err := l.boot(ctx)
-		if err == nil || try == 5 || !strings.Contains(err.Error(), "Could not set up host forwarding rule") {
-			return err
-		}
-	}
+	return l.boot(ctx)
 }
 
-func (l *Lab) boot(ctx context.Context) error {
-	var err error
-	if l.port, err = freePort(); err != nil {
-		return err
-	}
+func (l *Lab) boot(ctx context.Context, args ...string) error {
 	l.heard = size(l.readyFile())
-	cmd := exec.Command("qemu-system-x86_64", l.qemuArgs()...)
-	log, err := os.Create(filepath.Join(l.Dir, "qemu.log"))
+	err := l.on(ctx, args...)
+	if err == nil {
+		err = l.waitReady(ctx)
+	}
 	if err != nil {
-		return err
-	}
-	defer log.Close()
-	cmd.Stdout, cmd.Stderr = log, log
-	if l.qemu, err = spawn(cmd); err != nil {
-		return fmt.Errorf("hostlab: start QEMU (packaging/deps.sh installs it): %w", err)
-	}
-	if err := l.waitReady(ctx); err != nil {
 		return errors.Join(err, l.PowerCut())
 	}
 	return nil
 }
-
-// qemuArgs is the machine. SVM is on so that kvm_amd loads; what a PC has and a lab does not use is off, since each
-// device costs its driver's probing at every boot.
-func (l *Lab) qemuArgs() []string {
-	args := []string{
-		"-name", "hostlab", "-nodefaults", "-no-user-config", "-display", "none",
-		"-machine", "q35,sata=off,smbus=off,i8042=off,vmport=off,hpet=off,graphics=off",
-		"-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt",
-		"-smp", fmt.Sprint(l.opts.CPUs), "-m", fmt.Sprintf("%dM", l.opts.Memory>>20),
-		"-kernel", l.base.kernel(), "-initrd", l.base.initrd(),
-		// The mitigations protect nobody here, and under emulation they are dear.
-		"-append", "console=ttyS0 loglevel=5 net.ifnames=0 mitigations=off",
-		"-chardev", "file,append=on,id=console,path=" + l.consoleFile(), "-serial", "chardev:console",
-		"-chardev", "file,append=on,id=ready,path=" + l.readyFile(), "-serial", "chardev:ready",
-		"-netdev", fmt.Sprintf("user,id=net,hostfwd=tcp:127.0.0.1:%d-:22", l.port),
-		"-device", "virtio-net-pci,netdev=net,romfile=",
-		"-device", "virtio-rng-pci",
-	}
-	for i := range len(l.opts.Disks) + 1 {
-		args = append(args,
-			"-drive", fmt.Sprintf("if=none,id=disk%d,format=qcow2,cache=writeback,discard=unmap,file=%s", i, l.disk(i)),
-			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,serial=disk%d", i, i))
-	}
-	return args
-}
-
-func (l *Lab) consoleFile() string { return filepath.Join(l.Dir, "console.log") }
-func (l *Lab) readyFile() string   { return filepath.Join(l.Dir, "ready") }
 
 // waitReady waits for the line that hostlab-ready.service writes at each boot, then connects.
 func (l *Lab) waitReady(ctx context.Context) error {
@@ -215,8 +174,7 @@ func (l *Lab) waitReady(ctx context.Context) error {
 		}
 		select {
 		case <-l.qemu.done:
-			log, _ := os.ReadFile(filepath.Join(l.Dir, "qemu.log"))
-			return fmt.Errorf("hostlab: QEMU ended while the host booted: %w\n%s", l.qemu.err, tail(string(log), 10))
+			return l.died()
 		case <-ctx.Done():
 			return fmt.Errorf("hostlab: the host is not up: %w; its console ends with:\n%s", ctx.Err(), l.Console(60))
 		case <-tick.C:
@@ -264,84 +222,3 @@ func (l *Lab) Console(lines int) string {
 }
 
 func (l *Lab) running() bool { return l.qemu != nil && l.qemu.running() }
-
-// process is a child that dies with us.
-type process struct {
-	cmd  *exec.Cmd
-	done chan struct{}
-	err  error // of Wait; set before done is closed
-}
-
-// spawn starts cmd. PR_SET_PDEATHSIG tells of the death of the thread that forked, not of the process: so one
-// thread is kept for as long as the child lives.
-func spawn(cmd *exec.Cmd) (*process, error) {
-	p := &process{cmd: cmd, done: make(chan struct{})}
-	started := make(chan error, 1)
-	go func() {
-		defer close(p.done)
-		lockThread()
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		err := cmd.Start()
-		started <- err
-		if err != nil {
-			return
-		}
-		if p.err = cmd.Wait(); p.err == nil {
-			p.err = errors.New("exit status 0")
-		}
-	}()
-	if err := <-started; err != nil {
-		return nil, err
-	}
-	return p, nil
-}
-
-func (p *process) running() bool {
-	select {
-	case <-p.done:
-		return false
-	default:
-		return true
-	}
-}
-
-func (p *process) kill() {
-	p.cmd.Process.Kill()
-	<-p.done
-}
-
-func freePort() (int, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, fmt.Errorf("hostlab: no free port on loopback: %w", err)
-	}
-	defer ln.Close()
-	return ln.Addr().(*net.TCPAddr).Port, nil
-}
-
-// run runs a program to its end; its error holds what it said.
-func run(ctx context.Context, argv ...string) error {
-	out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("hostlab: %s: %w\n%s", strings.Join(argv, " "), err, tail(string(out), 20))
-	}
-	return nil
-}
-
-func size(path string) int64 {
-	st, err := os.Stat(path)
-	if err != nil {
-		return 0
-	}
-	return st.Size()
-}
-
-// tail is the last n lines of s; 0 is all.
-func tail(s string, n int) string {
-	s = strings.TrimRight(s, "\r\n")
-	lines := slices.Collect(strings.Lines(s))
-	if n > 0 && len(lines) > n {
-		lines = lines[len(lines)-n:]
-	}
-	return strings.Join(lines, "")
-}

@@ -8,12 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"time"
 )
-
-func lockThread() { runtime.LockOSThread() }
 
 // ErrConnection is what Run's error wraps when the connection went before the command ended: the host is off, or
 // rebooting.

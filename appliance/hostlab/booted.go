@@ -1,0 +1,106 @@
+package hostlab
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"time"
+)
+
+// booted is a folder of the cache with a host that was up: its memory, and its disks as they were then. Labs go on from
+// there, since an emulated boot costs a minute of CPU.
+type booted struct{ dir string }
+
+func (b booted) memory() string    { return filepath.Join(b.dir, "memory") }
+func (b booted) disk(i int) string { return (&Lab{Dir: b.dir}).disk(i) }
+
+// bootOnce returns the booted host for the options from the cache, after booting it where it is not there.
+func bootOnce(ctx context.Context, cache string, base base, opts Options) (booted, error) {
+	// A memory image fits one machine of one QEMU alone.
+	version, err := exec.CommandContext(ctx, "qemu-system-x86_64", "--version").Output()
+	if err != nil {
+		return booted{}, fmt.Errorf("hostlab: qemu-system-x86_64 --version (packaging/deps.sh installs it): %w", err)
+	}
+	h := sha256.New()
+	fmt.Fprintln(h, string(version), base.dir, opts.Disks, (&Lab{opts: opts, base: base}).qemuArgs())
+	b := booted{filepath.Join(cache, "booted-"+hex.EncodeToString(h.Sum(nil))[:16])}
+	lock, err := waitLock(ctx, filepath.Join(cache, "build.lock"))
+	if err != nil {
+		return b, fmt.Errorf("hostlab: waiting for another builder: %w", err)
+	}
+	defer lock.Close()
+	if _, err := os.Stat(b.dir); err == nil {
+		return b, nil
+	}
+	fmt.Fprintf(opts.Log, "hostlab: the first boot with %d CPUs, %d MiB and %d disks; later ones go on from its memory\n",
+		opts.CPUs, opts.Memory>>20, len(opts.Disks))
+	start := time.Now()
+	tmp := booted{b.dir + ".new"}
+	if err := os.RemoveAll(tmp.dir); err != nil { // of a process that was killed
+		return b, fmt.Errorf("hostlab: %w", err)
+	}
+	if err := os.MkdirAll(tmp.dir, 0o700); err != nil {
+		return b, fmt.Errorf("hostlab: %w", err)
+	}
+	if err := boot(ctx, tmp, base, opts); err != nil {
+		return b, errors.Join(err, os.RemoveAll(tmp.dir))
+	}
+	if err := os.Rename(tmp.dir, b.dir); err != nil {
+		return b, fmt.Errorf("hostlab: %w", err)
+	}
+	fmt.Fprintf(opts.Log, "hostlab: booted in %s\n", time.Since(start).Round(time.Second))
+	return b, nil
+}
+
+func boot(ctx context.Context, b booted, base base, opts Options) (err error) {
+	l := &Lab{Dir: b.dir, opts: opts, base: base}
+	defer func() { err = errors.Join(err, l.PowerCut()) }()
+	if err := overlay(ctx, l.disk(0), base.disk(), "raw"); err != nil {
+		return err
+	}
+	for i, size := range opts.Disks {
+		if err := run(ctx, "qemu-img", "create", "-q", "-f", "qcow2", l.disk(i+1), fmt.Sprint(size)); err != nil {
+			return err
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, bootDeadline)
+	defer cancel()
+	if err := l.boot(ctx, "-monitor", "stdio"); err != nil {
+		return err
+	}
+	// Up means all of it; and sshd has had a session, so that its pages are in memory.
+	if r, err := l.Run(ctx, "systemctl", "is-system-running", "--wait"); err != nil || r.ExitCode != 0 {
+		return fmt.Errorf("hostlab: the host is %q after its boot: %w; its console ends with:\n%s", r.Stdout, err, l.Console(60))
+	}
+	l.disconnect()
+	return l.saveMemory(ctx)
+}
+
+var migrated = regexp.MustCompile(`(?i)status:\s+completed`)
+
+// saveMemory writes the running host's memory to a file and ends QEMU. What it had to write to its disks is on them then.
+func (l *Lab) saveMemory(ctx context.Context) error {
+	// In the human monitor "migrate" returns when it is done, and commands wait for one another.
+	if _, err := fmt.Fprint(l.monitor, "migrate file:memory\ninfo migrate\nquit\n"); err != nil {
+		return fmt.Errorf("hostlab: QEMU's monitor: %w", err)
+	}
+	select {
+	case <-l.qemu.done:
+	case <-ctx.Done():
+		return fmt.Errorf("hostlab: saving the host's memory: %w", ctx.Err())
+	}
+	log, err := os.ReadFile(l.qemuLog())
+	if err != nil {
+		return fmt.Errorf("hostlab: %w", err)
+	}
+	if !migrated.Match(log) {
+		return fmt.Errorf("hostlab: the host's memory was not saved:\n%s", tail(string(log), 20))
+	}
+	return nil
+}
