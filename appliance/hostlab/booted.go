@@ -1,6 +1,7 @@
 package hostlab
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -103,4 +104,25 @@ func (l *Lab) saveMemory(ctx context.Context) error {
 		return fmt.Errorf("hostlab: the host's memory was not saved:\n%s", tail(string(log), 20))
 	}
 	return nil
+}
+
+// awake waits until QEMU has read the memory and the host runs. A connection made earlier would lose its first packet,
+// and QEMU's network sends that again after six seconds.
+func (l *Lab) awake(ctx context.Context) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		// A dead QEMU closes its end; done says so below.
+		_, _ = fmt.Fprintln(l.monitor, "info status")
+		select {
+		case <-l.qemu.done:
+			return l.died()
+		case <-ctx.Done():
+			return fmt.Errorf("hostlab: the host does not wake: %w", ctx.Err())
+		case <-tick.C:
+		}
+		if log, err := os.ReadFile(l.qemuLog()); err == nil && bytes.Contains(log, []byte("VM status: running")) {
+			return nil
+		}
+	}
 }

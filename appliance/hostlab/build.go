@@ -88,7 +88,25 @@ func buildOnce(ctx context.Context, cache string, log io.Writer) (base, error) {
 		return b, fmt.Errorf("hostlab: %w", err)
 	}
 	fmt.Fprintf(log, "hostlab: built in %s\n", time.Since(start).Round(time.Second))
-	return b, nil
+	return b, prune(cache, b)
+}
+
+// prune removes what other recipes left in the cache: a gigabyte each, that nothing here will ask for again.
+func prune(cache string, keep base) error {
+	var errs []error
+	for _, pattern := range []string{"base-*", "booted-*"} {
+		old, err := filepath.Glob(filepath.Join(cache, pattern))
+		errs = append(errs, err)
+		for _, dir := range old {
+			if dir != keep.dir {
+				errs = append(errs, os.RemoveAll(dir))
+			}
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("hostlab: remove old images: %w", err)
+	}
+	return nil
 }
 
 func build(ctx context.Context, b base, log io.Writer) error {

@@ -100,7 +100,10 @@ func (l *Lab) wake(ctx context.Context, b booted) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, bootDeadline)
 	defer cancel()
-	if err := l.on(ctx, "-incoming", "file:"+b.memory()); err != nil {
+	if err := l.on(ctx, "-monitor", "stdio", "-incoming", "file:"+b.memory()); err != nil {
+		return err
+	}
+	if err := l.awake(ctx); err != nil {
 		return err
 	}
 	if err := l.connect(ctx); err != nil {

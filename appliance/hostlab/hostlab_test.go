@@ -1,14 +1,19 @@
 package hostlab_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -34,6 +39,78 @@ func TestLab(t *testing.T) {
 	t.Run("nested guest", func(t *testing.T) { testNestedGuest(t, lab) })
 	t.Run("reboot", func(t *testing.T) { testReboot(t, lab) })
 	t.Run("power cut", func(t *testing.T) { testPowerCut(t, lab) })
+}
+
+// TestMain is also a process that owns a lab and does nothing, to be killed.
+func TestMain(m *testing.M) {
+	if os.Getenv("HOSTLAB_TEST_OWNER") == "" {
+		os.Exit(m.Run())
+	}
+	lab, err := hostlab.Start(context.Background(), hostlab.Options{Disks: []int64{2 << 30}})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	fmt.Println(lab.Dir)
+	select {}
+}
+
+// TestOwnerKilled: a lab ends with the process that has it, and what that left behind goes with the next.
+func TestOwnerKilled(t *testing.T) {
+	need.VM(t)
+	owner := exec.CommandContext(t.Context(), os.Args[0])
+	owner.Env = append(os.Environ(), "HOSTLAB_TEST_OWNER=1")
+	owner.Stderr = t.Output()
+	out, err := owner.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := owner.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer owner.Wait()
+	defer owner.Process.Kill()
+	dir, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatalf("the owner did not start a lab: %v", err)
+	}
+	dir = strings.TrimSpace(dir)
+	if users := usersOf(t, dir); len(users) < 2 {
+		t.Fatalf("QEMU and ssh should run in %s; there are %q", dir, users)
+	}
+	owner.Process.Kill()
+	deadline := time.Now().Add(10 * time.Second)
+	for len(usersOf(t, dir)) > 0 {
+		if time.Now().After(deadline) {
+			t.Fatalf("10 s after its owner was killed these still run in %s: %q", dir, usersOf(t, dir))
+		}
+		runtime.Gosched()
+	}
+	if _, err := os.Stat(dir); err != nil {
+		t.Fatalf("the folder of a killed owner: %v", err)
+	}
+	hostlab.ForTest(t, hostlab.Options{Disks: []int64{2 << 30}})
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the next Start left %s there (%v)", dir, err)
+	}
+}
+
+// usersOf are the processes that work in a folder.
+func usersOf(t *testing.T, dir string) []string {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/cwd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var users []string
+	for _, link := range all {
+		// A process that has just ended has no link, and a zombie none that leads anywhere.
+		if cwd, err := os.Readlink(link); err == nil && cwd == dir {
+			cmd, _ := os.ReadFile(filepath.Join(filepath.Dir(link), "comm"))
+			users = append(users, strings.TrimSpace(string(cmd)))
+		}
+	}
+	return users
 }
 
 func sh(t *testing.T, lab *hostlab.Lab, script string) string {

@@ -99,7 +99,10 @@ func (l *Lab) Cmd(argv ...string) *exec.Cmd {
 	for i, a := range argv {
 		quoted[i] = quote(a)
 	}
-	return l.ssh("-o", "ControlMaster=no", "root@hostlab", "--", strings.Join(quoted, " "))
+	cmd := l.ssh("-o", "ControlMaster=no", "root@hostlab", "--", strings.Join(quoted, " "))
+	// The shared connection holds our pipes too: without this, Wait of a killed cmd would wait for the remote program.
+	cmd.WaitDelay = 2 * time.Second
+	return cmd
 }
 
 // quote is for sshd, which hands the line to the account's shell.
@@ -111,8 +114,6 @@ func (l *Lab) Run(ctx context.Context, argv ...string) (Result, error) {
 	var stdout, stderr bytes.Buffer
 	cmd := l.Cmd(argv...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	// The shared connection holds our pipes too, for as long as the remote program runs.
-	cmd.WaitDelay = time.Second
 	code, err := l.wait(ctx, cmd)
 	return Result{stdout.String(), stderr.String(), code}, err
 }
