@@ -77,10 +77,14 @@ func flagsFirst(args []string, commands []*cli.Command) []string {
 			rest = append(rest, arg)
 		default:
 			flags = append(flags, arg)
-			if takesValue(cmd, arg) && i+1 < len(args) {
-				i++
-				flags = append(flags, args[i])
+			if !takesValue(cmd, arg) {
+				continue
 			}
+			if i++; i == len(args) || args[i] == "--" {
+				// Its value is missing: with nothing behind it, package flag says so.
+				return slices.Concat(args[:head], flags)
+			}
+			flags = append(flags, args[i])
 		}
 	}
 	return slices.Concat(args[:head], flags, rest)

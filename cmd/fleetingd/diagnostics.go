@@ -92,7 +92,7 @@ func newSnippet(f *hcl.File, r hcl.Range) *snippet {
 	if lines == 0 {
 		to = min(to, r.Start.Byte+snippetWidth)
 	}
-	for from > 0 && !utf8.RuneStart(src[from]) {
+	for from > 0 && from < len(src) && !utf8.RuneStart(src[from]) {
 		from--
 	}
 	s := &snippet{

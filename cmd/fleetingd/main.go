@@ -9,7 +9,16 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-func main() { os.Exit(run(os.Args)) }
+func main() {
+	if isGuest(os.Args) {
+		os.Exit(guestMain(os.Args))
+	}
+	if isPlugin(os.Args) {
+		servePlugin()
+		return
+	}
+	os.Exit(run(os.Args))
+}
 
 // run is main for tests (testscript calls it in-process): the exit code is 0
 // for done, 1 for failed, 2 for wrong usage.
@@ -52,6 +61,8 @@ func commands() []*cli.Command {
 		validateCommand(),
 		fmtCommand(),
 		doctorCommand(),
+		runCommand(),
+		runJobsCommand(),
 		imageCommand(),
 		refreshCommand(),
 	}

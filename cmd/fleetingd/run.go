@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -162,7 +163,7 @@ func (r *hostRun) run(ctx context.Context) (code int, err error) {
 	defer func() {
 		end := r.view.begin("clean up", "host")
 		err = errors.Join(err, r.unwind())
-		end.done("host", false)
+		end.done("host")
 	}()
 	r.user, err = findRuntimeUser(r.plan)
 	if err != nil {
@@ -215,7 +216,14 @@ func (r *hostRun) lock(context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.defers(func() error { return errors.Join(os.Remove(path), l.Unlock()) })
+	r.defers(func() error {
+		// The plugin leaves its own lock's file: removing that is safe only under ours.
+		plugin := os.Remove(filepath.Join(r.plan.Paths.Run, r.pool.Name+".lock"))
+		if errors.Is(plugin, fs.ErrNotExist) {
+			plugin = nil
+		}
+		return errors.Join(plugin, os.Remove(path), l.Unlock())
+	})
 	return nil
 }
 
@@ -286,7 +294,7 @@ func (r *hostRun) disks(ctx context.Context) error {
 			return err
 		}
 	}
-	ph.done(d.String(), false)
+	ph.done(d.String())
 	return nil
 }
 
@@ -296,7 +304,7 @@ func (r *hostRun) network(ctx context.Context) error {
 	if err := host.NetworkUp(ctx, r.plan, r.user.options()); err != nil {
 		return err
 	}
-	ph.done(fmt.Sprintf("%d slots in %s, out by %s", len(r.plan.Slots), r.plan.Network.Subnet, r.plan.EgressInterface), false)
+	ph.done(fmt.Sprintf("%d slots in %s, out by %s", len(r.plan.Slots), r.plan.Network.Subnet, r.plan.EgressInterface))
 	return nil
 }
 
@@ -310,6 +318,7 @@ func (r *hostRun) base(ctx context.Context) error {
 		return nil
 	}
 	ip := newImageProgress(r.view)
+	ip.new = true // the unprivileged half says it of all images
 	store, err := image.Open(r.plan, image.Options{Log: slog.New(slog.DiscardHandler), Progress: ip.show})
 	if err != nil {
 		return err

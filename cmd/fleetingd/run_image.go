@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 
+	"github.com/fleetingd/fleetingd/appliance/guest"
 	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/vm"
@@ -15,6 +17,7 @@ import (
 // imageProgress shows the making of an image as phases of a view.
 type imageProgress struct {
 	v    *view
+	new  bool // show only what is made, not what is there already
 	ph   *running
 	name image.Phase
 	last string // the last line of output, for the phase's end
@@ -26,8 +29,8 @@ func newImageProgress(v *view) *imageProgress { return &imageProgress{v: v} }
 func (p *imageProgress) show(e image.Progress) {
 	if e.Phase == image.PhaseBase || e.Phase == image.PhaseSealed {
 		p.end(true)
-		if e.Cached {
-			p.v.add(Phase{Name: p.label(e.Phase), Detail: e.Item, Cached: true})
+		if e.Cached && !p.new {
+			p.v.add(Phase{Name: p.label(e.Phase), Detail: e.Image + ": there already, nothing to do", Cached: true})
 		}
 		return
 	}
@@ -59,9 +62,9 @@ func (p *imageProgress) end(ok bool) {
 	}
 	detail := p.last
 	if !ok {
-		detail += ": failed"
+		detail = strings.TrimSpace(detail + " failed")
 	}
-	p.ph.done(detail, false)
+	p.ph.done(detail)
 	p.ph = nil
 }
 
@@ -109,6 +112,10 @@ func prebuild(ctx context.Context, v *view, req jobRequest) error {
 	ip.end(err == nil)
 	if ctx.Err() != nil {
 		return errors.New("interrupted")
+	}
+	if step, ok := errors.AsType[*guest.StepError](err); ok && v.w == nil {
+		// On a terminal its output stands above already.
+		return fmt.Errorf("%w; its last lines:\n  %s", err, strings.Join(step.Tail, "\n  "))
 	}
 	return err
 }

@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -85,7 +86,8 @@ func runPool(ctx context.Context, v *view, req jobRequest) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	log := pluginLog(v, req.Verbose)
+	var ending atomic.Bool
+	log := pluginLog(v, req.Verbose, &ending)
 	boot := v.begin("plugin", "starting as "+fmt.Sprintf("uid %d", os.Getuid()))
 	plugin, err := fleeting.RunPlugin(selfExe, pluginConfig, fleeting.WithPluginLogger(log.Named("plugin")))
 	if err != nil {
@@ -110,19 +112,20 @@ func runPool(ctx context.Context, v *view, req jobRequest) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	boot.done(fmt.Sprintf("running as uid %d", os.Getuid()), false)
+	boot.done(fmt.Sprintf("running as uid %d", os.Getuid()))
 	defer func() {
 		// Nothing reads updates any more, and the Provisioner must not block on them.
 		go func() {
 			for range updates {
 			}
 		}()
-		end := v.begin("clean up", "")
+		ending.Store(true)
+		end := v.begin("clean up", "workers")
 		for _, i := range prov.Instances() {
 			i.Delete()
 		}
 		prov.Shutdown(context.WithoutCancel(ctx))
-		end.done("workers gone", false)
+		end.done("workers gone")
 	}()
 
 	r := &jobRun{v: v, req: req, updates: updates}
@@ -141,7 +144,6 @@ type jobResult struct {
 	worker string
 	code   int
 	err    error
-	kept   provider.ConnectInfo
 }
 
 func (r *jobRun) run(ctx context.Context, prov *fleeting.Provisioner) (int, error) {
@@ -268,12 +270,15 @@ func shellCommand(words []string) string {
 
 // pluginLog is the plugin's and the Provisioner's log: what went wrong is shown, the
 // rest only with --verbose.
-func pluginLog(v *view, verbose bool) hclog.Logger {
+func pluginLog(v *view, verbose bool, ending *atomic.Bool) hclog.Logger {
 	level := hclog.Error
 	if verbose {
 		level = hclog.Debug
 	}
-	return hclog.New(&hclog.LoggerOptions{Level: level, Output: viewWriter{v}, DisableTime: true})
+	return hclog.New(&hclog.LoggerOptions{Level: level, Output: viewWriter{v}, DisableTime: true,
+		// The Provisioner's Shutdown cancels its own loop, which then reports that as an error.
+		Exclude: func(_ hclog.Level, msg string, _ ...any) bool { return msg == "reconcile" && ending.Load() },
+	})
 }
 
 // viewWriter takes the live line away before a log line is written.

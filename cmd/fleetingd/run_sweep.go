@@ -23,7 +23,7 @@ const sweepTimeout = time.Minute
 
 // sweep removes what workers of a pool are left: those of a run whose unprivileged half was
 // killed. It is the plugin's own recovery, asked to keep nothing.
-func sweep(p *plan.Plan, req jobRequest) error {
+func sweep(p *plan.Plan, req jobRequest) (err error) {
 	records, err := os.ReadDir(filepath.Join(p.Paths.Workers, req.Pool))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(records) == 0 {
 		return nil
@@ -44,7 +44,7 @@ func sweep(p *plan.Plan, req jobRequest) error {
 	if _, err := g.Init(ctx, hclog.NewNullLogger(), provider.Settings{}); err != nil {
 		return fmt.Errorf("look for workers that were left: %w", err)
 	}
-	defer g.Shutdown(ctx)
+	defer func() { err = errors.Join(err, g.Shutdown(ctx)) }()
 	var left []string
 	err = g.Update(ctx, func(id string, _ provider.State) { left = append(left, id) })
 	if err != nil || len(left) == 0 {

@@ -67,9 +67,9 @@ func (r *running) update(detail string) {
 	r.v.redraw(fmt.Sprintf("  %-10s %s", r.p.Name, detail))
 }
 
-// done ends the phase; cached says that there was nothing to do.
-func (r *running) done(detail string, cached bool) {
-	r.p.Detail, r.p.Cached = detail, cached
+// done ends the phase.
+func (r *running) done(detail string) {
+	r.p.Detail = detail
 	r.p.Seconds = time.Since(r.start).Seconds()
 	r.v.add(r.p)
 }

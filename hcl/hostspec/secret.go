@@ -145,7 +145,7 @@ func (l *loader) secretVariable(name string, e *hclsyntax.ScopeTraversalExpr) (S
 	}
 	val, _ = val.Unmark()
 	text, err := convert.Convert(val, cty.String)
-	if err != nil || text.IsNull() {
+	if err != nil {
 		return Secret{}, fmt.Errorf("the variable %q holds no text here. Set it with %s%s or --var-file", name, envVarPrefix, name)
 	}
 	from := "var:" + name
@@ -160,6 +160,11 @@ func (l *loader) secretVariable(name string, e *hclsyntax.ScopeTraversalExpr) (S
 			}
 			from += "." + key.AsString()
 		}
+	}
+	if text.IsNull() { // default = null: the spec can be checked without it
+		return Secret{From: from, read: func() (string, error) {
+			return "", fmt.Errorf("the variable %q, which the spec names as a secret, is not set: set it with %s%s or --var-file", name, envVarPrefix, name)
+		}}, nil
 	}
 	secret := text.AsString()
 	return Secret{From: from, read: func() (string, error) {

@@ -45,13 +45,11 @@ func TestSecretIsAReference(t *testing.T) {
 		{"parentheses", fmt.Sprintf("(\"${file(%q)}\")", path), "file:" + path, Options{}, path},
 		{"path from a local", `file("${local.dir}/token")`, "file:/run/secrets/token", Options{}, "/run/secrets/token"},
 		{"environment", `env("TOKEN")`, "env:TOKEN", Options{}, "the environment has no TOKEN"},
-		{"variable", "var.token", "var:token", Options{Vars: []string{"token="}}, "the variable token is empty"},
+		{"variable", "var.token", "var:token", Options{}, "FLEETINGD_VAR_token"},
+		{"empty variable", "var.token", "var:token", Options{Environ: []string{"FLEETINGD_VAR_token="}}, "the variable token is empty"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			src := withRunner(tt.token)
-			if tt.opts.Vars != nil {
-				tt.opts = Options{Environ: []string{"FLEETINGD_VAR_token="}}
-			}
 			secret := load(t, tt.opts, src).Runners[0].Token
 			if secret.From != tt.from {
 				t.Errorf("From is %q", secret.From)

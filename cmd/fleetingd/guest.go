@@ -1,0 +1,51 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/fleetingd/fleetingd/appliance/guest"
+)
+
+// isGuest reports a start inside of a VM: as the guest part, or as /init of its initrd. It is looked for before the CLI
+// is built, since each millisecond here is one of every worker's boot.
+func isGuest(args []string) bool {
+	return isInit(args) || len(args) > 1 && args[1] == "guest"
+}
+
+func isInit(args []string) bool { return os.Getpid() == 1 && len(args) > 0 && args[0] == "/init" }
+
+// guestMain is `fleetingd guest [--prebuild]`. People have no use for it, so it is in no help text.
+func guestMain(args []string) int {
+	if isInit(args) {
+		guest.Init(args[1:])
+		return 1
+	}
+	prebuild := len(args) == 3 && args[2] == "--prebuild"
+	if len(args) > 2 && !prebuild {
+		fmt.Fprintln(os.Stderr, "fleetingd: usage: fleetingd guest [--prebuild], inside of a VM that fleetingd started")
+		return 2
+	}
+	if os.Getuid() != 0 {
+		fmt.Fprintln(os.Stderr, "fleetingd: the guest part runs as root, inside of a VM that fleetingd started")
+		return 1
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	// The journal puts the time before each line.
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		if a.Key == slog.TimeKey {
+			return slog.Attr{}
+		}
+		return a
+	}}))
+	if err := guest.Main(ctx, guest.MainOptions{Prebuild: prebuild, Version: version, Log: log}); err != nil {
+		fmt.Fprintln(os.Stderr, "fleetingd: guest: "+err.Error())
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,112 @@
+# The full language, by example. A host needs little of it: every value marked
+# (default) may be left out, and so may every block marked (optional).
+
+variable "gitlab_url" {
+  type    = string
+  default = "https://gitlab.example.com"
+}
+
+locals {
+  domain = "ci.example.com"
+}
+
+host "metal-01" {                         # label: the host's name
+  egress_interface = "eno1"               # where worker traffic leaves; must exist on the host
+  state_dir        = "/var/lib/fleetingd" # (default)
+
+  disks {              # (optional) where clones live
+    backing = "auto"   # (default) auto | directory | xfs-image | tmpfs
+    size    = "200GiB" # xfs-image and tmpfs only
+  }
+
+  network {                          # (optional)
+    subnet  = "172.16.120.0/22"      # one address a worker: /22 holds 1,022 workers
+    subnet6 = "fd7e:1ee7::/64"       # (optional) absent: workers have no IPv6 at all
+    dns     = ["1.1.1.3", "1.0.0.3"] # (default)
+    mtu     = 1500                   # (default)
+
+    # What workers may reach. The first match wins; the default lets them out to
+    # the internet and to nothing private: no LAN, no link-local, no cloud
+    # metadata, no other worker, nothing on the host itself.
+    egress "artifact-store" {
+      action = "allow"
+      to     = ["10.20.0.15/32"]
+      ports  = ["tcp/443", "tcp/9000-9001"]
+    }
+    egress "no-smtp" {
+      action = "deny"
+      ports  = ["tcp/25"]
+    }
+  }
+
+  hypervisor "cloud-hypervisor" { # (default) "qemu" runs anywhere, without KVM too
+    binary  = "cloud-hypervisor"  # (default) found on PATH
+    sandbox = true                # (default) seccomp and landlock
+  }
+
+  refresh = "24h" # (default) rebuild images in the background
+}
+
+image "ubuntu" {
+  ubuntu { # cloud image; SHA256SUMS verified against Canonical's key
+    release = "noble"
+  }
+  # or:  url    { disk = "https://…" kernel = "https://…" initrd = "…" sha256 = "…" }
+  # or:  file   { disk = "/srv/golden.qcow2" kernel = "…" initrd = "…" }
+  # or:  debian { suite = "trixie" mirror = "https://…" packages = ["git"] }  # built from a package mirror: air-gapped sites
+
+  prebuild { # (optional) what every worker starts with
+    packages = ["git", "build-essential", "podman"]
+    run = [
+      "curl -fsSL https://get.docker.com | sh",
+      "usermod -aG docker ubuntu",
+    ]
+    file "/etc/docker/daemon.json" {
+      content = jsonencode({ features = { buildkit = true, containerd-snapshotter = true } })
+      mode    = "0644"
+    }
+    timeout = "30m" # (default)
+  }
+  user = "ubuntu" # (default) the account that jobs run as
+}
+
+pool "small" {
+  image   = image.ubuntu
+  cpus    = 4
+  memory  = "8GiB"
+  disk    = "30GiB" # sparse
+  start   = "warm"  # (default) warm: restored from memory; cold: booted
+  console = false   # (default) true keeps each worker's console log
+
+  max_instances = 20
+  limits { # (optional) per worker, enforced by the kernel
+    cpu_quota    = "400%"
+    disk_iops    = 5000
+    network_mbps = 500
+  }
+}
+
+runner "small" { # one [[runners]] section of config.toml
+  pool     = pool.small
+  url      = var.gitlab_url
+  token    = file("/run/secrets/gitlab-token") # read when applied; never in a plan, a state or a log
+  executor = "instance"                        # (default) or "docker-autoscaler"
+
+  capacity_per_instance = 1 # (default)
+  max_use_count         = 1 # (default) a new VM for every job
+  policy {
+    idle_count = 4
+    idle_time  = "5m"
+  }
+  policy {
+    periods    = ["* 8-18 * * mon-fri"]
+    timezone   = "Europe/Berlin"
+    idle_count = 10
+    idle_time  = "20m"
+  }
+
+  # Any other gitlab-runner setting, by its own name and place.
+  settings = {
+    pre_build_script = "echo $CI_REGISTRY_PASSWORD | docker login -u $CI_REGISTRY_USER --password-stdin $CI_REGISTRY"
+  }
+}

@@ -1,0 +1,95 @@
+# A host for GitLab CI: Ubuntu workers in Cloud Hypervisor, Docker inside them, a
+# fresh virtual machine for every job.
+#
+#   fleetingd validate host.hcl
+#   fleetingd compile host.hcl -o out
+#
+# Put the runner's authentication token (glrt-…) where `token` says, on the host, readable by root
+# alone. It is read when the spec is applied.
+
+variable "gitlab_url" {
+  type    = string
+  default = "https://gitlab.example.com"
+}
+
+host "ci-01" {
+  egress_interface = "eno1" # ip route show default
+
+  disks {
+    backing = "xfs-image" # a file system that can clone, in a file: any disk will do
+    size    = "400GiB"
+  }
+
+  network {
+    subnet = "172.16.120.0/24" # room for 254 workers
+
+    # Workers reach the internet and nothing private. This is the exception.
+    egress "registry" {
+      action = "allow"
+      to     = ["10.20.0.15/32"]
+      ports  = ["tcp/443"]
+    }
+  }
+}
+
+image "ubuntu" {
+  ubuntu {
+    release = "noble"
+  }
+
+  prebuild {
+    packages = ["git", "git-lfs", "docker.io"]
+    run = [
+      "usermod -aG docker ubuntu",
+      "docker pull alpine:3",
+    ]
+  }
+}
+
+pool "small" {
+  image         = image.ubuntu
+  cpus          = 4
+  memory        = "8GiB"
+  disk          = "40GiB"
+  max_instances = 20
+}
+
+pool "large" {
+  image         = image.ubuntu
+  cpus          = 16
+  memory        = "64GiB"
+  disk          = "200GiB"
+  max_instances = 2
+
+  limits {
+    cpu_quota = "1200%" # leaves room for the small ones
+  }
+}
+
+runner "small" {
+  pool  = pool.small
+  url   = var.gitlab_url
+  token = file("/run/secrets/gitlab-token-small")
+
+  policy {
+    idle_count = 2
+    idle_time  = "10m"
+  }
+  policy {
+    periods    = ["* 8-18 * * mon-fri"]
+    timezone   = "Europe/Berlin"
+    idle_count = 8
+    idle_time  = "30m"
+  }
+}
+
+runner "large" {
+  pool     = pool.large
+  url      = var.gitlab_url
+  token    = file("/run/secrets/gitlab-token-large")
+  executor = "docker-autoscaler" # jobs run in containers, in their own VM
+
+  settings = {
+    docker = { image = "alpine:3" }
+  }
+}
