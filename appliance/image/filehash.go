@@ -68,7 +68,7 @@ func hashFile(ctx context.Context, path, cache string, progress func(done, total
 		if done += int64(n); progress != nil {
 			progress(done, before.Size)
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err = errors.Join(err, context.Cause(ctx)); err != nil {

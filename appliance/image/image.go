@@ -257,7 +257,7 @@ func (s *Store) mine() error {
 func (s *Store) find(kind, spec string) (*manifest, error) {
 	m, err := s.shelf.follow(kind, spec)
 	if errors.Is(err, errMissing) {
-		if err != errMissing {
+		if err != errMissing { //nolint:errorlint // wrapped, it says what is damaged
 			s.log().Warn("a kept image is not usable and is made anew", "reason", err)
 		}
 		return nil, nil

@@ -328,7 +328,7 @@ func lastOfFile(path string) []string {
 	buf := make([]byte, 8<<10)
 	n, _ := f.ReadAt(buf, max(0, fileSize(path)-int64(len(buf)))) // a short read is what there is
 	var l lines
-	l.Write(buf[:n])
+	_, _ = l.Write(buf[:n])
 	l.flush()
 	return l.last
 }

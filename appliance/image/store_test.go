@@ -1,0 +1,518 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/guest"
+	"github.com/fleetingd/fleetingd/appliance/need"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/seed"
+)
+
+// lab is a Plan with one image, its files, and a Store of it.
+type lab struct {
+	*Store
+	t      *testing.T
+	driver *fakeDriver
+	img    *plan.Image
+	dir    string
+	phases []string
+}
+
+// newLab needs a file system that can clone; prebuilds are played by a fake.
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	return labIn(t, xfs(t, 512))
+}
+
+// labIn is a lab in a folder that need not be able to clone: enough for bases.
+func labIn(t *testing.T, dir string) *lab {
+	t.Helper()
+	l := &lab{t: t, dir: dir, driver: &fakeDriver{t: t}}
+	at := func(names ...string) string { return filepath.Join(append([]string{dir}, names...)...) }
+	for name, text := range map[string]string{
+		"disk":   string(disk(2*mib, map[int]string{ext4Magic: "\x53\xef", mib: "content"})),
+		"kernel": "old kernel", "initrd": "old initrd", "fleetingd": "the guest part",
+	} {
+		if err := os.WriteFile(at(name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run, err := os.MkdirTemp("", "img") // t.TempDir's are too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(run) })
+	p := &plan.Plan{
+		Paths: plan.Paths{State: at("state"), Disks: at("disks"), Images: at("disks", "images"), Cache: at("state", "cache"), Run: run},
+		Slots: []plan.Slot{{TAP: "fd0", Queues: 1}},
+		Pools: []plan.Pool{{Image: "golden", CPUs: 2, Memory: 1 << 30, Disk: 64 * mib}, {Image: "golden", CPUs: 4, Memory: 2 << 30, Disk: 32 * mib}},
+		Images: []plan.Image{{
+			Name: "golden", User: "ci",
+			Source: plan.Source{File: &plan.FileSource{Disk: at("disk"), Kernel: at("kernel"), Initrd: at("initrd")}},
+			Prebuild: &plan.Prebuild{
+				Steps:   []plan.Step{{Name: "run[0]: one", Command: "one"}, {Name: "run[1]: two", Command: "two"}},
+				Timeout: plan.Duration(10 * time.Second),
+				Seed:    seed.Seed{InstanceID: "prebuild", Hostname: "prebuild"},
+			},
+		}},
+	}
+	l.img = &p.Images[0]
+	l.Store = l.open(p)
+	return l
+}
+
+// open is another process's Store of the same Plan.
+func (l *lab) open(p *plan.Plan) *Store {
+	l.t.Helper()
+	s, err := Open(p, Options{Log: slog.New(slog.DiscardHandler), Driver: l.driver, GuestBinary: filepath.Join(l.dir, "fleetingd"), Progress: func(e Progress) {
+		l.phases = append(l.phases, string(e.Phase)+" "+e.Line)
+	}})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	s.net = hasty()
+	return s
+}
+
+func (l *lab) ensure() *Sealed {
+	l.t.Helper()
+	img, err := l.Ensure(l.t.Context(), l.img)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return img
+}
+
+func (l *lab) write(name, text string) {
+	l.t.Helper()
+	if err := os.WriteFile(filepath.Join(l.dir, name), []byte(text), 0o644); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func TestEnsure(t *testing.T) {
+	l := newLab(t)
+	img := l.ensure()
+	if img.Cached || !img.Guest || img.User != "ci" || img.Size != 32*mib {
+		t.Errorf("%+v", img)
+	}
+	if img.Cmdline != "root=/dev/vda rootflags=noinit_itable rw quiet" {
+		t.Errorf("command line %q", img.Cmdline)
+	}
+	for path, want := range map[string]string{img.Kernel: "new kernel", img.Initrd: "new initrd"} {
+		if b, err := os.ReadFile(path); err != nil || string(b) != want {
+			t.Errorf("%s: %q, %v", path, b, err)
+		}
+	}
+	for _, path := range []string{img.Disk, img.Kernel, img.Initrd} {
+		if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o444 {
+			t.Errorf("%s: %v, %v; want mode 0444", path, fi.Mode(), err)
+		}
+	}
+	wantOnly(t, filepath.Dir(img.Disk), "disk.raw", "initrd", "kernel", "manifest.json")
+	if cfg := l.driver.started[0]; cfg.CPUs != 4 || cfg.Memory != 2<<30 || cfg.Net.TAP != "fd0" || cfg.Cmdline != img.Cmdline {
+		t.Errorf("the VM was %+v", cfg)
+	}
+	for _, want := range []string{"prebuild run[0]: one: did one", "prebuild run[1]: two: did two"} {
+		if !slices.Contains(l.phases, want) {
+			t.Errorf("the progress has no %q: %q", want, l.phases)
+		}
+	}
+
+	// The second start builds nothing, in another process too.
+	again, err := l.open(l.plan).Ensure(t.Context(), l.img)
+	if err != nil || !again.Cached || again.Digest != img.Digest || len(l.driver.started) != 1 {
+		t.Errorf("%+v, %v, %d VMs", again, err, len(l.driver.started))
+	}
+	// A host with another build slot builds nothing either.
+	l.img.Prebuild.Seed.Network = &seed.Network{MTU: 1400}
+	if again := l.ensure(); !again.Cached {
+		t.Error("another network built another image")
+	}
+	dst := filepath.Join(l.dir, "clone")
+	if err := l.Clone(t.Context(), img, dst, 64*mib); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What goes into an image changes its digest.
+func TestEnsureBuildsAnew(t *testing.T) {
+	l := newLab(t)
+	seen := map[string]string{l.ensure().Digest: "the first"}
+	for _, c := range []struct {
+		name   string
+		change func()
+	}{
+		{"another step", func() { l.img.Prebuild.Steps[1].Command = "three" }},
+		{"another guest part", func() { l.write("fleetingd", "a later guest part") }},
+		{"another disk", func() { l.write("disk", string(disk(2*mib, map[int]string{ext4Magic: "\x53\xef", mib: "contenT"}))) }},
+		{"another kernel", func() { l.write("kernel", "k2") }},
+		{"another user", func() { l.img.User = "debian" }},
+		{"another size", func() { l.plan.Pools[1].Disk = 48 * mib }},
+		{"another command line", func() { l.img.Source.File.Cmdline = "root=/dev/vda1" }},
+	} {
+		c.change()
+		img := l.ensure()
+		if other, ok := seen[img.Digest]; ok || img.Cached {
+			t.Errorf("%s: the same image as %s", c.name, other)
+		}
+		seen[img.Digest] = c.name
+	}
+}
+
+func TestUnprebuilt(t *testing.T) {
+	need.Tools(t, "qemu-img")
+	l := labIn(t, t.TempDir())
+	l.img.Prebuild = nil
+	img := l.ensure()
+	if img.Guest || img.Cached || img.User != "ci" || img.Size != 2*mib {
+		t.Errorf("%+v", img)
+	}
+	if again := l.ensure(); !again.Cached || again.Disk != img.Disk {
+		t.Errorf("%+v", again)
+	}
+}
+
+// A prebuild that fails says why, and leaves nothing.
+func TestPrebuildFails(t *testing.T) {
+	l := newLab(t)
+	for _, c := range []struct {
+		name string
+		set  func(*fakeDriver)
+		want []string
+	}{
+		{"start", func(d *fakeDriver) { d.startErr = errors.New("no TAP fd0") }, []string{"no TAP fd0"}},
+		{"a step", func(d *fakeDriver) { d.failStep = "two" }, []string{"run[1]: two", "7", "did two"}},
+		{"the VMM dies", func(d *fakeDriver) { d.dies = true }, []string{"signal: killed", "last words"}},
+		{"sealing", func(d *fakeDriver) { d.badSeal = "the disk is full" }, []string{"the disk is full"}},
+		{"silence", func(d *fakeDriver) { d.silent = true }, []string{"not done after 300ms", "last words"}},
+		{"no power-off", func(d *fakeDriver) { d.noOff = true }, []string{"not done after 300ms"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l.driver = &fakeDriver{t: t}
+			c.set(l.driver)
+			l.img.Prebuild.Timeout = plan.Duration(10 * time.Second)
+			if l.driver.silent || l.driver.noOff {
+				l.img.Prebuild.Timeout = plan.Duration(300 * time.Millisecond)
+			}
+			_, err := l.open(l.plan).Ensure(t.Context(), l.img)
+			wantError(t, err, append(c.want, `image "golden"`, "prebuild")...)
+			if strings.Contains(err.Error(), "\x1b") {
+				t.Error("what the guest wrote is not escaped")
+			}
+			if _, ok := errors.AsType[*guest.StepError](err); ok != (l.driver.failStep != "") {
+				t.Errorf("a *guest.StepError: %v", ok)
+			}
+			l.driver.wantNothingLeft(l.Store)
+		})
+	}
+	l.driver = &fakeDriver{t: t, noExport: true}
+	img, err := l.open(l.plan).Ensure(t.Context(), l.img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(img.Kernel); err != nil || string(b) != "old kernel" {
+		t.Errorf("with no export the kernel is %q, %v; want the base's", b, err)
+	}
+}
+
+func TestPrebuildCancelled(t *testing.T) {
+	l := newLab(t)
+	l.driver.silent = true
+	ctx, cancel := context.WithCancelCause(t.Context())
+	s := l.open(l.plan)
+	s.opts.Progress = func(e Progress) {
+		if e.Phase == PhasePrebuild {
+			cancel(errors.New("interrupted"))
+		}
+	}
+	_, err := s.Ensure(ctx, l.img)
+	wantError(t, err, "interrupted")
+	l.driver.wantNothingLeft(l.Store)
+}
+
+// The VM of a fleetingd that was killed is ended, and what it left is built over.
+func TestPrebuildAfterACrash(t *testing.T) {
+	l := newLab(t)
+	left := &fakeVM{driver: l.driver, done: make(chan struct{})}
+	l.driver.left, l.driver.running = left, 1
+	if err := os.MkdirAll(filepath.Join(l.plan.Paths.Run, "prebuild-fd0"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l.ensure()
+	if left.Exit() == nil || l.driver.running != 0 || l.driver.adopted != 1 {
+		t.Errorf("the old VM: %v; %d run", left.Exit(), l.driver.running)
+	}
+}
+
+func TestDiskTooSmall(t *testing.T) {
+	l := newLab(t)
+	l.plan.Pools[1].Disk = mib
+	_, err := l.Ensure(t.Context(), l.img)
+	wantError(t, err, "2 MiB", "1 MiB", "larger")
+	l.driver.wantNothingLeft(l.Store)
+}
+
+// Many that want one image at the same time: one builds, in whatever process.
+func TestEnsureTogether(t *testing.T) {
+	l := newLab(t)
+	var wg sync.WaitGroup
+	for range 8 {
+		s := l.open(l.plan)
+		s.opts.Progress = nil
+		wg.Go(func() {
+			if _, err := s.Ensure(t.Context(), l.img); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := len(l.driver.started); n != 1 {
+		t.Errorf("%d prebuilds", n)
+	}
+}
+
+// An image that was damaged on the disk is made anew, not used.
+func TestDamaged(t *testing.T) {
+	l := newLab(t)
+	img := l.ensure()
+	dir := filepath.Dir(img.Disk)
+	for name, damage := range map[string]func() error{
+		"manifest cut":     func() error { return os.Truncate(filepath.Join(dir, manifestFile), 20) },
+		"manifest gone":    func() error { return os.Remove(filepath.Join(dir, manifestFile)) },
+		"disk cut":         func() error { return os.Truncate(img.Disk, mib) },
+		"kernel gone":      func() error { return os.Remove(img.Kernel) },
+		"another's digest": func() error { return os.WriteFile(filepath.Join(dir, manifestFile), []byte(`{"format":1}`), 0o444) },
+		"no folder":        func() error { return os.RemoveAll(dir) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := damage(); err != nil {
+				t.Fatal(err)
+			}
+			before := len(l.driver.started)
+			if again := l.ensure(); again.Cached || again.Digest != img.Digest || len(l.driver.started) != before+1 {
+				t.Errorf("%+v", again)
+			}
+			if again := l.ensure(); !again.Cached {
+				t.Error("it is still damaged")
+			}
+		})
+	}
+}
+
+// webLab serves the lab's files with their SHA256SUMS.
+func webLab(t *testing.T) (l *lab, files map[string]string) {
+	t.Helper()
+	need.Tools(t, "qemu-img")
+	l = labIn(t, t.TempDir())
+	l.img.Prebuild = nil
+	files = map[string]string{"/kernel": "web kernel", "/disk.img": string(disk(mib, map[int]string{ext4Magic: "\x53\xef"}))}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		text, ok := files[r.URL.Path]
+		if r.URL.Path == "/SHA256SUMS" && !ok {
+			for name, text := range files {
+				w.Write([]byte(digest([]byte(text)) + "  " + name[1:] + "\n"))
+			}
+			return
+		}
+		if !ok {
+			http.NotFound(w, r)
+			return
+		}
+		w.Write([]byte(text))
+	}))
+	t.Cleanup(srv.Close)
+	l.img.Source = plan.Source{URL: &plan.URLSource{Disk: srv.URL + "/disk.img", Kernel: srv.URL + "/kernel"}}
+	return l, files
+}
+
+func TestURL(t *testing.T) {
+	l, files := webLab(t)
+	img := l.ensure()
+	if b, err := os.ReadFile(img.Kernel); err != nil || string(b) != "web kernel" {
+		t.Errorf("%q, %v", b, err)
+	}
+	wantOnly(t, l.plan.Paths.Cache)
+	// With the server gone it is still there; a refresh is what asks.
+	was := files["/kernel"]
+	delete(files, "/kernel")
+	if again := l.ensure(); !again.Cached {
+		t.Error("built again")
+	}
+	if _, err := l.Refresh(t.Context(), l.img); err == nil {
+		t.Error("a refresh did not ask")
+	}
+	files["/kernel"] = was
+	if same, err := l.Refresh(t.Context(), l.img); err != nil || !same.Cached || same.Digest != img.Digest {
+		t.Errorf("%+v, %v", same, err)
+	}
+	files["/kernel"] = "newer kernel"
+	newer, err := l.Refresh(t.Context(), l.img)
+	if err != nil || newer.Cached || newer.Digest == img.Digest {
+		t.Fatalf("%+v, %v", newer, err)
+	}
+	if now := l.ensure(); !now.Cached || now.Digest != newer.Digest {
+		t.Errorf("after the refresh: %+v", now)
+	}
+
+	// The old one goes when nobody uses it.
+	removed, err := l.Prune(t.Context(), func(d string) bool { return d == img.Digest })
+	if err != nil || len(removed) != 0 {
+		t.Errorf("in use, and removed: %v, %v", removed, err)
+	}
+	items, err := l.List(t.Context())
+	if err != nil || len(items) != 2 {
+		t.Errorf("%+v, %v", items, err)
+	}
+	removed, err = l.Prune(t.Context(), nil)
+	if err != nil || !slices.Equal(removed, []string{img.Digest}) {
+		t.Errorf("removed %v, %v; want the old one", removed, err)
+	}
+	if now := l.ensure(); !now.Cached {
+		t.Error("the one in use was removed")
+	}
+}
+
+func TestURLMismatch(t *testing.T) {
+	l, files := webLab(t)
+	bad := digest([]byte("x"))
+	files["/SHA256SUMS"] = bad + "  disk.img\n" + digest([]byte(files["/kernel"])) + "  kernel\n"
+	_, err := l.Ensure(t.Context(), l.img)
+	wantError(t, err, "disk.img", bad, digest([]byte(files["/disk.img"])))
+	wantOnly(t, filepath.Join(l.plan.Paths.Images, kindBase))
+	if entries, err := os.ReadDir(l.plan.Paths.Cache); err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool {
+		fi, _ := e.Info()
+		return fi.Size() > 1000
+	}) {
+		t.Errorf("the bad disk is in the cache: %v, %v", entries, err)
+	}
+
+	l.img.Source.URL.SHA256 = bad
+	_, err = l.Ensure(t.Context(), l.img)
+	wantError(t, err, bad)
+	files["/SHA256SUMS"] = bad + "  other.img\n"
+	l.img.Source.URL.SHA256 = ""
+	_, err = l.Ensure(t.Context(), l.img)
+	wantError(t, err, "names no digest for", "other.img")
+}
+
+// A cloud image, its lists signed by a key of the test's.
+func TestUbuntu(t *testing.T) {
+	l, files := webLab(t)
+	key := newKey(t, nil)
+	l.ubuntuKeys = armored(t, key)
+	base := strings.TrimSuffix(l.img.Source.URL.Disk, "/disk.img")
+	image := files["/disk.img"]
+	clear(files)
+	publish := func() {
+		sums := map[string]string{}
+		for _, f := range []struct{ folder, name, text string }{
+			{"/noble/current/", "noble-server-cloudimg-amd64.img", image},
+			{"/noble/current/unpacked/", "noble-server-cloudimg-amd64-vmlinuz-generic", "a kernel"},
+			{"/noble/current/unpacked/", "noble-server-cloudimg-amd64-initrd-generic", "an initrd"},
+		} {
+			files[f.folder+f.name] = f.text
+			sums[f.folder] += digest([]byte(f.text)) + " *" + f.name + "\n"
+		}
+		for folder, text := range sums {
+			files[folder+"SHA256SUMS"] = text
+			files[folder+"SHA256SUMS.gpg"] = string(sign(t, key, []byte(text), nil))
+		}
+	}
+	publish()
+	l.img.Source = plan.Source{Ubuntu: &plan.UbuntuSource{Release: "noble", Mirror: base, Arch: "amd64"}}
+	img := l.ensure()
+	if b, err := os.ReadFile(img.Initrd); err != nil || string(b) != "an initrd" {
+		t.Errorf("%q, %v", b, err)
+	}
+
+	sums := "/noble/current/unpacked/SHA256SUMS"
+	for name, c := range map[string]struct {
+		spoil func()
+		want  string
+	}{
+		"unsigned":         {func() { delete(files, sums+".gpg") }, "cannot be verified"},
+		"changed":          {func() { files[sums] = strings.Replace(files[sums], "a", "b", 1) }, "not valid"},
+		"another's key":    {func() { files[sums+".gpg"] = string(sign(t, newKey(t, nil), []byte(files[sums]), nil)) }, "not by a trusted key"},
+		"another's kernel": {func() { files["/noble/current/unpacked/noble-server-cloudimg-amd64-vmlinuz-generic"] = "evil" }, "SHA-256"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			publish()
+			c.spoil()
+			if name == "another's kernel" {
+				if err := os.RemoveAll(filepath.Join(l.plan.Paths.Images, kindBase)); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Mkdir(filepath.Join(l.plan.Paths.Images, kindBase), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_, err := l.Refresh(t.Context(), l.img)
+			wantError(t, err, c.want)
+		})
+	}
+}
+
+func TestHashFile(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "big")
+	reads := 0
+	hash := func() string {
+		t.Helper()
+		d, err := hashFile(t.Context(), path, dir, func(int64, int64) { reads++ })
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if hash() != digest(content) || reads == 0 {
+		t.Error("not the file's digest")
+	}
+	reads = 0
+	if hash() != digest(content) || reads != 0 {
+		t.Error("the file was read again")
+	}
+	// Same size and time, other content: the change time tells.
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := bytes.ToUpper(content)
+	if err := errors.Join(os.WriteFile(path, other, 0o600), os.Chtimes(path, fi.ModTime(), fi.ModTime())); err != nil {
+		t.Fatal(err)
+	}
+	if hash() != digest(other) {
+		t.Error("a changed file has its old digest")
+	}
+	kept, err := filepath.Glob(filepath.Join(dir, "digest-*"))
+	if err != nil || len(kept) != 1 {
+		t.Fatal(kept, err)
+	}
+	for _, garbage := range []string{"", "{", `{"digest":"x"}`, "\x00"} {
+		if err := os.WriteFile(kept[0], []byte(garbage), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if hash() != digest(other) {
+			t.Errorf("a cache of %q was believed", garbage)
+		}
+	}
+	if _, err := hashFile(t.Context(), dir, "", nil); err == nil {
+		t.Error("a folder has a digest")
+	}
+}
