@@ -50,29 +50,32 @@ func (g *Group) recover(ctx context.Context) error {
 		if why[i] != nil {
 			w.state = provider.StateDeleting
 		}
-		if !g.register(w) {
-			return errShutdown
-		}
-		if why[i] == nil {
-			g.log.Info("worker adopted", "worker", w.id, "pid", w.vm.PID(), "address", w.slot.Address.String())
-			go func() {
-				defer g.wg.Done()
-				g.watch(w)
-			}()
-			continue
-		}
-		go func() {
-			defer g.wg.Done()
-			g.end(w, fmt.Errorf("left by an earlier process: %w", why[i]))
-		}()
 	}
 	for _, s := range g.plan.PoolSlots(g.pool) {
 		if g.busy[s.Index] == 0 {
 			g.free = append(g.free, s)
 		}
 	}
+	// Not before all is counted: a worker that is removed gives its slot back.
+	for i, w := range found {
+		if !g.register(w) {
+			return errShutdown
+		}
+		go g.liveAgain(w, why[i])
+	}
 	g.background(func() { g.removeStrayClones(ids) })
 	return nil
+}
+
+// liveAgain leads a worker of an earlier process: why is nil where it was adopted.
+func (g *Group) liveAgain(w *worker, why error) {
+	defer g.wg.Done()
+	if why != nil {
+		g.end(w, fmt.Errorf("left by an earlier process: %w", why))
+		return
+	}
+	g.log.Info("worker adopted", "worker", w.id, "pid", w.vm.PID(), "address", w.slot.Address.String())
+	g.watch(w)
 }
 
 // recorded are the ids of all records of the pool.
