@@ -406,7 +406,7 @@ func counted(comment string, a plan.Action, m ...plan.Match) plan.Rule {
 }
 
 func verdict(a plan.Action) plan.Verdict { return plan.Verdict{Action: a} }
-func jump(chain string) plan.Verdict      { return plan.Verdict{Action: plan.Goto, Chain: chain} }
+func jump(chain string) plan.Verdict     { return plan.Verdict{Action: plan.Goto, Chain: chain} }
 
 func is(f plan.Field, value string) plan.Match {
 	return plan.Match{Fields: []plan.Field{f}, Value: value}

@@ -58,7 +58,6 @@ type agent struct {
 	size    int    // bytes in said
 	unsaid  int    // bytes in said[next:]
 	state   *message
-	busy    int
 	wrote   time.Time // when the stream last took something
 	cmd     uint64    // last command that came in whole
 	data    []byte    // of the command that is coming in
@@ -158,7 +157,7 @@ func (a *agent) talk(ctx context.Context, conn io.ReadWriteCloser) error {
 		if err != nil {
 			continue // what an earlier host left half said
 		}
-		a.hear(ctx, m, out)
+		a.hear(m, out)
 	}
 }
 
@@ -211,7 +210,7 @@ func (a *agent) trim() {
 }
 
 // hear takes one message of the host.
-func (a *agent) hear(ctx context.Context, m message, hellos chan message) {
+func (a *agent) hear(m message, hellos chan message) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if m.Type == typeHello {

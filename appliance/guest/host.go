@@ -407,7 +407,7 @@ func (s *Session) send(ctx context.Context, ms ...message) error {
 		return net.ErrClosed
 	}
 	conn := s.cur.conn
-	stop := context.AfterFunc(ctx, func() { conn.SetWriteDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetWriteDeadline(time.Unix(1, 0)) })
 	defer stop()
 	for _, m := range ms {
 		m.Session = s.id

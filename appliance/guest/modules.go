@@ -52,7 +52,7 @@ func readModules(dir string) (*modules, error) {
 		return nil, err
 	}
 	// These two may be missing: they only add to the others.
-	eachLine(filepath.Join(dir, "modules.softdep"), func(l string) { // softdep ext4 pre: crypto-crc32c post: …
+	_ = eachLine(filepath.Join(dir, "modules.softdep"), func(l string) { // softdep ext4 pre: crypto-crc32c post: …
 		w := strings.Fields(l)
 		if len(w) < 3 || w[0] != "softdep" {
 			return
@@ -68,7 +68,7 @@ func readModules(dir string) (*modules, error) {
 			}
 		}
 	})
-	eachLine(filepath.Join(dir, "modules.alias"), func(l string) { // alias crypto-crc32c crc32c_generic
+	_ = eachLine(filepath.Join(dir, "modules.alias"), func(l string) { // alias crypto-crc32c crc32c_generic
 		if w := strings.Fields(l); len(w) == 3 && strings.HasPrefix(w[1], "crypto-") {
 			m.alias[w[1]] = append(m.alias[w[1]], w[2])
 		}

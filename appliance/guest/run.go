@@ -16,9 +16,6 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 )
 
-// binaryPath is where the prebuild's seed puts this program in the image.
-const binaryPath = "/usr/lib/fleetingd/fleetingd"
-
 // MainOptions say what Main does.
 type MainOptions struct {
 	Prebuild bool   // run the host's steps; else bring a worker up
@@ -71,7 +68,7 @@ func serveWorker(ctx context.Context, o MainOptions, boot string) error {
 	a := newAgent(modeWorker, boot, o.Version, o.Log)
 	idle := a.beat("")
 	var wg sync.WaitGroup
-	wg.Go(func() { a.serve(ctx, openChannel) })
+	wg.Go(func() { _ = a.serve(ctx, openChannel) }) // it ends with ctx alone
 	defer wg.Wait()
 
 	host, err := bringUp(ctx, o.Log)

@@ -221,7 +221,7 @@ func (l *Lab) pipe(ctx context.Context, from, to *exec.Cmd) error {
 	if err != nil {
 		if from.Process != nil {
 			from.Process.Kill()
-			from.Wait()
+			_ = from.Wait()
 		}
 		return err
 	}

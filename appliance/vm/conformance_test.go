@@ -426,8 +426,7 @@ func testAdopt(t *testing.T, b *bench) {
 
 // forget closes what a dead process would have closed.
 func forget(v VM) {
-	switch v := v.(type) {
-	case *qemuVM:
+	if v, ok := v.(*qemuVM); ok {
 		v.qmp.close()
 		v.channel.Close()
 	}

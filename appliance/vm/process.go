@@ -508,7 +508,7 @@ func lastWords(path string) string {
 	}
 	tail := make([]byte, min(st.Size(), most))
 	n, err := f.ReadAt(tail, st.Size()-int64(len(tail)))
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return ""
 	}
 	tail = bytes.Trim(tail[:n], "\x00 \t\r\n") // zeros: where trim has cut

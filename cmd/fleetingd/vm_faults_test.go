@@ -182,7 +182,11 @@ func TestSilentGuest(t *testing.T) {
 	}}
 	r.plan.Images[0].Prebuild = nil
 	r.plan.Pools[0].StartTimeout = plan.Duration(40 * time.Second)
-	if err := r.folders(t.Context()); err != nil { // writes plan.json anew
+	text, err := r.plan.JSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(r.req.Plan, text, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	config, err := json.Marshal(map[string]string{"plan": r.req.Plan, "pool": "small"})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -16,6 +17,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"gitlab.com/gitlab-org/fleeting/fleeting"
+	"gitlab.com/gitlab-org/fleeting/fleeting/connector"
 	"gitlab.com/gitlab-org/fleeting/fleeting/integration"
 	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
 
@@ -261,7 +264,50 @@ func provisioning(t *testing.T) bool {
 		MaxInstances:    3,
 		ConnectorConfig: provider.ConnectorConfig{Timeout: 5 * time.Minute},
 	})
+	jobOnWorker(t, config)
 	return true
+}
+
+// jobOnWorker waits until a worker runs, and runs a job on it: upstream's suite goes on while its workers are being
+// made, and runs its command only on those that are ready by then.
+func jobOnWorker(t *testing.T, config string) {
+	runner, err := fleeting.RunPlugin(os.Getenv("FLEETINGD_TEST_PLUGIN"), []byte(config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer runner.Kill()
+	prov, err := fleeting.Init(t.Context(), nil, runner.InstanceGroup(), fleeting.WithMaxSize(1),
+		fleeting.WithUpdateIntervalWhenExpecting(100*time.Millisecond), fleeting.WithShutdownDeletionInterval(100*time.Millisecond),
+		fleeting.WithShutdownDeletionRetries(100))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer prov.Shutdown(context.Background())
+	prov.Request(1)
+	var worker fleeting.Instance
+	waitFor(t, 10*time.Minute, "running worker", func() bool {
+		for _, i := range prov.Instances() {
+			if i.State() == provider.StateRunning {
+				worker = i
+			}
+		}
+		return worker != nil
+	})
+	defer worker.Delete()
+	info, err := worker.ConnectInfo(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	err = connector.Run(t.Context(), info, connector.ConnectorOptions{
+		RunOptions: connector.RunOptions{Command: "cat /etc/fleetingd-test && sudo -n id -un", Stdout: &out},
+	})
+	if err != nil || out.String() != "prebuilt\nroot\n" {
+		t.Errorf("the job: %q, %v", &out, err)
+	}
+	if err := worker.Heartbeat(t.Context()); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestUpstreamProvisioning is upstream's suite with real VMs, as an ordinary user.

@@ -313,7 +313,7 @@ func (l *loader) evalLocal(name string, path []string) {
 	case loc.state == 2:
 		return
 	case loc.state == 1:
-		cycle := append(path[slices.Index(path, name):], name)
+		cycle := slices.Concat(path[slices.Index(path, name):], []string{name})
 		for i := range cycle {
 			cycle[i] = "local." + cycle[i]
 		}
