@@ -180,8 +180,8 @@ func (k *kernel) makeLink(t *tap) error {
 	if err := k.noQueue(link.Attrs().Index); err != nil {
 		return fmt.Errorf("qdisc noqueue: %w", err)
 	}
-	if err := k.handle.LinkSetAlias(link, t.mark); err != nil {
-		return fmt.Errorf("alias %q: %w", t.mark, err)
+	if err := t.setLink(link.Attrs().Index); err != nil {
+		return fmt.Errorf("set MAC %s, MTU %d and alias: %w", t.net.HostMAC, t.net.MTU, err)
 	}
 	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
 		return fmt.Errorf("TUNSETPERSIST: %w", err)
@@ -198,6 +198,9 @@ func (k *kernel) repairTAP(t *tap, there hangings) error {
 	index := link.Attrs().Index
 	if err := k.clear(t, index, there); err != nil {
 		return fmt.Errorf("TAP %s: %w", t.TAP, err)
+	}
+	if err := t.setLink(index); err != nil {
+		return fmt.Errorf("TAP %s: set MAC %s and MTU %d: %w", t.TAP, t.net.HostMAC, t.net.MTU, err)
 	}
 	if err := k.configure(t, index); err != nil {
 		return fmt.Errorf("TAP %s: %w", t.TAP, err)
@@ -241,12 +244,13 @@ func (k *kernel) configure(t *tap, index int) error {
 			return err // but a kernel without IPv6 has none to turn off
 		}
 	}
-	if err := t.setLink(index); err != nil {
-		return fmt.Errorf("set MAC %s and MTU %d, and bring it up: %w", t.net.HostMAC, t.net.MTU, err)
+	link := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index, Name: t.TAP}}
+	if err := k.handle.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bring it up: %w", err)
 	}
 	if t.Address6 != nil {
 		addr := &netlink.Addr{IPNet: single(t.linkLocal()), Scope: unix.RT_SCOPE_LINK, Flags: unix.IFA_F_NODAD | unix.IFA_F_NOPREFIXROUTE}
-		if err := k.handle.AddrReplace(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index, Name: t.TAP}}, addr); err != nil {
+		if err := k.handle.AddrReplace(link, addr); err != nil {
 			return fmt.Errorf("address %s: %w", addr.IPNet, err)
 		}
 	}
@@ -275,19 +279,22 @@ func (k *kernel) noQueue(index int) error {
 // addrGenNone is IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
 const addrGenNone = 1
 
-// setLink sets a link's attributes and brings it up, in one message.
+// setLink sets a link's attributes, in one message. On a link that is up, each such message makes IPv6 walk through all of the
+// host's routes: so a new link is down then.
 func (t *tap) setLink(index int) error {
 	host, err := net.ParseMAC(t.net.HostMAC)
 	if err != nil {
 		return err
 	}
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Index, msg.Flags, msg.Change = int32(index), unix.IFF_UP, unix.IFF_UP
+	msg.Index = int32(index)
 	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
 	req.AddData(msg)
 	req.AddData(nl.NewRtAttr(unix.IFLA_ADDRESS, host))
 	req.AddData(nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(t.net.MTU))))
 	req.AddData(nl.NewRtAttr(unix.IFLA_TXQLEN, nl.Uint32Attr(queueLength)))
+	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(linkGroup)))
+	req.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(t.mark)))
 	if t.Address6 != nil {
 		// The kernel would give all TAPs the same link-local address, made of their MAC.
 		spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
@@ -325,44 +332,50 @@ func sameRoute(a, b netlink.Route) bool {
 		a.Dst.String() == b.Dst.String()
 }
 
-// deleteTAPs deletes links together. One by one, each would wait until no CPU can still hold a packet of it, some 10 ms;
-// so they are put into a group of their own and the group is deleted.
+// linkGroup is the group of our TAPs ("flee" as a number), which makes it quick to delete them all. It is no mark: anybody may
+// put a link into any group.
+const linkGroup = 0x666c6565
+
+// deleteTAPs deletes links together, as a group: one by one, each would wait until no CPU can still hold a packet
+// of it, some 10 ms.
 func (k *kernel) deleteTAPs(taps []tap) error {
-	if len(taps) == 0 {
-		return nil
-	}
 	links, err := whole(k.handle.LinkList)
 	if err != nil {
 		return fmt.Errorf("list links: %w", err)
 	}
-	group, used := uint32(1), map[uint32]bool{0: true}
-	byName := make(map[string]netlink.Link, len(links))
-	for _, l := range links {
-		used[l.Attrs().Group] = true
-		byName[l.Attrs().Name] = l
-	}
-	for used[group] {
-		group++
-	}
-	n := 0
+	marks := make(map[string]string, len(taps))
 	for _, t := range taps {
-		l, ok := byName[t.TAP]
-		if !ok || l.Attrs().Alias != t.mark {
-			continue // gone already, or not ours
-		}
-		if err := k.handle.LinkSetGroup(l, int(group)); err != nil {
-			return fmt.Errorf("TAP %s: put it into group %d: %w", t.TAP, group, err)
-		}
-		n++
+		marks[t.TAP] = t.mark
 	}
-	if n == 0 {
+	var doomed []netlink.Link
+	members := map[uint32]int{0: 1} // the default group is never deleted
+	for _, l := range links {
+		a := l.Attrs()
+		members[a.Group]++
+		if m, ok := marks[a.Name]; ok && a.Alias == m { // else gone already, or not ours
+			doomed = append(doomed, l)
+		}
+	}
+	if len(doomed) == 0 {
 		return nil
+	}
+	group := uint32(linkGroup)
+	if slices.ContainsFunc(doomed, func(l netlink.Link) bool { return l.Attrs().Group != linkGroup }) || members[group] != len(doomed) {
+		group = 1
+		for members[group] > 0 {
+			group++
+		}
+		for _, l := range doomed {
+			if err := k.handle.LinkSetGroup(l, int(group)); err != nil {
+				return fmt.Errorf("TAP %s: put it into group %d: %w", l.Attrs().Name, group, err)
+			}
+		}
 	}
 	req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
 	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
 	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(group)))
 	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
-		return fmt.Errorf("delete %d TAPs: %w", n, err)
+		return fmt.Errorf("delete %d TAPs: %w", len(doomed), err)
 	}
 	return nil
 }
