@@ -3,6 +3,7 @@ package compile
 import (
 	"path"
 	"regexp"
+	"slices"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/unit"
@@ -31,7 +32,8 @@ type values struct {
 	Paths                        plan.Paths
 	Sysctls                      []plan.Sysctl
 
-	// The refresh timer.
+	// The refresh timer. RootPart: some image is built from packages, which takes root.
+	RootPart                    bool
 	Every                       string
 	EverySeconds, SpreadSeconds int64
 
@@ -43,7 +45,9 @@ type values struct {
 // artifacts are the files and units of the host.
 func (c *compiler) artifacts() {
 	p := c.plan
-	if !c.pathsFit() {
+	if c.opts.BinDir != "" && !plainPath.MatchString(c.opts.BinDir) {
+		c.fail(c.host.Range, "Unusable folder of programs", "fleetingd is to be in %q. systemd units name it, so it must be "+
+			"an absolute path of letters, digits and _ . / + @ : -.", c.opts.BinDir)
 		return
 	}
 	p.Sysctls = c.sysctls()
@@ -77,26 +81,8 @@ func (c *compiler) artifacts() {
 // runnerDir is the runner's home and working directory.
 func (c *compiler) runnerDir() string { return path.Join(c.plan.Paths.State, "runner") }
 
-// plainPath is a path that means itself in a unit, in tmpfiles.d and in sysusers.d, none of which quote alike.
+// plainPath is a path that means itself in a unit. hostspec has seen to state_dir.
 var plainPath = regexp.MustCompile(`^/[A-Za-z0-9_./+@:-]*$`)
-
-// pathsFit refuses a folder that a unit could not name.
-func (c *compiler) pathsFit() bool {
-	ok := true
-	if !plainPath.MatchString(c.plan.Paths.State) || path.Clean(c.plan.Paths.State) != c.plan.Paths.State {
-		c.fail(c.host.Range, "Unusable state_dir",
-			"state_dir is %q. systemd units name it, so it must be an absolute path of letters, digits and _ . / + @ : - with no "+
-				"“..” in it.", c.plan.Paths.State)
-		ok = false
-	}
-	if c.opts.BinDir != "" && !plainPath.MatchString(c.opts.BinDir) {
-		c.fail(c.host.Range, "Unusable folder of programs",
-			"fleetingd is to be in %q. systemd units name it, so it must be an absolute path of letters, digits and _ . / + @ : -.",
-			c.opts.BinDir)
-		ok = false
-	}
-	return ok
-}
 
 // file adds a root-owned, world-readable file made from a template.
 func (c *compiler) file(from hcl.Range, name, template string, v values) {
@@ -138,11 +124,6 @@ func (c *compiler) disks(v values) {
 		return
 	}
 	from := c.host.Disks.Range
-	// What mkfs.xfs takes since xfsprogs 5.19.
-	if d.Size < 300<<20 {
-		c.fail(from, "Disks too small", "XFS needs 300 MiB, and size is %d bytes: give disks a size such as \"200GiB\".", d.Size)
-		return
-	}
 	v.Size, v.ImageDir = d.Size, v.Paths.State
 	// A mount unit's name is its path (systemd.mount(5)).
 	v.MountUnit = unit.UnitNamePathEscape(v.Paths.Disks) + ".mount"
@@ -161,6 +142,7 @@ func (c *compiler) refresh(v values) {
 		return
 	}
 	v.Every, v.EverySeconds, v.SpreadSeconds = every.String(), int64(every.Seconds()), int64(every.Seconds()/10)
+	v.RootPart = slices.ContainsFunc(c.plan.Images, func(im plan.Image) bool { return im.Source.Debian != nil })
 	c.unit(c.host.Range, "fleetingd-refresh.service", "refresh.service", v, plan.Unit{})
 	c.unit(c.host.Range, "fleetingd-refresh.timer", "refresh.timer", v, plan.Unit{Enable: true, Start: true})
 }

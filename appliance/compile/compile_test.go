@@ -214,14 +214,6 @@ func TestRefused(t *testing.T) {
 		name, want string
 		change     func(*hostspec.Host)
 	}{
-		{"state_dir", `state_dir is "/a b"`, func(h *hostspec.Host) { h.StateDir = "/a b" }},
-		{"state_dir specifier", `state_dir is "/a%n"`, func(h *hostspec.Host) { h.StateDir = "/a%n" }},
-		{"disks", "size is 0 bytes", func(h *hostspec.Host) { h.Disks.Backing = "xfs-image" }},
-		{"two runners", `both use pool "p"`, func(h *hostspec.Host) {
-			second := *h.Runners[0]
-			second.Name = "s"
-			h.Runners = append(h.Runners, &second)
-		}},
 		{"no pool", `host "h" has no pool "q": it has p`, func(h *hostspec.Host) { h.Runners[0].Pool = "q" }},
 		{"setting no table", "settings.autoscaler is a table", func(h *hostspec.Host) {
 			h.Runners[0].Settings = map[string]any{"autoscaler": "x"}

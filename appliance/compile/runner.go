@@ -37,20 +37,12 @@ func (c *compiler) config() {
 	jobs := 0
 	file := plan.File{Path: configPath, Mode: "0600", Owner: c.plan.User, Group: c.plan.User}
 	var runners []table
-	owner := map[string]string{} // the pool's runner
 	for _, r := range c.host.Runners {
 		pool, err := c.plan.Pool(r.Pool)
 		if err != nil {
 			c.fail(r.Range, "Unknown pool", "Runner %q: %s.", r.Name, err)
 			continue
 		}
-		if other, taken := owner[r.Pool]; taken {
-			c.fail(r.Range, "Pool has two runners",
-				"The runners %q and %q both use pool %q. A runner has the slots of its pool to itself: give each a pool of its own.",
-				other, r.Name, r.Pool)
-			continue
-		}
-		owner[r.Pool] = r.Name
 		secret := plan.FileSecret{Placeholder: "@SECRET:runner." + r.Name + ".token@", Secret: plan.Secret{From: r.Token.From}}
 		section := c.runner(r, pool, secret.Placeholder)
 		if !c.merge(r, section, r.Settings, "settings") {
