@@ -48,7 +48,6 @@ func (g *Group) create(w *worker) error {
 		{"clone", "write its seed", b.seed},
 		{"boot", "start its VM", b.start},
 		{"ready", "wait for its guest", b.ready},
-		{"record", "record that it is ready", b.record},
 	}
 	for _, s := range steps {
 		start := time.Now()
@@ -64,6 +63,10 @@ func (g *Group) create(w *worker) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
+	}
+	// From here on it is a worker that runs, and no Shutdown takes it away: its record says so.
+	if err := g.writeRecord(w, sealed); err != nil {
+		return err
 	}
 	if !g.setRunning(w) {
 		return context.Cause(w.ctx)
@@ -200,8 +203,6 @@ func (b *boot) ready(ctx context.Context) error {
 	}
 	return err
 }
-
-func (b *boot) record(context.Context) error { return b.g.writeRecord(b.w, b.sealed) }
 
 // newKey is a key pair for one worker: the public half as a line of authorized_keys, the private one as OpenSSH's PEM.
 func newKey(id string) (public string, private []byte, err error) {
