@@ -19,7 +19,8 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	testscript.Main(m, map[string]func(){
-		"fleetingd": func() { os.Exit(run(os.Args)) },
+		"fleetingd": main,
+		pluginName:  main,
 	})
 }
 
