@@ -109,17 +109,26 @@ func newSnippet(f *hcl.File, r hcl.Range) *snippet {
 	return s
 }
 
-// colored reports whether w is a terminal that is to be written to in colour
-// (https://no-color.org).
-func colored(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	return ok && os.Getenv("NO_COLOR") == "" && term.IsTerminal(int(f.Fd()))
-}
-
 // diagnosticPrinter writes findings as people read them.
 type diagnosticPrinter struct {
 	w     io.Writer
 	color bool
+	width int // lines are wrapped to it; 0 leaves them whole
+}
+
+// newDiagnosticPrinter colours and wraps what goes to a terminal (https://no-color.org);
+// in a pipe each sentence stays on its line, for grep.
+func newDiagnosticPrinter(w io.Writer) diagnosticPrinter {
+	p := diagnosticPrinter{w: w}
+	f, ok := w.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return p
+	}
+	p.color = os.Getenv("NO_COLOR") == ""
+	if width, _, err := term.GetSize(int(f.Fd())); err == nil {
+		p.width = min(width, 100)
+	}
+	return p
 }
 
 func (p diagnosticPrinter) print(d diagnostic) {
@@ -133,7 +142,7 @@ func (p diagnosticPrinter) print(d diagnostic) {
 	}
 	if d.Detail != "" {
 		for line := range strings.Lines(d.Detail) {
-			fmt.Fprintf(p.w, "%s\n", wrap(printable(strings.TrimSuffix(line, "\n")), 100))
+			fmt.Fprintf(p.w, "%s\n", wrap(printable(strings.TrimSuffix(line, "\n")), p.width))
 		}
 		fmt.Fprintln(p.w)
 	}
@@ -188,7 +197,7 @@ func printable(s string) string {
 
 // wrap breaks a line between words. What is indented is an example and stays as it is.
 func wrap(s string, width int) string {
-	if strings.HasPrefix(s, " ") {
+	if width == 0 || strings.HasPrefix(s, " ") {
 		return s
 	}
 	var b strings.Builder

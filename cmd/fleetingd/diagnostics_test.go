@@ -68,3 +68,16 @@ func TestMarkerIsUnderItsText(t *testing.T) {
 		t.Errorf("got\n%q\nwant\n%q", out.String(), want)
 	}
 }
+
+func TestWrap(t *testing.T) {
+	for in, want := range map[string]string{
+		"one two three":   "one two\nthree",
+		"  one two three": "  one two three",
+		"onetwothreefour": "onetwothreefour",
+		"":                "",
+	} {
+		if got := wrap(in, 7); got != want {
+			t.Errorf("%q becomes %q", in, got)
+		}
+	}
+}

@@ -86,7 +86,7 @@ func loadSpec(c *cli.Context) (*hostspec.Result, error) {
 // printDiagnostics writes findings for people.
 func printDiagnostics(w io.Writer, files map[string]*hcl.File, diags hcl.Diagnostics) {
 	const most = 50
-	p := diagnosticPrinter{w: w, color: colored(w)}
+	p := newDiagnosticPrinter(w)
 	for i, d := range diags {
 		if i == most {
 			fmt.Fprintf(w, "… and %d more.\n", len(diags)-most)
