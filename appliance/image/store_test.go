@@ -195,7 +195,7 @@ func TestPrebuildFails(t *testing.T) {
 		want []string
 	}{
 		{"start", func(d *fakeDriver) { d.startErr = errors.New("no TAP fd0") }, []string{"no TAP fd0"}},
-		{"a step", func(d *fakeDriver) { d.failStep = "two" }, []string{"run[1]: two", "7", "did two"}},
+		{"a step", func(d *fakeDriver) { d.failStep = "two" }, []string{"run[1]: two", "7"}},
 		{"the VMM dies", func(d *fakeDriver) { d.dies = true }, []string{"signal: killed", "last words"}},
 		{"sealing", func(d *fakeDriver) { d.badSeal = "the disk is full" }, []string{"the disk is full"}},
 		{"silence", func(d *fakeDriver) { d.silent = true }, []string{"not done after 300ms", "last words"}},
@@ -213,8 +213,9 @@ func TestPrebuildFails(t *testing.T) {
 			if strings.Contains(err.Error(), "\x1b") {
 				t.Error("what the guest wrote is not escaped")
 			}
-			if _, ok := errors.AsType[*guest.StepError](err); ok != (l.driver.failStep != "") {
-				t.Errorf("a *guest.StepError: %v", ok)
+			step, ok := errors.AsType[*guest.StepError](err)
+			if ok != (l.driver.failStep != "") || ok && !slices.Equal(step.Tail, []string{"did two"}) {
+				t.Errorf("a *guest.StepError: %v, %+v", ok, step)
 			}
 			l.driver.wantNothingLeft(l.Store)
 		})
