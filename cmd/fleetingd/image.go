@@ -45,7 +45,7 @@ func imageCommand() *cli.Command {
 
 // planFlag names the compiled host.
 func planFlag() cli.Flag {
-	return &cli.StringFlag{Name: "plan", Usage: "the compiled host, a `FILE` that `fleetingd compile` wrote", Required: true}
+	return &cli.StringFlag{Name: "plan", Usage: "the compiled host, a `FILE` that `fleetingd compile` wrote"}
 }
 
 // readPlan reads the --plan of a command that takes nothing else.
@@ -54,6 +54,10 @@ func readPlan(c *cli.Context) (*plan.Plan, error) {
 		return nil, usageError{fmt.Errorf("%s takes no arguments, and was given %q", c.Command.FullName(), c.Args().First())}
 	}
 	path := c.String("plan")
+	if path == "" {
+		// The library's own "required" would print the whole help to standard output, and exit with 1.
+		return nil, usageErrorf("%s: of which host? Write --plan /etc/fleetingd/plan.json, or what fleetingd compile wrote", c.Command.FullName())
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("read the plan: %w", err)
