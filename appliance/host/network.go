@@ -165,15 +165,12 @@ func (n *network) routing() []forwarding {
 // steps are what makes the host's network equal to the plan. The order is such that no TAP is open to its owner
 // without rules: what goes, goes before the rules that do not know it any more, and what comes, comes after.
 func (n *network) steps(context.Context) ([]step, error) {
-	uid, gid, err := n.owner()
-	if err != nil {
-		return nil, err
-	}
 	h, err := n.survey()
 	if err != nil {
 		return nil, err
 	}
-	if err := n.refuse(h); err != nil {
+	uid, gid, err := n.owner()
+	if err := errors.Join(n.refuse(h), err); err != nil {
 		return nil, err
 	}
 	taps := make([]tap, len(n.plan.Slots))
@@ -210,7 +207,7 @@ func (n *network) refuse(h *have) error {
 	if _, ok := h.links[n.plan.EgressInterface]; !ok {
 		names := make([]string, 0, len(h.links))
 		for name, l := range h.links {
-			if name != loopback && !strings.HasPrefix(l.Attrs().Alias, linkMark) {
+			if !strings.HasPrefix(l.Attrs().Alias, linkMark) {
 				names = append(names, name)
 			}
 		}
@@ -570,9 +567,12 @@ func (n *network) down(context.Context) error {
 		return err
 	}
 	var taps []tap
+	others := false // another plan's network is up, and the tables are its
 	for name, l := range h.links {
 		if l.Attrs().Alias == n.mark() {
 			taps = append(taps, tap{Slot: plan.Slot{TAP: name}, mark: n.mark()})
+		} else if strings.HasPrefix(l.Attrs().Alias, linkMark) {
+			others = true
 		}
 	}
 	if err := n.door.deleteTAPs(taps); err != nil {
@@ -581,7 +581,7 @@ func (n *network) down(context.Context) error {
 	var errs []error
 	var tables []tableID
 	for id, t := range h.tables {
-		if t.exists && t.ours {
+		if t.exists && t.ours && !others {
 			tables = append(tables, id)
 		}
 	}

@@ -61,6 +61,7 @@ func commands() []*cli.Command {
 		validateCommand(),
 		fmtCommand(),
 		doctorCommand(),
+		networkCommand(),
 		runCommand(),
 		runJobsCommand(),
 		imageCommand(),
