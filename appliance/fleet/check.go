@@ -27,10 +27,9 @@ func (g *Group) probe(ctx context.Context, p *plan.Plan) (vm.Driver, error) {
 	return d, nil
 }
 
-// checkLinks looks whether the pool's TAPs are there and may be opened, without opening one: they may be in use by workers
-// that are adopted, and opening one that is missing would make it.
+// checkLinks looks whether the pool's TAPs are there and may be opened, without opening one: they may be in use
+// by workers that are adopted, and opening one that is missing would make it.
 func checkLinks(p *plan.Plan, slots []plan.Slot) error {
-	cure := fmt.Sprintf("`fleetingd network up --plan FILE` makes them, for the user %q", p.User)
 	links, err := netlink.LinkList()
 	if err != nil {
 		return fmt.Errorf("list the network interfaces: %w", err)
@@ -40,31 +39,30 @@ func checkLinks(p *plan.Plan, slots []plan.Slot) error {
 		byName[l.Attrs().Name] = l
 	}
 	uid := os.Getuid()
-	missing, foreign := 0, 0
-	var firstMissing, firstForeign string
+	var missing, foreign []string
 	for _, s := range slots {
-		l, ok := byName[s.TAP]
-		if !ok {
-			if missing++; missing == 1 {
-				firstMissing = s.TAP
-			}
-			continue
-		}
-		tap, ok := l.(*netlink.Tuntap)
-		// Root opens any TAP. A uid of 2^32-1 is no owner.
-		if !ok || tap.Mode != netlink.TUNTAP_MODE_TAP || uid != 0 && int64(tap.Owner) != int64(uid) {
-			if foreign++; foreign == 1 {
-				firstForeign = s.TAP
-			}
+		if l, ok := byName[s.TAP]; !ok {
+			missing = append(missing, s.TAP)
+		} else if !mayOpen(l, uid) {
+			foreign = append(foreign, s.TAP)
 		}
 	}
-	switch {
-	case missing > 0:
-		return fmt.Errorf("%d of the pool's %d TAPs do not exist (%s is the first): %s", missing, len(slots), firstMissing, cure)
-	case foreign > 0:
-		return fmt.Errorf("%d of the pool's %d interfaces are no TAPs that uid %d may open (%s is the first): %s", foreign, len(slots), uid, firstForeign, cure)
+	cure := fmt.Sprintf("`fleetingd network up --plan FILE` makes them, for the user %q", p.User)
+	if len(missing) > 0 {
+		return fmt.Errorf("%d of the pool's %d TAPs do not exist (%s is the first): %s",
+			len(missing), len(slots), missing[0], cure)
+	}
+	if len(foreign) > 0 {
+		return fmt.Errorf("%d of the pool's %d interfaces are no TAPs that uid %d may open (%s is the first): %s",
+			len(foreign), len(slots), uid, foreign[0], cure)
 	}
 	return nil
+}
+
+// mayOpen reports a TAP of the user's. Root opens any.
+func mayOpen(l netlink.Link, uid int) bool {
+	tap, ok := l.(*netlink.Tuntap)
+	return ok && tap.Mode == netlink.TUNTAP_MODE_TAP && (uid == 0 || int64(tap.Owner) == int64(uid))
 }
 
 // makeFolders makes what this pool needs, and checks that it may write there.
@@ -83,8 +81,8 @@ func makeFolder(p *plan.Plan, dir string, mode os.FileMode) error {
 		err = unix.Access(dir, unix.W_OK|unix.X_OK)
 	}
 	if err != nil {
-		return fmt.Errorf("uid %d cannot make or write the folder %s: %w: the plan's user is %q, and `fleetingd apply` (or `fleetingd run`) gives it its folders",
-			os.Getuid(), dir, err, p.User)
+		return fmt.Errorf("uid %d cannot make or write the folder %s: %w: the plan's user is %q, "+
+			"and `fleetingd apply` (or `fleetingd run`) gives it its folders", os.Getuid(), dir, err, p.User)
 	}
 	return nil
 }

@@ -27,8 +27,8 @@ const (
 	example = `write plan = "/etc/fleetingd/plan.json" and pool = "NAME"`
 )
 
-// parseConfig checks a plugin_config and reports all that is wrong with it, in one line. The values of the predecessor's keys
-// are checked by who compiles them.
+// parseConfig checks a plugin_config and reports all that is wrong with it, in one line. The values of the
+// predecessor's keys are checked by who compiles them.
 func parseConfig(data []byte, predecessor []string) (config, error) {
 	var raw map[string]any
 	d := json.NewDecoder(bytes.NewReader(data))
@@ -185,8 +185,9 @@ func (g *Group) loadPlan() (*plan.Plan, error) {
 // predecessorPlan compiles the predecessor's keys. Its one pool is all that there is.
 func (g *Group) predecessorPlan() (*plan.Plan, error) {
 	if os.Getuid() != 0 {
-		return nil, fmt.Errorf("plugin_config has the keys of the older fleeting-plugin-fleetingd, with which the plugin brings the network up itself: "+
-			"that needs root, and this runs as uid %d; run gitlab-runner as root, or set the host up with a host.hcl and write plan and pool", os.Getuid())
+		return nil, fmt.Errorf("plugin_config has the keys of the older fleeting-plugin-fleetingd, with which the plugin "+
+			"brings the network up itself: that needs root, and this runs as uid %d; run gitlab-runner as root, "+
+			"or set the host up with a host.hcl and write plan and pool", os.Getuid())
 	}
 	p, err := g.opts.Predecessor.Plan(g.cfg.keys)
 	if err != nil {

@@ -60,7 +60,10 @@ func TestConfig(t *testing.T) {
 
 // FuzzConfig: no plugin_config may panic, what is accepted is whole, and an error is one short line.
 func FuzzConfig(f *testing.F) {
-	for _, s := range []string{`{"plan":"/p","pool":"small"}`, `{"egress_interface":"eth0"}`, `{"plan":3}`, `{"a":{"b":[1,null]}}`, `[]`, `{"plan":"\u0000\n"`} {
+	for _, s := range []string{
+		`{"plan":"/p","pool":"small"}`, `{"egress_interface":"eth0"}`, `{"plan":3}`, `{"a":{"b":[1,null]}}`, `[]`,
+		`{"plan":"\u0000\n"`,
+	} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -155,7 +158,8 @@ func TestInitTwice(t *testing.T) {
 	}
 }
 
-// TestPredecessor has a plan of keys: the host is brought up before anything of it is looked at, and the image is refreshed by the plugin.
+// TestPredecessor has a plan of keys: the host is brought up before anything of it is looked at, and the image
+// is refreshed by the plugin.
 func TestPredecessor(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("skipped: the predecessor's keys need root")

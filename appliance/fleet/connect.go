@@ -19,8 +19,9 @@ func checkSettings(s provider.Settings, user string) error {
 		errs = append(errs, fmt.Errorf("connector_config os = %q: workers run linux; leave it out", s.OS))
 	}
 	if !s.UseStaticCredentials && s.Username != "" && s.Username != user {
-		errs = append(errs, fmt.Errorf("connector_config username = %q, but a worker's key is made for the image's user %q: leave it out, "+
-			"set user in the image, or write use_static_credentials = true and bring the key", s.Username, user))
+		errs = append(errs, fmt.Errorf("connector_config username = %q, but a worker's key is made for the image's "+
+			"user %q: leave it out, set user in the image, or write use_static_credentials = true and bring the key",
+			s.Username, user))
 	}
 	return errors.Join(errs...)
 }

@@ -51,7 +51,8 @@ func (g *Group) keepConsole(id string) error {
 	return nil
 }
 
-// consoleTail is the end of a worker's console for the log, each line quoted: the guest wrote it. It is nil without one.
+// consoleTail is the end of a worker's console for the log, each line quoted: the guest wrote it. It is nil
+// without one.
 func (g *Group) consoleTail(id string) []string {
 	if !g.pool.Console {
 		return nil

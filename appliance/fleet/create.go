@@ -71,8 +71,9 @@ func (g *Group) create(w *worker) error {
 	if !g.setRunning(w) {
 		return context.Cause(w.ctx)
 	}
-	g.log.Info("worker ready", "worker", w.id, "phase", "worker", "ms", ms(w.created), "wait_ms", begin.Sub(w.created).Milliseconds(),
-		"clone_ms", b.took["clone"]/1000, "boot_ms", b.took["boot"]/1000, "ready_ms", b.took["ready"]/1000,
+	g.log.Info("worker ready", "worker", w.id, "phase", "worker", "ms", ms(w.created),
+		"wait_ms", begin.Sub(w.created).Milliseconds(), "clone_ms", b.took["clone"]/1000,
+		"boot_ms", b.took["boot"]/1000, "ready_ms", b.took["ready"]/1000,
 		"tap", w.slot.TAP, "address", w.slot.Address.String(), "image", sealed.Digest)
 	return nil
 }
@@ -105,8 +106,8 @@ type boot struct {
 	took   map[string]int64
 }
 
-// folders makes the worker's private folders and its key. The key lies beside
-// the record and never in it: in a folder that nobody else may enter, on a file system that is gone with the machine's power.
+// folders makes the worker's private folders and its key. The key lies beside the record and never in it: in a
+// folder that nobody else may enter, on a file system that is gone with the machine's power.
 func (b *boot) folders(context.Context) error {
 	public, private, err := newKey(b.w.id)
 	if err != nil {

@@ -24,7 +24,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// fakeDriver keeps VMs by their folder, as a host does: a second Group on the same fakeDriver finds what the first has started.
+// fakeDriver keeps VMs by their folder, as a host does: a second Group on the same fakeDriver finds what the
+// first has started.
 type fakeDriver struct {
 	mu    sync.Mutex
 	vms   map[string]*fakeVM

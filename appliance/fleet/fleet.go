@@ -9,8 +9,9 @@
 //	Paths.Run/ID/vm/             the VMM's folder: sockets, pid
 //	Paths.Clones/POOL/ID/        the disk, the seed ISO, the console's log
 //
-// A record, the key and the rest of the run folder are not flushed to the disk: they have to survive this process, not the machine. After a
-// power cut no VM is left that they could speak of; what lies in Paths.Clones/POOL with no record is removed then.
+// A record, the key and the rest of the run folder are not flushed to the disk: they have to survive this
+// process, not the machine. After a power cut no VM is left that they could speak of; what lies in
+// Paths.Clones/POOL with no record is removed then.
 package fleet
 
 import (
@@ -143,8 +144,9 @@ var (
 	errDeleted  = errors.New("deletion was asked for")
 )
 
-// Init checks all that could keep workers from starting, takes the pool for this process, and adopts or removes what an earlier
-// one left. It waits for no image: the runner starts a plugin anew at each job poll for as long as Init fails.
+// Init checks all that could keep workers from starting, takes the pool for this process, and adopts or removes
+// what an earlier one left. It waits for no image: the runner starts a plugin anew at each job poll for as long
+// as Init fails.
 func (g *Group) Init(ctx context.Context, log hclog.Logger, settings provider.Settings) (provider.ProviderInfo, error) {
 	g.life.Lock()
 	defer g.life.Unlock()
@@ -228,8 +230,8 @@ func (g *Group) init(ctx context.Context) error {
 	return nil
 }
 
-// take locks the pool on this host for this process. The lock is in the run folder, which all plans of a host share: two plans
-// that name one pool would use the same TAPs.
+// take locks the pool on this host for this process. The lock is in the run folder, which all plans of a host
+// share: two plans that name one pool would use the same TAPs.
 func (g *Group) take(p *plan.Plan) error {
 	if err := makeFolder(p, p.Paths.Run, 0o755); err != nil {
 		return err
@@ -282,9 +284,9 @@ func (g *Group) warnLimits() {
 	}
 }
 
-// Update shows every worker. A worker that is gone is shown as such for some rounds, in case that an answer got lost; one that
-// was never seen alive is shown as deleting first: fleeting forgets a new instance that is deleted, and keeps
-// the request for it pending for good.
+// Update shows every worker. A worker that is gone is shown as such for some rounds, in case that an answer got
+// lost; one that was never seen alive is shown as deleting first: fleeting forgets a new instance that is
+// deleted, and keeps the request for it pending for good.
 func (g *Group) Update(_ context.Context, fn func(id string, state provider.State)) error {
 	type shown struct {
 		id    string
@@ -318,9 +320,9 @@ func (g *Group) Update(_ context.Context, fn func(id string, state provider.Stat
 // tombstoneRounds is in how many Updates a worker that is gone is still shown.
 const tombstoneRounds = 10
 
-// Increase gives n workers a slot and a record and starts to make them. Where there are fewer slots, or not all records can be written,
-// it makes fewer and says so in the log: gRPC carries either an answer or an error, and an
-// error would tell fleeting that none was made. It is an error that none was.
+// Increase gives n workers a slot and a record and starts to make them. Where there are fewer slots, or not all
+// records can be written, it makes fewer and says so in the log: gRPC carries either an answer or an error, and
+// an error would tell fleeting that none was made. It is an error that none was.
 func (g *Group) Increase(_ context.Context, n int) (int, error) {
 	var err error
 	made := 0
@@ -454,8 +456,9 @@ func (g *Group) Resume(context.Context, []string) ([]string, error) {
 	return nil, provider.ErrSuspendResumeNotSupported
 }
 
-// Shutdown deletes nothing: who wants that has called Decrease. Workers that are being made or removed are cleaned
-// up, and it waits for that; those that run stay, with their records, for the next plugin to adopt. It may be called again.
+// Shutdown deletes nothing: who wants that has called Decrease. Workers that are being made or removed are
+// cleaned up, and it waits for that; those that run stay, with their records, for the next plugin to adopt. It
+// may be called again.
 func (g *Group) Shutdown(ctx context.Context) error {
 	g.life.Lock()
 	g.mu.Lock()

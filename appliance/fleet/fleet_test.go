@@ -91,7 +91,8 @@ func TestWorkerLife(t *testing.T) {
 	}
 }
 
-// wantPrivate checks that a worker's key is nowhere but in its own 0600 file, and that the seed has the public half and the names.
+// wantPrivate checks that a worker's key is nowhere but in its own 0600 file, and that the seed has the public
+// half and the names.
 func wantPrivate(t *testing.T, h *host, g *Group, id string, key []byte) {
 	t.Helper()
 	st, err := os.Stat(g.keyPath(id))
@@ -127,7 +128,8 @@ func wantPrivate(t *testing.T, h *host, g *Group, id string, key []byte) {
 	}
 }
 
-// steps are the places where the making of a worker can be stopped: stop blocks there, or fails, or makes the step fail.
+// steps are the places where the making of a worker can be stopped: stop blocks there, or fails, or makes the
+// step fail.
 var steps = map[string]func(h *host, stop func(context.Context) error){
 	"image": func(h *host, stop func(context.Context) error) { h.images.ensure = stop },
 	"clone": func(h *host, stop func(context.Context) error) {
@@ -216,7 +218,7 @@ func TestStopAtEachStep(t *testing.T) {
 			}
 		}, final: provider.StateDeleted},
 		"Shutdown": {stop: func(_ *testing.T, h *host, g *Group) { h.shutdown(g) }, final: provider.StateDeleted},
-		"timeout": {stop: func(*testing.T, *host, *Group) {}, final: provider.StateTimeout, patience: 50 * time.Millisecond,
+		"timeout": {stop: func(*testing.T, *host, *Group) {}, final: provider.StateTimeout, patience: 200 * time.Millisecond,
 			only: []string{"clone", "start", "ready"}},
 		"VMM exits": {stop: func(_ *testing.T, h *host, _ *Group) {
 			h.driver.mu.Lock()
@@ -252,7 +254,9 @@ func TestStopAtEachStep(t *testing.T) {
 				if s := states(t, g); len(s) != 1 {
 					t.Errorf("shown: %v", s)
 				}
-				<-held
+				if w.patience == 0 { // a busy machine may run out of time one step before
+					<-held
+				}
 				w.stop(t, h, g)
 				waitState(t, g, w.final, 1)
 				h.wantNothingLeft(g)
@@ -477,7 +481,8 @@ func TestShutdownLeavesRunning(t *testing.T) {
 	h.wantNothingLeft(b)
 }
 
-// TestCrashAtEachStep kills the plugin (nothing is cleaned up) with a worker held at each step; the next one removes all of it.
+// TestCrashAtEachStep kills the plugin (nothing is cleaned up) with a worker held at each step; the next one
+// removes all of it.
 func TestCrashAtEachStep(t *testing.T) {
 	for step, inject := range steps {
 		t.Run(step, func(t *testing.T) {
@@ -779,8 +784,9 @@ func TestRace(t *testing.T) {
 	}
 }
 
-// BenchmarkIncrease100 is the fleet's own part of a start: from Increase until all are running, with a driver, images and
-// guests that take no time. Records, keys and seeds are real. They lie in memory, where the disk's speed is no part of the figure.
+// BenchmarkIncrease100 is the fleet's own part of a start: from Increase until all are running, with a driver,
+// images and guests that take no time. Records, keys and seeds are real. They lie in memory, where the disk's
+// speed is no part of the figure.
 func BenchmarkIncrease100(b *testing.B) {
 	if _, err := os.Stat("/dev/shm"); err == nil {
 		b.Setenv("TMPDIR", "/dev/shm")

@@ -34,8 +34,9 @@ import (
 	"github.com/fleetingd/fleetingd/seed"
 )
 
-// The tests here run the plugin as GitLab Runner does, as a process of its own behind gRPC. The program is this test binary, which
-// is the plugin where go-plugin's cookie is in its environment, and a VM or a runner by these variables.
+// The tests here run the plugin as GitLab Runner does, as a process of its own behind gRPC. The program is this
+// test binary, which is the plugin where go-plugin's cookie is in its environment, and a VM or a runner by
+// these variables.
 const (
 	envVM     = "FLEET_TEST_VM"     // address:port to serve SSH on, seed ISO
 	envRunner = "FLEET_TEST_RUNNER" // plan.json: start the plugin and two workers, then wait

@@ -33,8 +33,9 @@ const (
 	maxRecord     = 64 << 10 // bytes
 )
 
-// writeRecord writes a worker's record; sealed is nil until it is ready. The first one must not be there yet, a later one replaces it in
-// one step, so that a process that dies here leaves one or the other. It is not flushed to the disk: see the package's comment.
+// writeRecord writes a worker's record; sealed is nil until it is ready. The first one must not be there yet, a
+// later one replaces it in one step, so that a process that dies here leaves one or the other. It is not
+// flushed to the disk: see the package's comment.
 func (g *Group) writeRecord(w *worker, sealed *image.Sealed) error {
 	r := record{
 		Version: recordVersion, ID: w.id, Pool: g.pool.Name,
@@ -105,9 +106,11 @@ func (g *Group) slotOf(r record) (plan.Slot, error) {
 			continue
 		}
 		if s.TAP != r.TAP || s.Address != r.Address {
-			return s, fmt.Errorf("the plan has changed: slot %d was %s (%s) and is %s (%s) now", s.Index, r.TAP, r.Address, s.TAP, s.Address)
+			return s, fmt.Errorf("the plan has changed: slot %d was %s (%s) and is %s (%s) now",
+				s.Index, r.TAP, r.Address, s.TAP, s.Address)
 		}
 		return s, nil
 	}
-	return plan.Slot{Index: -1, TAP: r.TAP, Address: r.Address}, fmt.Errorf("the plan has changed: slot %d is not one of pool %q any more", r.Slot, g.pool.Name)
+	return plan.Slot{Index: -1, TAP: r.TAP, Address: r.Address},
+		fmt.Errorf("the plan has changed: slot %d is not one of pool %q any more", r.Slot, g.pool.Name)
 }

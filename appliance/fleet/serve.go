@@ -14,13 +14,14 @@ import (
 // endTimeout is how long a plugin that was told to end, or lost its parent, may clean up.
 const endTimeout = time.Minute
 
-// Serve is the plugin's main function: it serves the Group to the process that started this one, or answers `version` and `bootstrap`. It
-// returns when that process is done with it. When that process dies without a word, and at SIGTERM, it ends this one in
-// order: see Shutdown. go-plugin itself ignores SIGINT.
+// Serve is the plugin's main function: it serves the Group to the process that started this one, or answers
+// `version` and `bootstrap`. It returns when that process is done with it. When that process dies without a
+// word, and at SIGTERM, it ends this one in order: see Shutdown. go-plugin itself ignores SIGINT.
 func Serve(g *Group, v plugin.VersionInfo) {
-	// Caught and not ignored, since an ignored signal stays so in the VMMs that are started. A write to the log of a parent that
-	// is gone must not end the cleaning up (SIGPIPE); a service manager may send the runner's SIGQUIT, which lets its jobs
-	// end, to all of its processes; and SIGHUP has the runner read its config again.
+	// Caught and not ignored, since an ignored signal stays so in the VMMs that are started. A write to the log
+	// of a parent that is gone must not end the cleaning up (SIGPIPE); a service manager may send the runner's
+	// SIGQUIT, which lets its jobs end, to all of its processes; and SIGHUP has the runner read its config
+	// again.
 	caught := make(chan os.Signal, 1)
 	signal.Notify(caught, unix.SIGPIPE, unix.SIGQUIT, unix.SIGHUP)
 	go func() {
@@ -82,7 +83,8 @@ func parentGone() <-chan struct{} {
 					close(gone)
 					return
 				case r != 0:
-					// Not open, or a terminal that hung up: it says nothing of the parent, and would be said again at once.
+					// Not open, or a terminal that hung up: it says nothing of the parent, and would be said
+					// again at once.
 					fds[i].Fd = -1
 				}
 			}

@@ -132,7 +132,8 @@ func (g *Group) teardownUntilDone(w *worker) bool {
 		if err == nil {
 			return true
 		}
-		g.log.Error("worker is not removed yet; its slot stays taken", "worker", w.id, "error", oneLine(err), "again_in", pause.String())
+		g.log.Error("worker is not removed yet; its slot stays taken",
+			"worker", w.id, "error", oneLine(err), "again_in", pause.String())
 		select {
 		case <-g.ctx.Done():
 			return false
@@ -141,8 +142,9 @@ func (g *Group) teardownUntilDone(w *worker) bool {
 	}
 }
 
-// teardown undoes the steps of create in reverse. Each may have been done or not, by this process or an earlier one; it goes by the worker's id alone, and
-// doing it twice is as good as once. It stops where a step fails: the record goes last.
+// teardown undoes the steps of create in reverse. Each may have been done or not, by this process or an earlier
+// one; it goes by the worker's id alone, and doing it twice is as good as once. It stops where a step fails:
+// the record goes last.
 func (g *Group) teardown(w *worker) error {
 	steps := []struct {
 		name string

@@ -196,7 +196,7 @@ type Pool struct {
 	FirstSlot    int      `json:"first_slot"`
 	MaxInstances int      `json:"max_instances"`
 	Limits       Limits   `json:"limits"`
-	StartTimeout Duration `json:"start_timeout"` // from Increase to ready; then the worker is StateTimeout
+	StartTimeout Duration `json:"start_timeout"` // from its clone to ready, and for waiting for an image that fails
 }
 
 // Limits are per worker; 0 is no limit.

@@ -21,7 +21,8 @@ import (
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
-// pluginName is the program's name when it is the plugin and nothing else: GitLab Runner looks `fleeting-plugin-…` up in PATH.
+// pluginName is the program's name when it is the plugin and nothing else: GitLab Runner looks
+// `fleeting-plugin-…` up in PATH.
 const pluginName = "fleeting-plugin-fleetingd"
 
 // The magic cookie that go-plugin puts into a plugin's environment. fleeting keeps its own
@@ -31,8 +32,9 @@ const (
 	cookieValue = "4c6410b1-cb78-4962-8c76-ab936d0ea908"
 )
 
-// isPlugin reports whether this process was started as the plugin: by its name, or by GitLab Runner with the path of
-// fleetingd itself. The runner gives no arguments; a command of fleetingd that a plugin starts inherits the cookie, and has some.
+// isPlugin reports whether this process was started as the plugin: by its name, or by GitLab Runner with the
+// path of fleetingd itself. The runner gives no arguments; a command of fleetingd that a plugin starts inherits
+// the cookie, and has some.
 func isPlugin(args []string) bool {
 	if filepath.Base(args[0]) == pluginName {
 		return true
@@ -51,8 +53,8 @@ func servePlugin() {
 	}), v)
 }
 
-// predecessorPlan compiles the predecessor's plugin_config to a Plan. There is no other user on such a host: the plugin and
-// the VMMs run as what the runner runs as, which was and is root.
+// predecessorPlan compiles the predecessor's plugin_config to a Plan. There is no other user on such a host:
+// the plugin and the VMMs run as what the runner runs as, which was and is root.
 func predecessorPlan(keys map[string]any) (*plan.Plan, error) {
 	machine, err := os.Hostname()
 	if err != nil {

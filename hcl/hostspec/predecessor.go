@@ -51,8 +51,8 @@ const (
 	// predecessorPool and the image's name are seen in logs and in the workers' host names.
 	predecessorPool  = "default"
 	predecessorImage = "ubuntu"
-	// predecessorRoom is how many workers the predecessor's /24 has room for here, rounded down: 256 addresses without the network's, the
-	// broadcast, the gateway's and the prebuild's are 252. There it was 63.
+	// predecessorRoom is how many workers the predecessor's /24 has room for here, rounded down: 256 addresses
+	// without the network's, the broadcast, the gateway's and the prebuild's are 252. There it was 63.
 	predecessorRoom = 250
 )
 
@@ -64,7 +64,8 @@ type PredecessorOptions struct {
 }
 
 // FromPredecessor makes a host of the predecessor's plugin_config, decoded from JSON or TOML: defaulted and
-// validated like any. The findings name its keys. The host has one pool, and no runner: its config.toml is there already.
+// validated like any. The findings name its keys. The host has one pool, and no runner: its config.toml is
+// there already.
 func FromPredecessor(keys map[string]any, o PredecessorOptions) (*Host, hcl.Diagnostics) {
 	text, diags := PredecessorSpec(keys, o)
 	if diags.HasErrors() {
@@ -114,7 +115,9 @@ type predecessor struct {
 }
 
 func (p *predecessor) errorf(summary, detail string, args ...any) {
-	p.diags = append(p.diags, &hcl.Diagnostic{Severity: hcl.DiagError, Summary: summary, Detail: fmt.Sprintf(detail, args...)})
+	p.diags = append(p.diags, &hcl.Diagnostic{
+		Severity: hcl.DiagError, Summary: summary, Detail: fmt.Sprintf(detail, args...),
+	})
 }
 
 // host is the text. Each value's line ends with the key that it came from: blame reads it, and so do people.
@@ -170,7 +173,8 @@ func (p *predecessor) source(b *bytes.Buffer, line func(attr, value, from string
 		}
 		b.WriteString("}\n")
 	case kernel == "":
-		p.errorf("Incomplete environment", "%s is set, and %s is not: the VM is booted with a kernel from outside of the disk.", EnvImage, EnvKernel)
+		p.errorf("Incomplete environment", "%s is set, and %s is not: the VM is booted with a kernel from outside of the disk.",
+			EnvImage, EnvKernel)
 	default:
 		b.WriteString("url {\n")
 		line("disk", literal(disk), EnvImage)
@@ -246,12 +250,14 @@ func (p *predecessor) subnet() string {
 	const example = "172.16.120."
 	s := p.text(keySubnet, example)
 	if s != "" && !threeOctets.MatchString(s) {
-		p.errorf("Invalid value", "%s is %s, and has to be the first three numbers of an address with their dots, such as %q.", keySubnet, quote(s), example)
+		p.errorf("Invalid value", "%s is %s, and has to be the first three numbers of an address with their dots, such as %q.",
+			keySubnet, quote(s), example)
 	}
 	return s + "0/24"
 }
 
-// commands are the extra commands. The predecessor pasted each into a YAML list, where one in quotes is the text within them.
+// commands are the extra commands. The predecessor pasted each into a YAML list, where one in quotes is the
+// text within them.
 func (p *predecessor) commands() []string {
 	v, ok := p.keys[keyCommands]
 	if !ok {
@@ -285,8 +291,8 @@ func (p *predecessor) commands() []string {
 	return out
 }
 
-// unquoteYAML takes the quotes off a string that YAML reads as a quoted one. JSON's escapes are YAML's (YAML 1.2, 5.7), and what is no
-// quoted string as a whole is a plain one.
+// unquoteYAML takes the quotes off a string that YAML reads as a quoted one. JSON's escapes are YAML's (YAML
+// 1.2, 5.7), and what is no quoted string as a whole is a plain one.
 func unquoteYAML(s string) string {
 	t := strings.TrimSpace(s)
 	if len(t) < 2 || t[0] != t[len(t)-1] {
