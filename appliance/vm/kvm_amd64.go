@@ -14,6 +14,8 @@ const (
 	kvmGetSregs            = 0x8138AE83
 	kvmSetSregs            = 0x4138AE84
 	kvmSetRegs             = 0x4090AE82
+	kvmGetSupportedCPUID   = 0xC008AE05
+	kvmSetCPUID2           = 0x4008AE90
 	kvmExitIO              = 2
 )
 
@@ -68,6 +70,9 @@ func kvmGuest(dev int) error {
 	}
 	defer unix.Close(vm)
 	defer unix.Close(vcpu)
+	if err := kvmCPUID(dev, vcpu); err != nil {
+		return err
+	}
 	if err := kvmLongMode(vcpu); err != nil {
 		return err
 	}
@@ -84,6 +89,22 @@ func kvmGuest(dev int) error {
 		return fmt.Errorf("/dev/kvm: KVM_RUN: %w", err)
 	}
 	return kvmVerdict(run)
+}
+
+// kvmCPUID gives the vCPU all that KVM supports: one that has no CPUID has no 64-bit mode either, and since about
+// Linux 6.12 KVM refuses to put it there.
+func kvmCPUID(dev, vcpu int) error {
+	// struct kvm_cpuid2: nent, padding, then entries of 40 bytes; the kernel has at most KVM_MAX_CPUID_ENTRIES.
+	const entries = 256
+	var cpuid [8 + 40*entries]byte
+	binary.LittleEndian.PutUint32(cpuid[:], entries)
+	if _, err := ioctl(dev, kvmGetSupportedCPUID, uintptr(unsafe.Pointer(&cpuid))); err != nil {
+		return fmt.Errorf("/dev/kvm: KVM_GET_SUPPORTED_CPUID: %w", err)
+	}
+	if _, err := ioctl(vcpu, kvmSetCPUID2, uintptr(unsafe.Pointer(&cpuid))); err != nil {
+		return fmt.Errorf("/dev/kvm: KVM_SET_CPUID2: %w", err)
+	}
+	return nil
 }
 
 // kvmLongMode puts the vCPU into 64-bit mode with paging on, at the program's first instruction. The offsets
