@@ -92,7 +92,7 @@ const asRoot = "sudo fleetingd doctor HOST"
 // install is the command that installs a package, under its Debian or its Fedora name.
 func (d *doctor) install(deb, rpm string) string {
 	if _, err := d.machine.lookPath("apt-get"); err == nil {
-		return "apt-get install -y " + deb
+		return "apt-get install -y --no-install-recommends " + deb
 	}
 	if _, err := d.machine.lookPath("dnf"); err == nil {
 		return "dnf install -y " + rpm

@@ -49,6 +49,9 @@ func (d *doctor) kvm(ctx context.Context) {
 		return
 	}
 	cure := firmwareCure
+	if d.needsKVM() {
+		cure += `; or take another machine, or hypervisor "qemu" in the spec`
+	}
 	switch err := d.machine.openAs(nil, "/dev/kvm"); {
 	case errors.Is(err, fs.ErrPermission):
 		cure = asRoot
@@ -58,9 +61,6 @@ func (d *doctor) kvm(ctx context.Context) {
 			module = "kvm_amd"
 		}
 		cure = "modprobe " + module
-	}
-	if d.needsKVM() {
-		cure += `; or take another machine, or hypervisor "qemu" in the spec`
 	}
 	d.add(check, d.withoutKVM(), cure, "%v", err)
 }
@@ -208,7 +208,7 @@ func (d *doctor) nftables() {
 		return
 	}
 	if err := d.machine.trial(d.plan.Network.Ruleset, d.plan.Slots); err != nil {
-		d.fail(check, "modprobe nf_tables (and take a kernel with nf_tables for inet, arp and nat, such as Debian's)", "%v", err)
+		d.fail(check, "modprobe nf_tables", "%v", err)
 		return
 	}
 	d.ok(check, "the kernel takes the plan's ruleset (tried in a network namespace of its own)")

@@ -248,7 +248,7 @@ func TestDoctorFaults(t *testing.T) {
 		{"no clones, no XFS", func(d *doctor) {
 			d.probes.CanClone = func(string) error { return errors.New("ext4 cannot") }
 			withoutProgram(d, "mkfs.xfs")
-		}, "disks", StatusFail, "mkfs.xfs is not here", "apt-get install -y xfsprogs"},
+		}, "disks", StatusFail, "mkfs.xfs is not here", "apt-get install -y --no-install-recommends xfsprogs"},
 		{"no clones, on Fedora", func(d *doctor) {
 			d.probes.CanClone = func(string) error { return errors.New("ext4 cannot") }
 			withoutProgram(d, "mkfs.xfs", "apt-get")
@@ -273,7 +273,7 @@ func TestDoctorFaults(t *testing.T) {
 			"memory", StatusFail, "36.0 GiB", "max_instances"},
 		{"no qemu-img", func(d *doctor) { withoutProgram(d, "qemu-img") }, "qemu-img", StatusFail, "not on PATH", "qemu-utils"},
 		{"no mmdebstrap", func(d *doctor) { withoutProgram(d, "mmdebstrap") }, "mmdebstrap", StatusFail, "not on PATH",
-			"apt-get install -y mmdebstrap"},
+			"install-recommends mmdebstrap"},
 		{"no keys", func(d *doctor) { without(d, "/usr/share/keyrings/debian-archive-keyring.gpg") },
 			"debian-archive-keyring", StatusFail, "verified", "debian-archive-keyring"},
 		{"clock is free", func(d *doctor) { d.machine.synced = func() (bool, error) { return false, nil } },
@@ -282,7 +282,7 @@ func TestDoctorFaults(t *testing.T) {
 			d.machine.synced = func() (bool, error) { return false, nil }
 			without(d, "/usr/lib/systemd/systemd-timesyncd")
 			withoutProgram(d, "chronyd")
-		}, "clock", StatusWarn, "not synchronised", "install -y systemd-timesyncd"},
+		}, "clock", StatusWarn, "not synchronised", "systemd-timesyncd"},
 		{"no runner", func(d *doctor) { withoutProgram(d, "gitlab-runner") }, "gitlab-runner", StatusFail, "not on PATH",
 			"script.deb.sh | bash && apt-get install -y gitlab-runner"},
 		{"no runner on Fedora", func(d *doctor) { withoutProgram(d, "gitlab-runner", "apt-get") },
