@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -79,12 +78,14 @@ func TestOwnerKilled(t *testing.T) {
 		t.Fatalf("QEMU and ssh should run in %s; there are %q", dir, users)
 	}
 	owner.Process.Kill()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline, tick := time.After(10*time.Second), time.NewTicker(20*time.Millisecond)
+	defer tick.Stop()
 	for len(usersOf(t, dir)) > 0 {
-		if time.Now().After(deadline) {
+		select {
+		case <-deadline:
 			t.Fatalf("10 s after its owner was killed these still run in %s: %q", dir, usersOf(t, dir))
+		case <-tick.C:
 		}
-		runtime.Gosched()
 	}
 	if _, err := os.Stat(dir); err != nil {
 		t.Fatalf("the folder of a killed owner: %v", err)
