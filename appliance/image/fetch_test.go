@@ -11,10 +11,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
 var content = bytes.Repeat([]byte("0123456789abcdef"), 64<<10) // 1 MiB
@@ -310,5 +313,22 @@ func TestFetchHidesPasswords(t *testing.T) {
 	wantError(t, err, "404")
 	if strings.Contains(err.Error(), "secret") {
 		t.Errorf("the password is in the error: %v", err)
+	}
+}
+
+func TestFetchOnFullDisk(t *testing.T) {
+	need.Root(t)
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size=256k", "test", dir).CombinedOutput(); err != nil {
+		t.Fatalf("mount: %v\n%s", err, out)
+	}
+	t.Cleanup(func() { exec.Command("umount", dir).Run() })
+	n := 0
+	url := serve(t, func(w http.ResponseWriter, r *http.Request) { n++; modified(w, r) })
+	_, _, err := fetchFrom(t, hasty(), download{url: url, dst: filepath.Join(dir, "file")})
+	wantError(t, err, url, "no space left on device")
+	wantOnly(t, dir)
+	if n != 1 {
+		t.Errorf("asked %d times", n)
 	}
 }

@@ -103,6 +103,9 @@ func (s *Store) seal(ctx context.Context, img *plan.Image, base *Base) (_ *manif
 				bytesText(base.Size), bytesText(in.Size))
 		}
 		if err := b.run(ctx); err != nil {
+			if _, ok := errors.AsType[*guest.StepError](err); ok {
+				return nil, err // it says "prebuild step"
+			}
 			return nil, fmt.Errorf("prebuild: %w", err)
 		}
 		return &manifest{Image: img.Name, Cmdline: base.Cmdline, Guest: true, User: img.User, Inputs: inputs}, nil

@@ -1,0 +1,155 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/fleetingd/fleetingd/appliance/need"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// mirror serves InRelease files: of a suite, "main", "updates" and "security".
+func mirror(t *testing.T, suites map[string]string) string {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		text, ok := suites[strings.TrimSuffix(r.URL.Path, "/InRelease")]
+		switch {
+		case text == "broken":
+			w.WriteHeader(http.StatusInternalServerError)
+		case !ok:
+			http.NotFound(w, r)
+		default:
+			fmt.Fprint(w, text)
+		}
+	}))
+	t.Cleanup(srv.Close)
+	return srv.URL + "/debian"
+}
+
+func TestResolveDebian(t *testing.T) {
+	suites := map[string]string{"/debian/dists/trixie": "Origin: Debian\nDate: Sat, 21 Nov 2026 09:15:44 UTC\n"}
+	src := &plan.DebianSource{Suite: "trixie", Arch: "amd64", Packages: []string{"git", "curl"}, Mirror: mirror(t, suites)}
+	resolve := func() *debianInputs {
+		t.Helper()
+		in, err := resolveDebian(t.Context(), hasty(), src)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return in
+	}
+	in := resolve()
+	if len(in.Repos) != 1 || in.Repos[0].date.Unix() != 1795252544 {
+		t.Errorf("%+v", in.Repos)
+	}
+	if n := slices.Index(in.Packages, "curl"); n < 0 || in.Packages[n+1] == "curl" || !slices.Contains(in.Packages, "linux-image-cloud-amd64") {
+		t.Errorf("%q", in.Packages)
+	}
+	before, _, err := digestOf(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A mirror's siblings are found, and news in one of them make another disk.
+	suites["/debian/dists/trixie-updates"], suites["/debian-security/dists/trixie-security"] = "u", "s"
+	in = resolve()
+	if len(in.Repos) != 3 || !strings.HasSuffix(in.Repos[2].String(), "/debian-security trixie-security main") {
+		t.Errorf("%v", in.Repos)
+	}
+	if after, _, err := digestOf(in); err != nil || after == before {
+		t.Errorf("the same digest with other packages, %v", err)
+	}
+	// Security updates that cannot be had are no reason to do without.
+	suites["/debian-security/dists/trixie-security"] = "broken"
+	_, err = resolveDebian(t.Context(), hasty(), src)
+	wantError(t, err, "trixie-security", "500")
+	src.Suite = "sarge"
+	_, err = resolveDebian(t.Context(), hasty(), src)
+	wantError(t, err, `"sarge"`, "no such suite", "404")
+	src.Mirror = "ftp://old.example.com/debian"
+	_, err = resolveDebian(t.Context(), hasty(), src)
+	wantError(t, err, "ftp://old.example.com/debian", "http://")
+}
+
+func TestCheckDebian(t *testing.T) {
+	need.Root(t)
+	need.Tools(t, "mmdebstrap", "mke2fs")
+	wantError(t, checkDebian(&plan.DebianSource{Arch: "riscv64"}, "amd64"), "riscv64", "amd64")
+	t.Setenv("PATH", t.TempDir())
+	wantError(t, checkDebian(&plan.DebianSource{Arch: "amd64"}, "amd64"), "apt-get install mmdebstrap")
+}
+
+// Only root builds from packages: another user is told so.
+func TestDebianNeedsRoot(t *testing.T) {
+	if os.Geteuid() == 0 {
+		need.Tools(t, "setpriv")
+		self, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		copied := filepath.Join(os.TempDir(), fmt.Sprintf("image-test-%d", os.Getpid())) // where nobody can read it
+		if err := copyFile(self, copied); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove(copied)
+		if err := os.Chmod(copied, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("setpriv", "--reuid=65534", "--clear-groups", copied, "-test.run=^TestDebianNeedsRoot$", "-test.v")
+		cmd.Dir = os.TempDir()
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestDebianNeedsRoot") {
+			t.Errorf("as nobody: %v\n%s", err, out)
+		}
+		return
+	}
+	dir := t.TempDir()
+	img := &plan.Image{Name: "d", Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: "amd64"}}}
+	s, err := Open(&plan.Plan{Paths: plan.Paths{State: dir, Images: dir + "/images", Cache: dir + "/cache"}}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.EnsureBase(t.Context(), img)
+	wantError(t, err, `image "d"`, "only root", "mmdebstrap")
+}
+
+// Root writes nothing where another user could have put a link, and takes what is there.
+func TestRootInAnothersFolder(t *testing.T) {
+	need.Root(t)
+	l := labIn(t, t.TempDir())
+	if err := os.Chown(l.plan.Paths.Images, 65534, 65534); err != nil {
+		t.Fatal(err)
+	}
+	_, err := l.open(l.plan).EnsureBase(t.Context(), l.img)
+	wantError(t, err, l.plan.Paths.Images, "belongs to another user")
+	wantOnly(t, filepath.Join(l.plan.Paths.Images, kindBase))
+}
+
+// A build that is cut off leaves no process, no mount and no file.
+func TestDebianCancelled(t *testing.T) {
+	need.Root(t)
+	need.Slow(t)
+	need.Tools(t, "mmdebstrap", "mke2fs")
+	dir := t.TempDir()
+	p := &plan.Plan{Paths: plan.Paths{State: dir, Images: dir + "/images", Cache: dir + "/cache"}}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	s, err := Open(p, Options{Progress: func(e Progress) {
+		if strings.Contains(e.Line, "installing essential packages") {
+			cancel(errors.New("interrupted"))
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	img := &plan.Image{Name: "d", Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: s.arch}}}
+	wantError(t, s.Prepare(ctx, img, false), "interrupted")
+	wantOnly(t, filepath.Join(dir, "debian", kindBase))
+	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), dir) {
+		t.Errorf("something is mounted below %s still (%v)", dir, err)
+	}
+}

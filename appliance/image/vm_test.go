@@ -1,0 +1,141 @@
+package image
+
+import (
+	"errors"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/guest"
+	"github.com/fleetingd/fleetingd/appliance/need"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/vm"
+	"github.com/fleetingd/fleetingd/seed"
+)
+
+// From packages to a sealed image in a real VM, with the real guest part.
+func TestDebianVM(t *testing.T) {
+	need.VM(t)
+	need.Tools(t, "mmdebstrap", "mke2fs", "ip", "go")
+	dir := xfs(t, 8<<10)
+	p := debianPlan(t, dir)
+	img := &p.Images[0]
+	log := slog.New(slog.NewTextHandler(t.Output(), nil))
+	driver, err := vm.Open(p.Hypervisor, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	opts := Options{Log: log, Driver: driver, GuestBinary: guestBinary(t), Progress: func(e Progress) {
+		if e.Phase == PhasePrebuild && e.Line != "" {
+			lines = append(lines, e.Line)
+		}
+	}}
+	s, err := Open(p, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	sealed, err := s.Ensure(t.Context(), img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("sealed after %v", time.Since(began).Round(time.Second))
+	if text := strings.Join(lines, "\n"); !strings.Contains(text, "run[0]: size: ") || sealed.Cached || !sealed.Guest {
+		t.Errorf("%+v, output:\n%s", sealed, text)
+	}
+	// The step saw the grown disk, and what it wrote is in the image.
+	out, err := exec.Command("debugfs", "-R", "cat /srv/size", sealed.Disk).Output()
+	if err != nil || strings.TrimSpace(string(out)) != "4" {
+		t.Errorf("/srv/size in the sealed disk is %q, %v; want 4 (GiB)", out, err)
+	}
+	if keys, err := exec.Command("debugfs", "-R", "ls -p /etc/ssh", sealed.Disk).Output(); err != nil || strings.Contains(string(keys), "ssh_host_") {
+		t.Errorf("the sealed disk holds the prebuild VM's host keys: %s, %v", keys, err)
+	}
+
+	again, err := s.Ensure(t.Context(), img)
+	if err != nil || !again.Cached || again.Digest != sealed.Digest {
+		t.Errorf("the second time: %+v, %v", again, err)
+	}
+	wantOnly(t, p.Paths.Run)
+
+	img.Prebuild.Steps = []plan.Step{{Name: "run[0]: fail", Command: "echo on my way; exit 3"}}
+	_, err = s.Ensure(t.Context(), img)
+	step, ok := errors.AsType[*guest.StepError](err)
+	if !ok || step.Code != 3 || strings.Join(step.Tail, "") != "on my way" {
+		t.Errorf("a step that fails gives %v (%+v)", err, step)
+	}
+	wantOnly(t, p.Paths.Run)
+	wantOnly(t, filepath.Join(p.Paths.Images, kindSealed), sealed.Digest)
+}
+
+// debianPlan is a host with one image from packages. Its packages' disk is kept in the tests' cache.
+func debianPlan(t *testing.T, dir string) *plan.Plan {
+	t.Helper()
+	run, err := os.MkdirTemp("", "img")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(run) })
+	address, gateway := netip.MustParseAddr("172.31.255.2"), netip.MustParseAddr("172.31.255.1")
+	const mac = "02:fd:00:00:00:02"
+	return &plan.Plan{
+		Hypervisor: plan.Hypervisor{Driver: "qemu", Binary: "qemu-system-x86_64", Accel: "tcg"},
+		Paths: plan.Paths{State: need.Cache(t), Disks: dir, Images: filepath.Join(dir, "images"),
+			Cache: filepath.Join(dir, "cache"), Run: run},
+		Network: plan.Network{GuestMAC: mac},
+		Slots:   []plan.Slot{{TAP: newTAP(t), Queues: 1}},
+		Pools:   []plan.Pool{{Name: "p", Image: "debian", CPUs: 2, Memory: 1 << 30, Disk: 4 << 30}},
+		Images: []plan.Image{{
+			Name: "debian", User: "ci",
+			Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: runtime.GOARCH}},
+			Prebuild: &plan.Prebuild{
+				Timeout: plan.Duration(10 * time.Minute),
+				Steps:   []plan.Step{{Name: "run[0]: size", Command: "df --output=size -BG / | tail -1 | tr -dc 0-9 >/srv/size; cat /srv/size"}},
+				Seed: seed.Seed{
+					InstanceID: "prebuild-debian", Hostname: "prebuild", Users: []seed.User{{Name: "ci"}},
+					Network: &seed.Network{MAC: mac, Addresses: []netip.Addr{address}, Gateways: []netip.Addr{gateway}, MTU: 1500},
+					RunCmd: [][]string{ // as the compiler writes it
+						{"mkdir", "-p", "/run/fleetingd-seed", "/usr/lib/fleetingd"},
+						{"mount", "-o", "ro", "LABEL=" + seed.Label, "/run/fleetingd-seed"},
+						{"install", "-m", "0755", "/run/fleetingd-seed/fleetingd", "/usr/lib/fleetingd/fleetingd"},
+						{"umount", "/run/fleetingd-seed"},
+						{"systemd-run", "--unit=fleetingd-prebuild", "--no-block", "/usr/lib/fleetingd/fleetingd", "guest", "--prebuild"},
+					},
+				},
+			},
+		}},
+	}
+}
+
+func newTAP(t *testing.T) string {
+	t.Helper()
+	const name = "fdimgtest0"
+	if out, err := exec.Command("ip", "tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr").CombinedOutput(); err != nil {
+		t.Fatalf("make a TAP: %v\n%s", err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("ip", "link", "del", name).CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+	})
+	return name
+}
+
+// guestBinary is a static fleetingd of this tree.
+func guestBinary(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "fleetingd")
+	cmd := exec.Command("go", "build", "-o", path, "github.com/fleetingd/fleetingd/cmd/fleetingd")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return path
+}
