@@ -10,7 +10,8 @@ packages=(
   xfsprogs                   # a file system that can clone
   nftables iproute2 iputils-ping
   openssh-client
-  procps
+  procps util-linux fdisk xz-utils
+  systemd # the tests have its own tools read the units that are written; it need not be running
 )
 
 missing=()

@@ -59,7 +59,7 @@ func VM(t testing.TB) {
 	Slow(t)
 	Root(t)
 	Tools(t, "qemu-system-x86_64", "qemu-img")
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 	defer cancel()
 	l, err := state.WaitLock(ctx, filepath.Join(os.TempDir(), "fleetingd-test-vm.lock"))
 	if err != nil {
