@@ -52,7 +52,7 @@ bench: ## the figures that README quotes
 	go test -run '^$$' -bench . ./...
 
 hostlab: deps build ## a shell in a throw-away Debian host with systemd, KVM and the binary inside
-	go run ./appliance/hostlab/shell
+	go run ./appliance/hostlab/shell $(BIN)
 
 deps: ## Debian packages; does nothing where they are installed
 	packaging/deps.sh
