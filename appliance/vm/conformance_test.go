@@ -35,6 +35,9 @@ import (
 //	FLEETINGD_TEST=full FLEETINGD_VMTEST_KERNEL=… FLEETINGD_VMTEST_INITRD=… ./vm.test -test.run Conformance -test.v
 const conformanceDir = "FLEETINGD_VMTEST_DIR"
 
+// conformanceCgroup names the cgroup that was delegated to nobody; unset where this machine has no unified hierarchy.
+const conformanceCgroup = "FLEETINGD_VMTEST_CGROUP"
+
 // The TAPs that the namespace has, each with two queue pairs.
 const (
 	testTAP, testTAP2 = "vmtest0", "vmtest1"
@@ -47,6 +50,19 @@ func TestConformanceQEMU(t *testing.T) {
 	}
 	asNobody(t)
 	conformance(t, plan.Hypervisor{Driver: "qemu", Accel: "auto", Sandbox: true})
+}
+
+// The real thing needs a KVM that runs guests. Where there is none, TestConformanceInLab runs this in a machine that has one.
+func TestConformanceCloudHypervisor(t *testing.T) {
+	binary := need.CloudHypervisor(t)
+	if os.Getenv(conformanceDir) == "" {
+		need.Slow(t)
+		if err := ProbeKVM(t.Context()); err != nil {
+			t.Skipf("skipped here, TestConformanceInLab runs it: %v", err)
+		}
+	}
+	asNobody(t)
+	conformance(t, plan.Hypervisor{Driver: "cloud-hypervisor", Binary: binary, Sandbox: true})
 }
 
 // asNobody returns in the process that runs as nobody, and skips the rest in the one that started it.
@@ -106,6 +122,11 @@ func asNobody(t *testing.T) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{
 		Uid: uint32(uid), Gid: uint32(gid), Groups: kvmGroup(),
 	}}
+	if group := delegate(t, uid); group != nil {
+		defer group.Close()
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(group.Fd())
+		cmd.Env = append(cmd.Env, conformanceCgroup+"="+filepath.Dir(group.Name()))
+	}
 	out, err := cmd.CombinedOutput()
 	t.Logf("as nobody:\n%s", out)
 	if err != nil {
@@ -130,6 +151,46 @@ func openTUN(t *testing.T, dir string) {
 	if err := errors.Join(os.Chmod(node, 0o666), unix.Mount(node, "/dev/net/tun", "", unix.MS_BIND, "")); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// delegate does what systemd does for a unit with Delegate= and DelegateSubgroup=, and returns the subgroup; nil where
+// the controllers are not all on cgroup v2.
+func delegate(t *testing.T, uid int) *os.File {
+	t.Helper()
+	have, err := os.ReadFile(filepath.Join(cgroupMount, "cgroup.controllers"))
+	if err != nil {
+		return nil
+	}
+	for _, name := range controllers {
+		if !slices.Contains(strings.Fields(string(have)), name) {
+			return nil
+		}
+	}
+	root := filepath.Join(cgroupMount, "vmtest")
+	sub := filepath.Join(root, "runner")
+	if err := errors.Join(
+		setCgroup(cgroupMount, "cgroup.subtree_control", "+"+strings.Join(controllers, " +")),
+		os.Mkdir(root, 0o755), os.Mkdir(sub, 0o755), unix.Setxattr(root, "user.delegate", []byte("1"), 0),
+	); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(removeCgroup(sub), removeCgroup(root)); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, dir := range []string{root, sub} {
+		for _, name := range []string{"", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"} {
+			if err := os.Chown(filepath.Join(dir, name), uid, -1); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	f, err := os.Open(sub)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
 }
 
 // kvmGroup is whoever /dev/kvm belongs to; none when that is root.
@@ -241,8 +302,9 @@ func testDevices(t *testing.T, b *bench) {
 	cfg.CPUs = 2
 	cfg.Disks = []Disk{{Path: root, Serial: "root"}, {Path: b.shared, ReadOnly: true, Serial: "shared"}}
 	cfg.Net = &Net{TAP: testTAP, MAC: testMAC, Queues: 2}
-	cfg.Limits = Limits{DiskIOPS: 5000, NetworkMbps: 100}
+	cfg.Limits = Limits{DiskIOPS: 5000, CPUQuotaPercent: 150}
 	v := b.start(t, cfg)
+	cgroup := limited(t, cfg, v.PID())
 	other := b.config(t)
 	other.Disks = []Disk{{Path: b.shared, ReadOnly: true, Serial: "shared"}}
 	other.Net = &Net{TAP: testTAP2, MAC: testMAC, Queues: 1}
@@ -254,15 +316,21 @@ func testDevices(t *testing.T, b *bench) {
 	second := b.start(t, other)
 	taken := b.config(t)
 	taken.Disks = []Disk{{Path: root, Serial: "root"}}
-	if _, err := b.driver.Start(t.Context(), taken); err == nil || !strings.Contains(err.Error(), "lock") {
-		t.Errorf("a disk that another VM writes: %v", err)
+	refused := func(what, want string) {
+		t.Helper()
+		v, err := b.driver.Start(t.Context(), taken)
+		if err == nil {
+			v.Kill()
+		}
+		if err == nil || !strings.Contains(strings.ToLower(err.Error()), want) {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
+	refused("a disk that another VM writes", "lock")
 	taken.Disks = nil
 	taken.Net = &Net{TAP: testTAP, MAC: testMAC, Queues: 2}
 	taken.CPUs = 2
-	if _, err := b.driver.Start(t.Context(), taken); err == nil || !strings.Contains(err.Error(), "has it open") {
-		t.Errorf("a TAP that another VM has: %v", err)
-	}
+	refused("a TAP that another VM has", "has it open")
 
 	want := func(question, answer string) {
 		t.Helper()
@@ -274,7 +342,8 @@ func testDevices(t *testing.T, b *bench) {
 	want("cpus", "2")
 	want("net", "mac="+testMAC+" queues=2")
 	want("disks", "vda ro=0 serial=root sectors=2048 queues=2 text=the root disk;"+
-		"vdb ro=1 serial=shared sectors=2048 queues=2 text=read by all")
+		"vdb ro=1 serial=shared sectors=2048")
+	want("disks", "text=read by all")
 	want("write vda changed", "ok")
 	want("disks", "text=changed;")
 	if got := ask(t, v, "write vdb changed"); got == "ok" {
@@ -302,6 +371,54 @@ func testDevices(t *testing.T, b *bench) {
 		t.Errorf("the disk begins with %.10q, %v", data, err)
 	}
 	onlyConsole(t, cfg)
+	if _, err := os.Stat(cgroup); cgroup != "" && err == nil {
+		t.Errorf("the cgroup %s is left", cgroup)
+	}
+}
+
+// limited checks the VMM's cgroup and returns it; "" where none was delegated.
+func limited(t *testing.T, cfg Config, pid int) string {
+	t.Helper()
+	root := os.Getenv(conformanceCgroup)
+	if root == "" {
+		t.Log("no cgroup is delegated here: its limits are not tested")
+		return ""
+	}
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path, err := parseCgroup(string(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(cgroupMount, path)
+	if dir != filepath.Join(root, "vm-"+cfg.ID) {
+		t.Errorf("the VMM is in cgroup %s", dir)
+	}
+	for name, want := range map[string]string{
+		"cpu.max": "150000 100000", "pids.max": strconv.Itoa(vmmThreads), "memory.max": fmt.Sprint(cfg.Memory),
+		"io.max": "riops=5000 wiops=5000",
+	} {
+		got, err := os.ReadFile(filepath.Join(dir, name))
+		t.Logf("%s: %s", name, strings.TrimSpace(string(got)))
+		switch name {
+		case "memory.max":
+			n, _ := strconv.ParseInt(strings.TrimSpace(string(got)), 10, 64)
+			if n < cfg.Memory+vmmMemory || n > 2*cfg.Memory+vmmMemory {
+				t.Errorf("memory.max is %d for a guest of %d, %v", n, cfg.Memory, err)
+			}
+		case "io.max":
+			if device, err := blockDevice(cfg.Disks[0].Path); err != nil || device != "" && !strings.Contains(string(got), want) {
+				t.Errorf("io.max on %q: %q, %v", device, got, err)
+			}
+		default:
+			if strings.TrimSpace(string(got)) != want {
+				t.Errorf("%s is %q, not %s: %v", name, got, want, err)
+			}
+		}
+	}
+	return dir
 }
 
 // privileges checks that the VMM has none: what a guest that breaks out would have.
@@ -512,7 +629,7 @@ func testImpossible(t *testing.T, b *bench) {
 		"a long folder":    {func(c *Config) { c.Dir += strings.Repeat("/x", 50) }, "80 bytes"},
 		"a long serial":    {func(c *Config) { c.Disks = []Disk{{Path: b.shared, Serial: strings.Repeat("x", 21)}} }, "20 bytes"},
 		"no such cgroup":   {func(c *Config) { c.Cgroup = "/sys/fs/cgroup/no/such" }, "/sys/fs/cgroup/no/such"},
-		"more memory than": {func(c *Config) { c.Memory = 1 << 50 }, "emory"},
+		"more memory than": {func(c *Config) { c.Memory = 1 << 50 }, "emor"},
 	} {
 		cfg := b.config(t)
 		dir := cfg.Dir

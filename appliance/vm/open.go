@@ -22,6 +22,8 @@ const (
 // Open returns the driver that a plan asks for. It looks at nothing yet: that is Probe.
 func Open(h plan.Hypervisor, log *slog.Logger) (Driver, error) {
 	switch h.Driver {
+	case "cloud-hypervisor":
+		return newCloudHypervisor(h, log), nil
 	case "qemu":
 		return newQEMU(h, log)
 	default:

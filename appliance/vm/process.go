@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -100,6 +101,7 @@ type launch struct {
 	extra  []*os.File // fd 3 and on in the VMM; the caller closes its own
 	files  []string   // names in cfg.Dir that the VM makes, and that go with it
 	log    *slog.Logger
+	groups *cgroups // where its cgroup is made, when cfg names none
 }
 
 // start runs the VMM detached from this process: a session of its own, none of
@@ -111,6 +113,11 @@ func start(l launch) (*process, error) {
 		return nil, err
 	}
 	attr := &syscall.SysProcAttr{Setsid: true}
+	if l.cfg.Cgroup == "" {
+		if l.cfg.Cgroup, err = l.groups.make(l.cfg); err != nil {
+			return nil, err
+		}
+	}
 	if l.cfg.Cgroup != "" {
 		group, err := unix.Open(l.cfg.Cgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -121,7 +128,7 @@ func start(l launch) (*process, error) {
 	}
 	out, err := os.OpenFile(filepath.Join(l.cfg.Dir, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, removeCgroup(l.cfg.Cgroup))
 	}
 	defer out.Close()
 	cmd := exec.Command(l.binary, l.args...)
@@ -137,7 +144,7 @@ func start(l launch) (*process, error) {
 			Console: l.cfg.Console, Cgroup: l.cfg.Cgroup,
 		},
 	}
-	if err := cmd.Start(); err != nil {
+	if err := startWithoutPrivileges(cmd); err != nil {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", l.binary, err), p.cleanUp())
 	}
 	if err := p.started(); err != nil {
@@ -149,6 +156,21 @@ func start(l launch) (*process, error) {
 		return nil, errors.Join(fmt.Errorf("%s for VM %s: %w", l.binary, l.cfg.ID, err), p.cleanUp())
 	}
 	return p, nil
+}
+
+// startWithoutPrivileges is cmd.Start on a thread of its own that has no_new_privs set: the VMM inherits it, the plugin
+// does not have it. The thread ends with the goroutine, since it stays locked.
+func startWithoutPrivileges(cmd *exec.Cmd) error {
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+			result <- fmt.Errorf("no_new_privs: %w", err)
+			return
+		}
+		result <- cmd.Start()
+	}()
+	return <-result
 }
 
 // started takes hold of a new child. Until it is waited for, its pid is no one else's.
@@ -419,8 +441,9 @@ func (p *process) await(d time.Duration) bool {
 
 // abandon ends a VMM whose start failed with err, and makes Start's error.
 func (p *process) abandon(ctx context.Context, err error) error {
-	// A socket breaks a moment before its process has ended; what the VMM itself said is the better reason.
-	if ctx.Err() == nil && p.await(time.Second) {
+	// A socket breaks a moment before its process has ended; what the VMM itself said is the better reason. Where it
+	// still answers, its answer is.
+	if answer := (*chError)(nil); ctx.Err() == nil && !errors.As(err, &answer) && p.await(time.Second) {
 		err = p.exitError()
 	}
 	return errors.Join(fmt.Errorf("start VM %s: %w", p.record.ID, err), p.kill())
@@ -439,8 +462,15 @@ func (p *process) cleanUp() error {
 	if err := removeCgroup(p.record.Cgroup); err != nil {
 		errs = append(errs, err)
 	}
-	for _, name := range append(p.files, logFile, recordFile) {
-		if err := os.Remove(filepath.Join(p.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	errs = append(errs, removeFiles(p.dir, p.files), removeFiles(p.dir, []string{logFile, recordFile}))
+	return errors.Join(errs...)
+}
+
+// removeFiles removes what is there of a VM's files.
+func removeFiles(dir string, names []string) error {
+	var errs []error
+	for _, name := range names {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
@@ -496,25 +526,28 @@ func trimFile(path string, keep int64) error {
 
 // lastWords is the end of a VMM's output, on one line and safe to print.
 func lastWords(path string) string {
-	f, err := os.Open(path)
+	tail, err := fileTail(path, 2048)
 	if err != nil {
 		return ""
 	}
-	defer f.Close()
-	const most = 2048
-	st, err := f.Stat()
-	if err != nil {
-		return ""
-	}
-	tail := make([]byte, min(st.Size(), most))
-	n, err := f.ReadAt(tail, st.Size()-int64(len(tail)))
-	if err != nil && !errors.Is(err, io.EOF) {
-		return ""
-	}
-	tail = bytes.Trim(tail[:n], "\x00 \t\r\n") // zeros: where trim has cut
+	tail = bytes.Trim(tail, "\x00 \t\r\n") // zeros: where trim has cut
 	lines := strings.FieldsFunc(string(tail), func(r rune) bool { return r == '\n' || r == '\r' })
 	lines = lines[max(0, len(lines)-5):]
 	return printable(strings.Join(lines, " | "))
+}
+
+// fileTail is the end of a file, at most n bytes.
+func fileTail(path string, n int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(io.NewSectionReader(f, max(0, st.Size()-n), n))
 }
 
 // printable replaces what a terminal might obey.

@@ -51,6 +51,7 @@ type qemu struct {
 	plan   plan.Hypervisor
 	target qemuTarget
 	log    *slog.Logger
+	groups *cgroups
 	// kvm is asked once: the machine does not change under us, and every Start needs the answer.
 	kvm     func() error
 	unruled sync.Once // network_mbps was asked for
@@ -75,7 +76,7 @@ func newQEMU(h plan.Hypervisor, log *slog.Logger) (*qemu, error) {
 	}
 	// Not the caller's context: the answer is for all callers.
 	kvm := sync.OnceValue(func() error { return ProbeKVM(context.Background()) })
-	return &qemu{plan: h, target: target, log: log, kvm: kvm}, nil
+	return &qemu{plan: h, target: target, log: log, groups: newCgroups(log), kvm: kvm}, nil
 }
 
 func (q *qemu) Name() string { return "qemu" }
@@ -170,9 +171,10 @@ func (q *qemu) Start(ctx context.Context, cfg Config) (VM, error) {
 				"hypervisor \"cloud-hypervisor\" has")
 		})
 	}
-	l := launch{cfg: cfg, driver: q.Name(), binary: binary, files: []string{qmpSocket, guestSocket}, log: q.log}
+	l := launch{cfg: cfg, driver: q.Name(), binary: binary, files: []string{qmpSocket, guestSocket}, log: q.log,
+		groups: q.groups}
 	if cfg.Net != nil {
-		if l.extra, err = openTAP(cfg.Net); err != nil {
+		if l.extra, err = openTAP(cfg.Net, cfg.Net.Queues); err != nil {
 			return nil, fmt.Errorf("VM %s: %w", cfg.ID, err)
 		}
 		defer closeAll(l.extra)

@@ -3,21 +3,27 @@ package vm
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// openTAP opens a TAP that exists, one descriptor for each queue pair. Its owner needs
+// openTAP opens a TAP that exists, one descriptor for each of the pairs, of which it may have more. Its owner needs
 // no capability for that; the flags must be those that it was made with.
-func openTAP(n *Net) ([]*os.File, error) {
+func openTAP(n *Net, pairs int) ([]*os.File, error) {
 	// Asked first: TUNSETIFF by root would make the interface that it does not find.
-	if _, err := net.InterfaceByName(n.TAP); err != nil {
+	link, err := netlink.LinkByName(n.TAP)
+	if err != nil {
 		return nil, fmt.Errorf("TAP %s: %w; make it with: fleetingd network up --plan FILE", n.TAP, err)
 	}
+	// The kernel refuses a second user of a TAP with one queue, but lets anyone join one with many, and
+	// shares the packets out between them.
+	if tap, ok := link.(*netlink.Tuntap); ok && tap.Queues > 0 {
+		return nil, tapError(n, unix.EBUSY)
+	}
 	var files []*os.File
-	for range n.Queues {
+	for range pairs {
 		f, err := openQueue(n)
 		if err != nil {
 			closeAll(files)

@@ -78,7 +78,8 @@ type Config struct {
 	Net     *Net   // nil: no network
 	Console string // file that gets the guest's console; "" for none
 	Limits  Limits
-	// Cgroup is the cgroup v2 folder the VMM is started in; "" for the plugin's own.
+	// Cgroup is the cgroup v2 folder that the VMM is started in, which goes with the VM. "" is the usual: the driver makes
+	// one with the limits where a subtree was delegated to this process, and where none was says so once.
 	Cgroup string
 }
 
@@ -96,8 +97,9 @@ type Net struct {
 	Queues int    // RX/TX pairs; the TAP was made with IFF_MULTI_QUEUE when above 1
 }
 
-// Limits are enforced by the VMM; 0 is no limit.
+// Limits are per VM; 0 is no limit. The VMM keeps to those of disk and network, the cgroup to all but the network's.
 type Limits struct {
-	DiskIOPS    int
-	NetworkMbps int
+	CPUQuotaPercent int // 400 is four CPUs
+	DiskIOPS        int
+	NetworkMbps     int // 10^6 bit/s, each direction
 }
