@@ -313,7 +313,7 @@ type field struct {
 	base   expr.PayloadBase
 	offset uint32
 	length uint32
-	needs  []need
+	needs  []question
 	encode func(string) ([]byte, error)
 }
 
@@ -325,25 +325,25 @@ const (
 	loadCTState
 )
 
-// need is a question about the packet without which a field's offset means nothing.
-type need struct {
+// question is one about the packet without which a field's offset means nothing.
+type question struct {
 	key   expr.MetaKey
 	value byte
 }
 
 var (
-	needIPv4  = need{expr.MetaKeyNFPROTO, unix.NFPROTO_IPV4}
-	needIPv6  = need{expr.MetaKeyNFPROTO, unix.NFPROTO_IPV6}
-	needEther = need{expr.MetaKeyIIFTYPE, unix.ARPHRD_ETHER}
+	needIPv4  = question{expr.MetaKeyNFPROTO, unix.NFPROTO_IPV4}
+	needIPv6  = question{expr.MetaKeyNFPROTO, unix.NFPROTO_IPV6}
+	needEther = question{expr.MetaKeyIIFTYPE, unix.ARPHRD_ETHER}
 )
 
-func l4(protocol byte) need { return need{expr.MetaKeyL4PROTO, protocol} }
+func l4(protocol byte) question { return question{expr.MetaKeyL4PROTO, protocol} }
 
 func meta(k expr.MetaKey) field {
 	return field{kind: loadMeta, meta: k, length: unix.IFNAMSIZ, encode: name}
 }
 
-func payload(base expr.PayloadBase, offset, length uint32, enc func(string) ([]byte, error), needs ...need) field {
+func payload(base expr.PayloadBase, offset, length uint32, enc func(string) ([]byte, error), needs ...question) field {
 	return field{kind: loadPayload, base: base, offset: offset, length: length, encode: enc, needs: needs}
 }
 
@@ -420,7 +420,7 @@ func (b *ruleBuilder) match(m plan.Match) error {
 	return b.compare(loads[0], m.Value, m.Not)
 }
 
-func (b *ruleBuilder) ask(n need) {
+func (b *ruleBuilder) ask(n question) {
 	if b.asked[n.key] == n.value {
 		return
 	}

@@ -89,8 +89,9 @@ func (t *tap) neighbours(index int) []netlink.Neigh {
 	neighs := []netlink.Neigh{n}
 	if t.Address6 != nil {
 		n.Family, n.IP = unix.AF_INET6, t.Address6.AsSlice()
-		neighs = append(neighs, n, netlink.Neigh{LinkIndex: index, Family: unix.AF_INET6, Flags: unix.NTF_PROXY | unix.NTF_ROUTER,
-			IP: t.net.Gateway6.AsSlice()})
+		// A proxy entry that is not permanent goes whenever a VM closes the TAP (neigh_carrier_down).
+		neighs = append(neighs, n, netlink.Neigh{LinkIndex: index, Family: unix.AF_INET6, State: unix.NUD_PERMANENT,
+			Flags: unix.NTF_PROXY | unix.NTF_ROUTER, IP: t.net.Gateway6.AsSlice()})
 	}
 	return neighs
 }
