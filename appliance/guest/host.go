@@ -16,7 +16,8 @@ import (
 
 // What a Session takes from a guest at most, so that a hostile one costs a bounded amount of everything.
 const (
-	maxJunk    = 1 << 20  // bytes that are no message for us
+	maxJunk    = 1 << 20  // bytes that are no message for us, where
+	junkLine   = 64       // a line counts as so many at least
 	maxHellos  = 200      // of one guest in one Session
 	maxStreams = 200      // opened by one Session
 	maxReboots = 2        // while WaitReady waits; a prebuild may not reboot at all
@@ -310,7 +311,7 @@ func (s *Session) accept(ctx context.Context, ev event) (bool, error) {
 		return s.hello(ctx, m)
 	}
 	if m.Session != s.id || !s.cur.greeted {
-		s.junk += paceMessage // of an earlier boot, or another host's: known, but it has to end somewhere
+		s.junk += junkLine // of an earlier boot, or another host's: known, but it has to end somewhere
 		return false, nil
 	}
 	if m.Seq != 0 {
@@ -478,7 +479,7 @@ func (st *stream) read() {
 		}
 		ev := event{}
 		if ev.msg, err = decode(line); err != nil {
-			ev = event{junk: int64(len(line)) + 1}
+			ev = event{junk: int64(max(len(line)+1, junkLine))}
 		}
 		if !st.emit(ev) {
 			return
