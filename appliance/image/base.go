@@ -101,8 +101,9 @@ func (s *Store) makeBase(ctx context.Context, img *plan.Image, f *files, d *draf
 	return &manifest{Image: img.Name, Cmdline: line, Inputs: inputs}, nil
 }
 
-// Prepare does the part of an image that only root can do: it builds a debian source from packages. For the other sources there
-// is none. Where it was built before nothing is done, unless fresh asks the mirror for newer packages.
+// Prepare does the part of an image that only root can do: it builds a debian source from packages. For the
+// other sources there is none. Where it was built before nothing is done, unless fresh asks the mirror for
+// newer packages.
 func (s *Store) Prepare(ctx context.Context, img *plan.Image, fresh bool) error {
 	if img.Source.Debian == nil {
 		return nil

@@ -65,9 +65,11 @@ func cloneError(src, dst string, err error) error {
 	case errors.Is(err, unix.EXDEV):
 		return fmt.Errorf("clone %s to %s: they are on two file systems, and a clone shares blocks with its image: "+
 			"keep `disks` and the images on one (FICLONE: %w)", src, dst, err)
-	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.ENOSYS):
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOTTY),
+		errors.Is(err, unix.ENOSYS):
 		return fmt.Errorf("clone %s to %s: the file system there (%s) cannot clone files, and a full copy is never made: "+
-			"take XFS (mkfs.xfs -m reflink=1) or btrfs, or let fleetingd make one: disks { backing = \"xfs-image\" } (FICLONE: %w)",
+			"take XFS (mkfs.xfs -m reflink=1) or btrfs, or let fleetingd make one: "+
+			"disks { backing = \"xfs-image\" } (FICLONE: %w)",
 			src, dst, fileSystem(filepath.Dir(dst)), err)
 	default: // ENOSPC, EDQUOT, EIO say enough
 		return fmt.Errorf("clone %s to %s: %w", src, dst, err)

@@ -13,8 +13,8 @@ import (
 // lastLines is how many lines of a failed program's output its error shows.
 const lastLines = 12
 
-// command runs a program to its end. Each line of its output goes to line, which may be nil; when it fails the error names the
-// program and shows its last lines. When ctx ends, all that it started ends with it.
+// command runs a program to its end. Each line of its output goes to line, which may be nil; when it fails
+// the error names the program and shows its last lines. When ctx ends, all that it started ends with it.
 func command(ctx context.Context, line func(string), name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
 	return runCommand(ctx, cmd, line)

@@ -27,7 +27,8 @@ const debianKeyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 // debianMirror is asked where neither the spec nor the host's apt names one.
 const debianMirror = "http://deb.debian.org/debian"
 
-// debianRecipe is part of the digest: it is counted up when what follows makes another disk of the same packages.
+// debianRecipe is part of the digest: it is counted up when what follows makes another disk of the same
+// packages.
 const debianRecipe = 1
 
 // debianPackages are what a guest needs: to boot, to be told who it is, to be reached, and to fetch more.
@@ -234,14 +235,16 @@ func (b *debianBuilder) bootstrap(ctx context.Context, root string) error {
 	}
 	defer os.RemoveAll(hooks)
 	early, late := filepath.Join(hooks, "before-packages"), filepath.Join(hooks, "after-packages")
-	if err := errors.Join(os.WriteFile(early, []byte(beforePackages), 0o700), os.WriteFile(late, []byte(afterPackages), 0o700)); err != nil {
+	err = errors.Join(os.WriteFile(early, []byte(beforePackages), 0o700), os.WriteFile(late, []byte(afterPackages), 0o700))
+	if err != nil {
 		return err
 	}
 	args := []string{
 		"--mode=root", "--format=directory", "--variant=minbase",
 		"--architectures=" + b.inputs.Arch,
 		"--include=" + strings.Join(b.inputs.Packages, ","),
-		// fsync after each file is for disks that somebody would miss; kept in the guest, where it holds as well.
+		// fsync after each file is for disks that somebody would miss; kept in the guest, where it holds as
+		// well.
 		"--dpkgopt=force-unsafe-io",
 		"--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright",
 		"--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/info/*",
@@ -255,7 +258,8 @@ func (b *debianBuilder) bootstrap(ctx context.Context, root string) error {
 		args = append(args, r.String())
 	}
 	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
-	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "SOURCE_DATE_EPOCH="+strconv.FormatInt(b.inputs.Repos[0].date.Unix(), 10))
+	epoch := strconv.FormatInt(b.inputs.Repos[0].date.Unix(), 10)
+	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "SOURCE_DATE_EPOCH="+epoch)
 	if b.proxy != "" && os.Getenv("http_proxy") == "" {
 		cmd.Env = append(cmd.Env, "http_proxy="+b.proxy)
 	}
@@ -280,7 +284,8 @@ rm -f "$1"/etc/ssh/ssh_host_*_key*
 # Only seeds of ours: looking for other clouds takes seconds.
 echo 'datasource_list: [ NoCloud, None ]' >"$1/etc/cloud/cloud.cfg.d/90_fleetingd.cfg"
 # Housekeeping for machines that live longer than a job.
-for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer; do
+for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
+	e2scrub_reap.service fstrim.timer; do
 	rm -f "$1"/etc/systemd/system/*.wants/"$unit"
 done
 `
@@ -328,11 +333,13 @@ func checkDebian(src *plan.DebianSource, arch string) error {
 	}
 	for _, need := range []struct{ program, pkg string }{{"mmdebstrap", "mmdebstrap"}, {"mke2fs", "e2fsprogs"}} {
 		if _, err := exec.LookPath(need.program); err != nil {
-			return fmt.Errorf("its `debian` source is built with %s, which is not here: apt-get install %s", need.program, need.pkg)
+			return fmt.Errorf("its `debian` source is built with %s, which is not here: apt-get install %s",
+				need.program, need.pkg)
 		}
 	}
 	if _, err := os.Stat(debianKeyring); err != nil {
-		return fmt.Errorf("its packages cannot be verified without Debian's keys: apt-get install debian-archive-keyring (%w)", err)
+		return fmt.Errorf("its packages cannot be verified without Debian's keys: "+
+			"apt-get install debian-archive-keyring (%w)", err)
 	}
 	return nil
 }

@@ -33,8 +33,8 @@ var foreign = []struct{ magic, name, cure string }{
 	{"<html", "an HTML page", "a look at it in a browser"},
 }
 
-// diskFormat tells raw from qcow2 by the header, and refuses what else it knows. QEMU is never
-// asked to guess: a raw disk whose guest wrote a qcow2 header into it would be read as one, backing file and all
+// diskFormat tells raw from qcow2 by the header, and refuses what else it knows. QEMU is never asked to
+// guess: a raw disk whose guest wrote a qcow2 header into it would be read as one, backing file and all
 // (CVE-2008-2004 and its kin).
 func diskFormat(r io.ReaderAt) (string, error) {
 	header := make([]byte, 512)
@@ -126,8 +126,8 @@ func rootArg(disk io.ReaderAt) (string, error) {
 	if p := mbrRoot(disk); p.id != "" {
 		return "root=PARTUUID=" + p.id + rootFlags(p.fs), nil
 	}
-	return "", errors.New("it has neither a file system nor a partition with one for Linux (ext4, XFS or btrfs, GPT or MBR); " +
-		"if it boots all the same, say how with `cmdline`")
+	return "", errors.New("it has neither a file system nor a partition with one for Linux (ext4, XFS or btrfs, " +
+		"GPT or MBR); if it boots all the same, say how with `cmdline`")
 }
 
 // rootFlags are the mount options of a worker's root. Inode tables that were left
@@ -146,7 +146,8 @@ type partition struct {
 	size uint64 // in sectors, less one
 }
 
-// fileSystemAt names one that Linux takes as its root, by the mark at the place that its format gives; "" for none.
+// fileSystemAt names one that Linux takes as its root, by the mark at the place that its format gives; "" for
+// none.
 func fileSystemAt(disk io.ReaderAt, at int64) string {
 	for _, fs := range []struct {
 		name   string
@@ -204,7 +205,8 @@ func gptRoot(disk io.ReaderAt) (partition, error) {
 		}
 	}
 	if best.id == "" {
-		return best, errors.New("its GPT has no Linux partition with a file system; if it boots all the same, say how with `cmdline`")
+		return best, errors.New("its GPT has no Linux partition with a file system; " +
+			"if it boots all the same, say how with `cmdline`")
 	}
 	return best, nil
 }

@@ -194,7 +194,8 @@ func (f *fetcher) try(ctx context.Context, d download, part string) (sum string,
 		offset = 0 // the server ignored Range, or If-Range told it that the file changed
 		digest.Reset()
 	} else if !startsAt(resp, offset) {
-		return "", fmt.Errorf("GET %s: %w: asked for byte %d, got %q", redacted(d.url), errChanged, offset, resp.Header.Get("Content-Range"))
+		return "", fmt.Errorf("GET %s: %w: asked for byte %d, got %q",
+			redacted(d.url), errChanged, offset, resp.Header.Get("Content-Range"))
 	}
 	if err := out.Truncate(offset); err != nil {
 		return "", err
@@ -227,7 +228,8 @@ func (f *fetcher) watch(ctx context.Context) (_ context.Context, alive, stop fun
 	return ctx, func() { timer.Reset(f.stall) }, func() { timer.Stop(); cancel(nil) }
 }
 
-// get asks for the file from offset on, if it is still the one that validator stands for (RFC 9110, 13.1.5 and 14.2).
+// get asks for the file from offset on, if it is still the one that validator stands for (RFC 9110, 13.1.5
+// and 14.2).
 func (f *fetcher) get(ctx context.Context, address string, offset int64, validator string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
@@ -377,7 +379,8 @@ func redacted(address string) string {
 	return u.Redacted()
 }
 
-// printable escapes what came from elsewhere for a terminal: what is no visible character is written as Go writes it.
+// printable escapes what came from elsewhere for a terminal: what is no visible character is written as Go
+// writes it.
 func printable(s string) string {
 	var b strings.Builder
 	for _, r := range s {

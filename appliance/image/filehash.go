@@ -106,7 +106,8 @@ func keptDigest(path string, now stamp) string {
 	return digest
 }
 
-// allocated is what a sparse file takes up, in bytes: st_blocks is in units of 512, whatever the file system's are (stat(2)).
+// allocated is what a sparse file takes up, in bytes: st_blocks is in units of 512, whatever the file
+// system's are (stat(2)).
 func allocated(fi os.FileInfo) int64 {
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
 		return st.Blocks * 512

@@ -164,14 +164,14 @@ func (s *Store) bytesOf(image string, phase Phase, item string) func(done, total
 }
 
 // Ensure gives the sealed image of a spec, and makes it where there is none: base, prebuild, seal. One caller
-// on the host builds, the others wait and find it. Where it is there already nothing is fetched, and no network is needed.
-// A failed step is a *guest.StepError.
+// on the host builds, the others wait and find it. Where it is there already nothing is fetched, and no
+// network is needed. A failed step is a *guest.StepError.
 func (s *Store) Ensure(ctx context.Context, img *plan.Image) (*Sealed, error) {
 	return s.sealed(ctx, img, false)
 }
 
-// Refresh looks whether the source has changed, builds beside the image in use, and swaps: the next Ensure gives the
-// new one. Where nothing changed it gives the one in use, Cached.
+// Refresh looks whether the source has changed, builds beside the image in use, and swaps: the next Ensure
+// gives the new one. Where nothing changed it gives the one in use, Cached.
 func (s *Store) Refresh(ctx context.Context, img *plan.Image) (*Sealed, error) {
 	return s.sealed(ctx, img, true)
 }
@@ -249,7 +249,7 @@ func (s *Store) mine() error {
 	if s.mayWrite() {
 		return nil
 	}
-	return fmt.Errorf("%s belongs to another user, and root does not build there: start this as user %q (Prepare is root's part)",
+	return fmt.Errorf("%s belongs to another user, and root does not build there: start this as user %q",
 		s.plan.Paths.Images, s.plan.User)
 }
 

@@ -118,7 +118,8 @@ func (s *shelf) read(kind, digest string) (*manifest, error) {
 		case err != nil:
 			return nil, err
 		case name == diskFile && fi.Size() != m.Size:
-			return nil, fmt.Errorf("%w: %s is %d bytes, and %d when it was sealed", errMissing, filepath.Join(dir, name), fi.Size(), m.Size)
+			return nil, fmt.Errorf("%w: %s is %d bytes, and %d when it was sealed",
+				errMissing, filepath.Join(dir, name), fi.Size(), m.Size)
 		}
 	}
 	return &m, nil
@@ -168,8 +169,8 @@ func (s *shelf) lock(ctx context.Context, name string) (*state.Lock, error) {
 	return l, err
 }
 
-// make gives the image of that digest: the one that is there, or a new one that fill puts into a draft. Two specs may come to the same
-// digest, so it has a lock of its own.
+// make gives the image of that digest: the one that is there, or a new one that fill puts into a draft. Two
+// specs may come to the same digest, so it has a lock of its own.
 func (s *shelf) make(
 	ctx context.Context, kind, digest string, fill func(*draft) (*manifest, error),
 ) (_ *manifest, cached bool, err error) {
@@ -256,7 +257,8 @@ func (s *shelf) finish(d *draft, m *manifest) error {
 	return s.place(d, s.folder(m.Kind, m.Digest))
 }
 
-// place renames a draft to where it belongs. An image that is there already is a damaged one: read did not take it.
+// place renames a draft to where it belongs. An image that is there already is a damaged one: read did not
+// take it.
 func (s *shelf) place(d *draft, dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err

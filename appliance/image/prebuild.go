@@ -21,8 +21,8 @@ const guestName = "fleetingd"
 // poweroffTimeout is for a sealed guest to power off. It has nothing left to do.
 const poweroffTimeout = 2 * time.Minute
 
-// sealedInputs are what a sealed image is the digest of. The seed's network is no part of it: sealing takes that out, and a host
-// with one more worker, whose build slot has another address, is to build nothing.
+// sealedInputs are what a sealed image is the digest of. The seed's network is no part of it: sealing takes
+// that out, and a host with one more worker, whose build slot has another address, is to build nothing.
 type sealedInputs struct {
 	Format int         `json:"format"`
 	Base   string      `json:"base"` // the base's digest; in a spec's digest the source's
@@ -128,7 +128,8 @@ const (
 	consoleFile = "console.log"
 )
 
-// run boots the base, runs the steps, and leaves disk, kernel and initrd of the sealed image in the draft. When it returns the VM is gone.
+// run boots the base, runs the steps, and leaves disk, kernel and initrd of the sealed image in the draft.
+// When it returns the VM is gone.
 func (b *prebuild) run(ctx context.Context) (err error) {
 	timeout := time.Duration(b.img.Prebuild.Timeout)
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it is not done after %v (the spec's timeout)", timeout))
@@ -257,7 +258,8 @@ func (b *prebuild) boot(ctx context.Context, cfg vm.Config) (_ guest.Export, err
 	case <-ctx.Done():
 		return guest.Export{}, b.explain(ctx, machine, context.Cause(ctx))
 	case <-time.After(poweroffTimeout):
-		return guest.Export{}, b.explain(ctx, machine, fmt.Errorf("the sealed guest has not powered off in %v", poweroffTimeout))
+		err := fmt.Errorf("the sealed guest has not powered off in %v", poweroffTimeout)
+		return guest.Export{}, b.explain(ctx, machine, err)
 	}
 }
 
@@ -280,7 +282,8 @@ func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error 
 	return err
 }
 
-// takeExport puts the kernel and initrd that the sealed guest boots with into the draft: the ones that it exported, or the base's.
+// takeExport puts the kernel and initrd that the sealed guest boots with into the draft: the ones that it
+// exported, or the base's.
 func (b *prebuild) takeExport(e guest.Export) error {
 	if e.Bytes == 0 {
 		b.log().Warn("the guest exported no kernel: the base's is kept", "image", b.img.Name, "reason", e.Reason)
@@ -321,7 +324,8 @@ func guestSteps(steps []plan.Step) []guest.Step {
 	return out
 }
 
-// lastOfFile gives the last lines of a file, escaped for a terminal: a console is what the guest likes to write.
+// lastOfFile gives the last lines of a file, escaped for a terminal: a console is what the guest likes to
+// write.
 func lastOfFile(path string) []string {
 	f, err := os.Open(path)
 	if err != nil {

@@ -49,9 +49,9 @@ func (s *Store) List(ctx context.Context) ([]Item, error) {
 	return items, nil
 }
 
-// Prune removes images that no spec of the Plan stands for and that are not in use, and what interrupted builds left. It
-// returns the digests that it removed. A clone holds its own blocks and needs no sealed image, so inUse matters only
-// for what a VM is about to boot. What is being built stays.
+// Prune removes images that no spec of the Plan stands for and that are not in use, and what interrupted
+// builds left. It returns the digests that it removed. A clone holds its own blocks and needs no sealed
+// image, so inUse matters only for what a VM is about to boot. What is being built stays.
 func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (removed []string, err error) {
 	current, err := s.current(ctx)
 	if err != nil {
@@ -70,7 +70,8 @@ func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (remo
 	return removed, errors.Join(errs...)
 }
 
-// current gives the digests that the Plan's specs stand for, on both shelves, and those of the specs themselves.
+// current gives the digests that the Plan's specs stand for, on both shelves, and those of the specs
+// themselves.
 func (s *Store) current(ctx context.Context) (map[string]bool, error) {
 	current := map[string]bool{}
 	for i := range s.plan.Images {

@@ -96,7 +96,8 @@ func (s *Store) resolveURL(ctx context.Context, name string, src *plan.URLSource
 		}
 		if p.to.digest == "" {
 			if !strings.HasPrefix(p.url, "https:") {
-				s.log().Warn("nothing vouches for this file: give its SHA256SUMS with sha256sums", "image", name, "url", redacted(p.url))
+				s.log().Warn("nothing vouches for this file: give its SHA256SUMS with sha256sums",
+					"image", name, "url", redacted(p.url))
 			}
 			digest, err := s.fetch(ctx, name, *p.to, maxKernel)
 			if err != nil {
@@ -108,8 +109,8 @@ func (s *Store) resolveURL(ctx context.Context, name string, src *plan.URLSource
 	return f, nil
 }
 
-// resolveUbuntu finds out the digests of a cloud image, and checks Canonical's signature over them. The folder and the
-// one below it, unpacked, have a signed list each.
+// resolveUbuntu finds out the digests of a cloud image, and checks Canonical's signature over them. The
+// folder and the one below it, unpacked, have a signed list each.
 func (s *Store) resolveUbuntu(ctx context.Context, src *plan.UbuntuSource) (*files, error) {
 	folder := strings.TrimSuffix(src.Mirror, "/") + "/" + src.Release + "/current/"
 	stem := src.Release + "-server-cloudimg-" + src.Arch
@@ -205,10 +206,12 @@ func some(sums map[string]string) string {
 	return fmt.Sprintf("%d files, among them %s", len(sums), strings.Join(names, ", "))
 }
 
-// fetch downloads a part into the cache and gives its digest. What is in the cache already is taken where its digest is the wanted one.
+// fetch downloads a part into the cache and gives its digest. What is in the cache already is taken where its
+// digest is the wanted one.
 func (s *Store) fetch(ctx context.Context, name string, p part, limit int64) (digest string, err error) {
 	dst := s.cached(p)
-	// Two specs may have one source; a second download of it at the same time would write into the first one's file.
+	// Two specs may have one source; a second download of it at the same time would write into the first
+	// one's file.
 	lock, err := s.shelf.lock(ctx, filepath.Base(dst))
 	if err != nil {
 		return "", err

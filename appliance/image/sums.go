@@ -83,7 +83,8 @@ func verifySigned(keyring openpgp.EntityList, signed, signature []byte, now time
 		}
 		raw = block.Body
 	}
-	// A day's grace for a host whose clock is behind: a signature from the future is no attack, but go-crypto refuses it.
+	// A day's grace for a host whose clock is behind: a signature from the future is no attack, but go-crypto
+	// refuses it.
 	config := &packet.Config{Time: func() time.Time { return now.Add(24 * time.Hour) }}
 	// SHA-1 and MD5 collide, and the library accepts them still.
 	strong := []crypto.Hash{crypto.SHA256, crypto.SHA384, crypto.SHA512}
