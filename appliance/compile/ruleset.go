@@ -140,7 +140,7 @@ func (r *ruler) senders() []plan.Rule {
 		rules = append(rules,
 			rule("a worker's own MAC and IPv6", verdict(plan.Accept), tun, slot(plan.IP6Source, setWorkers6), mac),
 			rule("neighbour discovery from its link-local address", verdict(plan.Accept),
-				tun, in(plan.IIFName, setTAPs), mac, is(plan.IP6Source, linkLocal(r.net.GuestMAC)), neighbours))
+				tun, in(plan.IIFName, setTAPs), is(plan.IP6Source, linkLocal(r.net.GuestMAC)), neighbours, mac))
 	}
 	return append(rules,
 		counted("a worker with an address that is not its own", plan.Drop, tun, in(plan.IIFName, setTAPs)))
@@ -388,14 +388,17 @@ func (r *ruler) arp() plan.Table {
 			{Name: setWorkers, Key: []plan.DataType{plan.TypeIFName, plan.TypeIPv4}, Slots: true},
 		},
 		Chains: []plan.Chain{{Name: "input", Type: "filter", Hook: "input", Priority: priorityFilter, Rules: []plan.Rule{
-			rule("fleetingd: a worker asks for the gateway", verdict(plan.Accept),
-				slot(plan.ARPSourceIP, setWorkers), is(plan.ARPOperation, "request"),
-				is(plan.ARPSourceMAC, r.net.GuestMAC), is(plan.ARPTargetIP, r.net.Gateway.String())),
+			counted("fleetingd: a worker may ask, not answer", plan.Drop,
+				in(plan.IIFName, setTAPs), isNot(plan.ARPOperation, "request")),
+			rule("a worker asks for the gateway", verdict(plan.Accept),
+				slot(plan.ARPSourceIP, setWorkers), is(plan.ARPSourceMAC, r.net.GuestMAC), is(plan.ARPTargetIP, r.net.Gateway.String())),
 			counted("any other ARP of a worker", plan.Drop, in(plan.IIFName, setTAPs)),
 		}}},
 	}
 }
 
+// rule takes matches of which no two ask for equal bytes that touch: nft makes one of such, and the rule that was
+// loaded from its text would not be the one that is sent.
 func rule(comment string, v plan.Verdict, m ...plan.Match) plan.Rule {
 	return plan.Rule{Comment: plan.Comment(comment), Matches: m, Verdict: v}
 }

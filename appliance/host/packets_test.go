@@ -20,6 +20,7 @@ const (
 	byHost    = "the host itself"
 	bySender  = "a worker with an address that is not its own"
 	byARP     = "any other ARP of a worker"
+	byAnswer  = "fleetingd: a worker may ask, not answer"
 	byInbound = "from elsewhere to a worker: only answers"
 	byOther   = "out of another interface"
 	byGlobal  = "all but global unicast"
@@ -170,7 +171,7 @@ func forged(l *lab, p *plan.Plan, one, two worker) {
 	const all = "ff:ff:ff:ff:ff:ff"
 	l.dropped(byARP, send(frame(all, mac, unix.ETH_P_ARP, arp(1, mac, other, "172.16.120.1"))))
 	l.dropped(byARP, send(frame(all, mac, unix.ETH_P_ARP, arp(1, "02:00:00:00:00:99", own, "172.16.120.1"))))
-	l.dropped(byARP, send(frame(all, mac, unix.ETH_P_ARP, arp(2, mac, own, "172.16.120.1"))))
+	l.dropped(byAnswer, send(frame(all, mac, unix.ETH_P_ARP, arp(2, mac, own, "172.16.120.1"))))
 	l.dropped(byARP, send(frame(all, mac, unix.ETH_P_ARP, arp(1, mac, own, hostLAN)))) // would tell of the host's addresses
 	if got := l.sh(l.host, "ip neigh show "+own); !strings.Contains(got, mac) || !strings.Contains(got, "PERMANENT") {
 		l.Errorf("the host's neighbour entry of the worker is %q", got)
