@@ -1,12 +1,16 @@
 package hostspec
 
 import (
+	"errors"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 
 	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
+	"github.com/zclconf/go-cty/cty/function"
 )
 
 // eval gives an expression's value; false after a finding, which it has added, and
@@ -37,15 +41,32 @@ func (l *loader) value(expr hcl.Expression, ctx *hcl.EvalContext) (val cty.Value
 			})
 		}
 	}()
-	return expr.Value(ctx)
+	val, diags = expr.Value(ctx)
+	for _, d := range diags {
+		d.EvalContext = nil // a printer would show the values of all variables
+		withoutStack(d)
+	}
+	return val, diags
+}
+
+// withoutStack shortens the finding that a library function has panicked, as
+// log(-1, 0) does: it comes with a stack trace.
+func withoutStack(d *hcl.Diagnostic) {
+	call, ok := hcl.DiagnosticExtra[hclsyntax.FunctionCallDiagExtra](d)
+	if !ok {
+		return
+	}
+	var p function.PanicError
+	if errors.As(call.FunctionCallError(), &p) {
+		d.Detail = fmt.Sprintf("%s can do nothing with these arguments. Write other ones.", call.CalledFunctionName())
+	}
 }
 
 // withhold takes the details out of findings about secrets: functions put the
 // value that they did not like into their message.
 func (l *loader) withhold(diags hcl.Diagnostics, secret bool) hcl.Diagnostics {
-	for _, d := range diags {
-		d.EvalContext = nil // a printer would show the values of all variables
-		if secret {
+	if secret {
+		for _, d := range diags {
 			d.Detail = "The reason is not shown, because it may hold the value of a sensitive variable."
 		}
 	}
@@ -108,6 +129,9 @@ func (l *loader) checkReferences(expr hcl.Expression) bool {
 	return ok
 }
 
+// numberSyntax is what cty takes for a number.
+var numberSyntax = regexp.MustCompile(`^[+-]?[0-9.]+[eE][+-]?[0-9]+$`)
+
 // valueSize is the number of elements of a value and bytes of its strings.
 func valueSize(v cty.Value) int {
 	v, _ = v.UnmarkDeep()
@@ -117,7 +141,11 @@ func valueSize(v cty.Value) int {
 		if v.IsKnown() && !v.IsNull() {
 			switch v.Type() {
 			case cty.String:
-				n += len(v.AsString())
+				text := v.AsString()
+				n += len(text)
+				if numberSyntax.MatchString(text) && !smallExponent([]byte(text)) {
+					n += maxWork // as a number, which it may become at any time
+				}
 			case cty.Number:
 				// 1e9999999 is a few bytes until it is written out in decimal.
 				exp := v.AsBigFloat().MantExp(nil)

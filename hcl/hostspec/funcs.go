@@ -47,13 +47,13 @@ func (l *loader) functions() map[string]function.Function {
 		"setproduct": stdlib.SetProductFunc, "setsubtract": stdlib.SetSubtractFunc, "setunion": stdlib.SetUnionFunc,
 		"slice": stdlib.SliceFunc, "sort": stdlib.SortFunc, "values": stdlib.ValuesFunc, "zipmap": stdlib.ZipmapFunc,
 
-		"tobool": stdlib.MakeToFunc(cty.Bool), "tonumber": stdlib.MakeToFunc(cty.Number),
+		"tobool": stdlib.MakeToFunc(cty.Bool), "tonumber": boundedNumbers(stdlib.MakeToFunc(cty.Number)),
 		"tostring": stdlib.MakeToFunc(cty.String),
 		"tolist":   stdlib.MakeToFunc(cty.List(cty.DynamicPseudoType)),
 		"tomap":    stdlib.MakeToFunc(cty.Map(cty.DynamicPseudoType)),
 		"toset":    stdlib.MakeToFunc(cty.Set(cty.DynamicPseudoType)),
 
-		"csvdecode": stdlib.CSVDecodeFunc, "jsondecode": stdlib.JSONDecodeFunc, "jsonencode": stdlib.JSONEncodeFunc,
+		"csvdecode": stdlib.CSVDecodeFunc, "jsondecode": boundedNumbers(stdlib.JSONDecodeFunc), "jsonencode": stdlib.JSONEncodeFunc,
 		"can": tryfunc.CanFunc, "try": tryfunc.TryFunc,
 
 		"cidrhost": cidrHost, "cidrsubnet": cidrSubnet, "env": l.envFunc(), "file": l.fileFunc(),
@@ -96,6 +96,27 @@ var boundedIndent = function.New(&function.Spec{
 		return stdlib.IndentFunc.Call(args)
 	},
 })
+
+var exponents = regexp.MustCompile(`[0-9.]+[eE][+-]?[0-9]+`)
+
+// boundedNumbers refuses text with numbers such as 1e999999999: written out again, as
+// any template may do, that is a GB of digits.
+func boundedNumbers(f function.Function) function.Function {
+	return function.New(&function.Spec{
+		Params: f.Params(),
+		Type: func(args []cty.Value) (cty.Type, error) {
+			if v := args[0]; v.Type() == cty.String && v.IsKnown() && !v.IsNull() {
+				for _, n := range exponents.FindAllString(v.AsString(), -1) {
+					if !smallExponent([]byte(n)) {
+						return cty.DynamicPseudoType, function.NewArgErrorf(0, "the exponent of a number may be at most %d", maxExponent)
+					}
+				}
+			}
+			return f.ReturnTypeForValues(args)
+		},
+		Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) { return f.Call(args) },
+	})
+}
 
 // fileFunc is file(path): the text of a regular file, looked up from the spec's folder.
 func (l *loader) fileFunc() function.Function {

@@ -76,8 +76,10 @@ type Image struct {
 	Ubuntu   *UbuntuSource
 	Debian   *DebianSource
 	Prebuild *Prebuild // nil: no prebuild block
-	User     string
-	Range    hcl.Range
+	// User is the account that jobs run as: by default "ubuntu" in an image with the
+	// ubuntu source, whose maker has made that account, and "ci" in any other.
+	User  string
+	Range hcl.Range
 }
 
 // FileSource is `file { disk kernel initrd cmdline }`.
