@@ -162,7 +162,7 @@ func (b *boot) start(ctx context.Context) error {
 			{Path: b.seedISO(), ReadOnly: true, Serial: "seed"},
 		},
 		Net:    &vm.Net{TAP: b.w.slot.TAP, MAC: p.Network.GuestMAC, Queues: b.w.slot.Queues},
-		Limits: vm.Limits{DiskIOPS: pool.Limits.DiskIOPS, NetworkMbps: pool.Limits.NetworkMbps},
+		Limits: vm.Limits(pool.Limits),
 	}
 	if pool.Console {
 		cfg.Console = b.g.consolePath(b.w.id)

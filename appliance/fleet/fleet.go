@@ -210,7 +210,6 @@ func (g *Group) init(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("images: %w", err)
 	}
-	g.warnLimits()
 
 	g.plan, g.driver, g.images = p, driver, store
 	g.ctx, g.cancel = context.WithCancelCause(context.Background())
@@ -276,12 +275,6 @@ func (g *Group) background(fn func()) {
 		defer g.wg.Done()
 		fn()
 	}()
-}
-
-func (g *Group) warnLimits() {
-	if q := g.pool.Limits.CPUQuotaPercent; q > 0 {
-		g.log.Warn("limits.cpu_quota is not enforced: no cgroup was delegated to the plugin", "pool", g.pool.Name, "percent", q)
-	}
 }
 
 // Update shows every worker. A worker that is gone is shown as such for some rounds, in case that an answer got

@@ -12,12 +12,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
 	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
 	"golang.org/x/crypto/ssh"
 
 	"github.com/fleetingd/fleetingd/appliance/guest"
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/vm"
 	"github.com/fleetingd/fleetingd/seed"
 )
 
@@ -709,6 +711,34 @@ func TestConsoleIsKept(t *testing.T) {
 	waitState(t, g, provider.StateDeleted, 2)
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != maxConsoles {
 		t.Errorf("%d consoles kept, %v", len(entries), err)
+	}
+}
+
+// TestVMConfig compares what the driver is handed with the plan.
+func TestVMConfig(t *testing.T) {
+	h := newHost(t, 2)
+	h.plan.Pools[0].Limits = plan.Limits{CPUQuotaPercent: 150, DiskIOPS: 500, NetworkMbps: 10}
+	h.plan.Pools[0].CPUs, h.plan.Slots[0].Queues = 2, 2
+	h.write()
+	g := h.start()
+	increase(t, g, 1)
+	waitState(t, g, provider.StateRunning, 1)
+	id := ids(g)[0]
+	want := vmConfig{
+		ID: id, Dir: g.vmDir(id), CPUs: 2, Memory: 1 << 30, Kernel: "/k", Cmdline: "root=/dev/vda",
+		Disks: []vm.Disk{
+			{Path: filepath.Join(g.cloneDir(id), "disk.raw"), Serial: "root"},
+			{Path: filepath.Join(g.cloneDir(id), "seed.iso"), ReadOnly: true, Serial: "seed"},
+		},
+		Net:    &vm.Net{TAP: "fltest0", MAC: "02:fd:00:00:00:02", Queues: 2},
+		Limits: vm.Limits{CPUQuotaPercent: 150, DiskIOPS: 500, NetworkMbps: 10},
+	}
+	if diff := cmp.Diff(want, h.driver.cfgs[0]); diff != "" {
+		t.Error(diff)
+	}
+	// sun_path: what lies in the folder is a socket.
+	if n := len(want.Dir) - len(h.plan.Paths.Run); n > 80-40 {
+		t.Errorf("the VM's folder is %d bytes below the run folder", n)
 	}
 }
 
