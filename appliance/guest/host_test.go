@@ -283,7 +283,7 @@ func endless(c net.Conn, text string) {
 
 func swallow(c net.Conn) { io.Copy(io.Discard, c) }
 
-func TestHostileGuest(t *testing.T) {
+func TestSessionWithHostileGuest(t *testing.T) {
 	for name, c := range map[string]struct {
 		guest func(c net.Conn, session string)
 		want  string
