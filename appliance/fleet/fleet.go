@@ -193,7 +193,7 @@ func (g *Group) init(ctx context.Context) error {
 	if err := checkSettings(g.settings, g.image.User); err != nil {
 		return err
 	}
-	if err := g.take(p); err != nil {
+	if err := g.take(ctx, p); err != nil {
 		return err
 	}
 	if g.cfg.keys != nil {
@@ -229,14 +229,20 @@ func (g *Group) init(ctx context.Context) error {
 	return nil
 }
 
+// lockTimeout is how long a plugin that was killed may take to be gone: its lock goes with its last thread, and the
+// runner starts the next one at once.
+const lockTimeout = time.Second
+
 // take locks the pool on this host for this process. The lock is in the run folder, which all plans of a host
 // share: two plans that name one pool would use the same TAPs.
-func (g *Group) take(p *plan.Plan) error {
+func (g *Group) take(ctx context.Context, p *plan.Plan) error {
 	if err := makeFolder(p, p.Paths.Run, 0o755); err != nil {
 		return err
 	}
 	path := filepath.Join(p.Paths.Run, g.pool.Name+".lock")
-	l, err := state.TryLock(path)
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
+	l, err := state.WaitLock(ctx, path)
 	if errors.Is(err, state.ErrLocked) {
 		return fmt.Errorf("pool %q is served by another plugin process on this host (it holds %s): "+
 			"a pool belongs to one [[runners]] section; give each its own pool, or end the other runner", g.pool.Name, path)
