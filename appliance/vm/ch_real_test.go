@@ -197,6 +197,7 @@ func TestCloudHypervisorRealFaults(t *testing.T) {
 		onlyConsole(t, cfg)
 	})
 	t.Run("hung", func(t *testing.T) {
+		need.Slow(t)
 		noLeaks(t, dir)
 		cfg := newConfig("hung")
 		binary, err := c.binary()

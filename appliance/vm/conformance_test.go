@@ -99,22 +99,7 @@ func asNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	openTUN(t, dir)
-	for _, name := range []string{testTAP, testTAP2} {
-		tap := &netlink.Tuntap{
-			LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TAP, Queues: 2,
-			Owner: uint32(uid), Group: uint32(gid), // this library always sets a group, and both must be ours then
-			Flags: netlink.TUNTAP_MULTI_QUEUE_DEFAULTS | netlink.TUNTAP_VNET_HDR,
-		}
-		if err := netlink.LinkAdd(tap); err != nil {
-			t.Fatal(err)
-		}
-		for _, f := range tap.Fds {
-			f.Close() // persistent: it stays
-		}
-		if err := netlink.LinkSetUp(tap); err != nil {
-			t.Fatal(err)
-		}
-	}
+	makeTAPs(t, uid, gid)
 	cmd := exec.Command(filepath.Join(dir, "vm.test"), "-test.run", "^"+t.Name()+"$", "-test.v", "-test.timeout", "15m")
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), conformanceDir+"="+dir, "FLEETINGD_VMTEST_KERNEL="+filepath.Join(dir, "kernel"),
@@ -136,6 +121,27 @@ func asNobody(t *testing.T) {
 		t.Fatal("the test run as nobody did not pass")
 	}
 	t.SkipNow() // what there is to say has been said by the other
+}
+
+// makeTAPs makes persistent TAPs in this thread's network namespace.
+func makeTAPs(t *testing.T, uid, gid int) {
+	t.Helper()
+	for _, name := range []string{testTAP, testTAP2} {
+		tap := &netlink.Tuntap{
+			LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TAP, Queues: 2,
+			Owner: uint32(uid), Group: uint32(gid), // this library always sets a group, and both must be ours then
+			Flags: netlink.TUNTAP_MULTI_QUEUE_DEFAULTS | netlink.TUNTAP_VNET_HDR,
+		}
+		if err := netlink.LinkAdd(tap); err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range tap.Fds {
+			f.Close() // persistent: it stays
+		}
+		if err := netlink.LinkSetUp(tap); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // openTUN gives /dev/net/tun the mode that udev gives it, in this mount namespace alone.

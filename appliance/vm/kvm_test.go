@@ -5,15 +5,13 @@ import (
 	"time"
 )
 
-// Whatever the machine, the answer comes in time, and twice the same.
+// Whatever the machine, the answer comes in time.
 func TestProbeKVM(t *testing.T) {
-	for range 2 {
-		begin := time.Now()
-		err := ProbeKVM(t.Context())
-		took := time.Since(begin)
-		t.Logf("after %v: %v", took, err)
-		if took > 5*time.Second {
-			t.Errorf("ProbeKVM took %v; it promises two seconds", took)
-		}
+	begin := time.Now()
+	err := ProbeKVM(t.Context())
+	took := time.Since(begin)
+	t.Logf("after %v: %v", took, err)
+	if took > 5*time.Second {
+		t.Errorf("ProbeKVM took %v; it promises two seconds", took)
 	}
 }

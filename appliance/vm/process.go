@@ -443,7 +443,7 @@ func (p *process) await(d time.Duration) bool {
 func (p *process) abandon(ctx context.Context, err error) error {
 	// A socket breaks a moment before its process has ended; what the VMM itself said is the better reason. Where it
 	// still answers, its answer is.
-	if answer := (*chError)(nil); ctx.Err() == nil && !errors.As(err, &answer) && p.await(time.Second) {
+	if answer := (*chError)(nil); ctx.Err() == nil && !errors.As(err, &answer) && p.await(250*time.Millisecond) {
 		err = p.exitError()
 	}
 	return errors.Join(fmt.Errorf("start VM %s: %w", p.record.ID, err), p.kill())
