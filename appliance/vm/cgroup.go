@@ -28,7 +28,7 @@ var controllers = []string{"cpu", "memory", "io", "pids"}
 
 const cgroupMount = "/sys/fs/cgroup"
 
-// vmmMemory is what a VMM may use beside its guest's memory: its own code and queues, and page tables.
+// vmmMemory is what a VMM may use beside its guest's memory, for its own code and queues.
 const vmmMemory = 256 << 20
 
 // vmmThreads bounds a VMM's threads: some for each vCPU and queue. QEMU takes up to 64 for disks.
@@ -110,7 +110,8 @@ func enable(dir string) error {
 }
 
 // make makes the cgroup of a VM with its limits, and returns "" where there is nothing to make it in.
-func (c *cgroups) make(cfg Config) (string, error) {
+// more is memory that this VMM needs above vmmMemory, in bytes.
+func (c *cgroups) make(cfg Config, more int64) (string, error) {
 	if c == nil {
 		return "", nil
 	}
@@ -119,10 +120,14 @@ func (c *cgroups) make(cfg Config) (string, error) {
 		return "", nil
 	}
 	dir := filepath.Join(root, "vm-"+strings.ReplaceAll(cfg.ID, "/", "_"))
+	// An empty one of that name is what a plugin left that was killed between making it and starting the VMM.
+	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+		return "", fmt.Errorf("cgroup of VM %s: %s is in use: %w", cfg.ID, dir, err)
+	}
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return "", fmt.Errorf("cgroup of VM %s: %w", cfg.ID, err)
 	}
-	if err := limit(dir, cfg); err != nil {
+	if err := limit(dir, cfg, more); err != nil {
 		return "", errors.Join(fmt.Errorf("cgroup of VM %s: %w", cfg.ID, err), removeCgroup(dir))
 	}
 	if err := limitIO(dir, cfg); err != nil {
@@ -132,11 +137,11 @@ func (c *cgroups) make(cfg Config) (string, error) {
 	return dir, nil
 }
 
-func limit(dir string, cfg Config) error {
+func limit(dir string, cfg Config, more int64) error {
 	// Half of a percent of the guest's memory is for the page tables that map it.
 	errs := []error{
-		setCgroup(dir, "memory.max", strconv.FormatInt(cfg.Memory+cfg.Memory/200+vmmMemory, 10)),
-		// A second guard for oom_kill: all or nothing of a VMM.
+		setCgroup(dir, "memory.max", strconv.FormatInt(cfg.Memory+cfg.Memory/200+vmmMemory+more, 10)),
+		// The kernel ends the VMM as a whole, or not at all.
 		setCgroup(dir, "memory.oom.group", "1"),
 		setCgroup(dir, "pids.max", strconv.Itoa(vmmThreads)),
 	}

@@ -403,7 +403,7 @@ func TestFakeFaults(t *testing.T) {
 			"endless": call, "error": "The outer: The ?[2Jinner: No space left", "plain": "plain old text",
 		} {
 			if call == "start" {
-				want = map[string]string{"die": "cannot start ?[31mat all", "hang": "no such file"}[fault]
+				want = map[string]string{"die": "cannot start ?[31mat all", "hang": "no connection to the VMM at"}[fault]
 			}
 			// Each call can die or hang; how an answer can be wrong does not depend on the call.
 			if fault != "die" && fault != "hang" && call != "vm.create" {

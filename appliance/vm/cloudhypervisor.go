@@ -227,10 +227,11 @@ func chVMConfig(cfg Config, landlock bool) chConfig {
 		Memory:  chMemory{Size: cfg.Memory},
 		RNG:     chRNG{Source: "/dev/urandom"},
 		// Never inflated: it is there so that pages which the guest has freed come back to the host.
-		Balloon:  chBalloon{DeflateOnOOM: true, FreePageReporting: true},
-		Serial:   chConsole{Mode: "Off"},
-		Console:  chConsole{Mode: "Off"},
-		Vsock:    chVsock{CID: chCID, Socket: filepath.Join(cfg.Dir, chVsockSocket)},
+		Balloon: chBalloon{DeflateOnOOM: true, FreePageReporting: true},
+		Serial:  chConsole{Mode: "Off"},
+		Console: chConsole{Mode: "Off"},
+		Vsock:   chVsock{CID: chCID, Socket: filepath.Join(cfg.Dir, chVsockSocket)},
+		// It makes the rules itself, from the paths named here. All that it opens later, on a reboot, is among them.
 		Landlock: landlock,
 	}
 	if cfg.Console != "" {

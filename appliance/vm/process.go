@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -102,6 +103,7 @@ type launch struct {
 	files  []string   // names in cfg.Dir that the VM makes, and that go with it
 	log    *slog.Logger
 	groups *cgroups // where its cgroup is made, when cfg names none
+	memory int64    // that this VMM needs above its guest's and vmmMemory, in bytes
 }
 
 // start runs the VMM detached from this process: a session of its own, none of
@@ -114,7 +116,7 @@ func start(l launch) (*process, error) {
 	}
 	attr := &syscall.SysProcAttr{Setsid: true}
 	if l.cfg.Cgroup == "" {
-		if l.cfg.Cgroup, err = l.groups.make(l.cfg); err != nil {
+		if l.cfg.Cgroup, err = l.groups.make(l.cfg, l.memory); err != nil {
 			return nil, err
 		}
 	}
@@ -436,6 +438,26 @@ func (p *process) await(d time.Duration) bool {
 		return true
 	case <-t.C:
 		return false
+	}
+}
+
+// dial connects to a socket of the VMM, which may not be there yet.
+func (p *process) dial(ctx context.Context, name string) (net.Conn, error) {
+	path := filepath.Join(p.dir, name)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+		if err == nil {
+			return conn, nil
+		}
+		select {
+		case <-p.done:
+			return nil, p.exitError()
+		case <-ctx.Done():
+			return nil, fmt.Errorf("no connection to the VMM at %s: %w", path, context.Cause(ctx))
+		case <-tick.C:
+		}
 	}
 }
 

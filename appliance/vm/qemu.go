@@ -34,6 +34,9 @@ const (
 	controlDeadline = 2 * time.Second
 )
 
+// tcgBuffer is for translated code. QEMU's default of 1 GiB a VM is more than many a guest has.
+const tcgBuffer = 512 << 20
+
 // qemuTarget is what differs by architecture.
 type qemuTarget struct {
 	binary, machine, console string
@@ -182,6 +185,9 @@ func (q *qemu) Start(ctx context.Context, cfg Config) (VM, error) {
 	if l.args, err = q.args(cfg, accel); err != nil {
 		return nil, err
 	}
+	if accel == "tcg" {
+		l.memory = tcgBuffer
+	}
 	p, err := start(l)
 	if err != nil {
 		return nil, err
@@ -226,7 +232,7 @@ func (q *qemu) args(cfg Config, accel string) ([]string, error) {
 	if accel == "kvm" {
 		args = append(args, "-accel", "kvm", "-cpu", "host")
 	} else {
-		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+		args = append(args, "-accel", fmt.Sprintf("tcg,thread=multi,tb-size=%d", tcgBuffer>>20), "-cpu", "max")
 	}
 	if cfg.Initrd != "" {
 		args = append(args, "-initrd", cfg.Initrd)
@@ -374,26 +380,6 @@ func (v *qemuVM) connect(ctx context.Context) error {
 	v.qmp = q
 	v.mu.Unlock()
 	return nil
-}
-
-// dial connects to a socket of the VMM, which may not be there yet.
-func (p *process) dial(ctx context.Context, name string) (net.Conn, error) {
-	path := filepath.Join(p.dir, name)
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
-		if err == nil {
-			return conn, nil
-		}
-		select {
-		case <-p.done:
-			return nil, p.exitError()
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", err, context.Cause(ctx))
-		case <-tick.C:
-		}
-	}
 }
 
 // event hears what QEMU says by itself (qapi/run-state.json, qapi/block-core.json).
