@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 )
@@ -24,23 +23,36 @@ func (f forwarding) before() ([]setting, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", f.all, err)
 	}
+	interfaces, err := f.interfaces()
+	if err != nil {
+		return nil, err
+	}
 	settings := []setting{{f.all, value}}
+	for _, s := range interfaces {
+		if s.value != value {
+			settings = append(settings, s)
+		}
+	}
+	return settings, nil
+}
+
+// interfaces are each interface's own value, and that of interfaces to come.
+func (f forwarding) interfaces() ([]setting, error) {
 	paths, err := filepath.Glob(filepath.Join("/proc/sys", f.conf, "*", "forwarding"))
 	if err != nil {
 		return nil, err
 	}
+	var settings []setting
 	for _, p := range paths {
 		p = strings.TrimPrefix(p, "/proc/sys/")
 		own, err := readSysctl(p)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // the interface went meanwhile
+		if errors.Is(err, fs.ErrNotExist) || p == f.conf+"/all/forwarding" {
+			continue // the interface went meanwhile, or it is none
 		}
 		if err != nil {
 			return nil, fmt.Errorf("read %s: %w", p, err)
 		}
-		if own != value {
-			settings = append(settings, setting{p, own})
-		}
+		settings = append(settings, setting{p, own})
 	}
 	return settings, nil
 }
@@ -61,29 +73,33 @@ func (f forwarding) enable(k door) error {
 	if f == forwarding4 {
 		return k.writeSysctl(setting{f.all, "1"})
 	}
-	names, err := os.ReadDir(filepath.Join("/proc/sys", f.conf))
+	restore := f.advertised()
+	for _, s := range restore {
+		if err := k.writeSysctl(setting{s.path, "2"}); err != nil {
+			return err
+		}
+	}
+	own, err := f.interfaces()
 	if err != nil {
 		return err
 	}
-	var restore []setting
-	for _, n := range names {
-		if n.Name() == "all" {
-			continue
-		}
-		dir := f.conf + "/" + n.Name()
-		own, err := readSysctl(dir + "/forwarding")
-		if err != nil || own != "0" {
-			continue // gone, or a router already
-		}
-		restore = append(restore, setting{dir + "/forwarding", own})
-		if ra, err := readSysctl(dir + "/accept_ra"); err == nil && ra == "1" {
-			if err := k.writeSysctl(setting{dir + "/accept_ra", "2"}); err != nil {
-				return errors.Join(err, restoreSysctls(k, restore))
-			}
-			restore = append(restore, setting{dir + "/accept_ra", ra})
+	return errors.Join(k.writeSysctl(setting{f.all, "1"}), restoreSysctls(k, append(own, restore...)))
+}
+
+// advertised are the interfaces that take router advertisements as long as they do not forward (accept_ra=1).
+func (f forwarding) advertised() []setting {
+	var found []setting
+	if f == forwarding4 {
+		return nil
+	}
+	paths, _ := filepath.Glob(filepath.Join("/proc/sys", f.conf, "*", "accept_ra")) // the pattern is well-formed
+	for _, p := range paths {
+		p = strings.TrimPrefix(p, "/proc/sys/")
+		if v, err := readSysctl(p); err == nil && v == "1" && p != f.conf+"/all/accept_ra" {
+			found = append(found, setting{p, v})
 		}
 	}
-	return errors.Join(k.writeSysctl(setting{f.all, "1"}), restoreSysctls(k, restore))
+	return found
 }
 
 // restoreSysctls writes earlier values back. An interface that went took its settings along.

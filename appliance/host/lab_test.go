@@ -94,7 +94,7 @@ func (l *lab) namespace() netns.NsHandle {
 		return netns.None()
 	case ns := <-made:
 		l.Cleanup(func() { ns.Close() })
-		l.sh(ns, "ip link set lo up")
+		l.sh(ns, "echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad; ip link set lo up")
 		return ns
 	}
 }
@@ -216,7 +216,7 @@ func (l *lab) check(p *plan.Plan) []string {
 func (l *lab) state() string {
 	l.Helper()
 	return l.sh(l.host, `
-		ip -d link; ip addr; ip -4 route show table all; ip -6 route show table all
+		ip -d link | sed 's/[a-z]*_timer *[0-9.]*//g'; ip addr; ip -4 route show table all; ip -6 route show table all
 		ip neigh | grep -v -e STALE -e REACHABLE -e DELAY -e PROBE -e FAILED -e INCOMPLETE || true
 		ip neigh show proxy; nft -s list ruleset
 		for f in /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv?/conf/*/forwarding /proc/sys/net/ipv6/conf/*/accept_ra; do
@@ -244,7 +244,6 @@ func (l *lab) worker(p *plan.Plan, slot int) worker {
 	go pump(hostEnd, guestEnd)
 	go pump(guestEnd, hostEnd)
 	l.sh(w.NsHandle, fmt.Sprintf(`
-		echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
 		ip link set eth0 address %s; ip link set eth0 up mtu %d; ip addr add %s/32 dev eth0
 		ip route add default via %s dev eth0 onlink`, p.Network.GuestMAC, p.Network.MTU, s.Address, p.Network.Gateway))
 	if s.Address6 != nil {
@@ -471,8 +470,14 @@ func (l *lab) counter(comment string) int {
 // send puts a frame on a worker's wire.
 func (l *lab) send(w worker, frame []byte) {
 	l.Helper()
-	err := l.in(w.NsHandle, func() error {
-		link, err := netlink.LinkByName("eth0")
+	l.wire(w.NsHandle, "eth0", frame)
+}
+
+// wire puts a frame on the wire of a link.
+func (l *lab) wire(ns netns.NsHandle, name string, frame []byte) {
+	l.Helper()
+	err := l.in(ns, func() error {
+		link, err := netlink.LinkByName(name)
 		if err != nil {
 			return err
 		}

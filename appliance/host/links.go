@@ -190,21 +190,27 @@ func (k *kernel) makeLink(t *tap) error {
 	return nil
 }
 
-// repairTAP gives an existing TAP of ours what it lacks and takes what is there and not wanted.
-func (k *kernel) repairTAP(t *tap, there hangings) error {
-	link, err := k.handle.LinkByName(t.TAP)
-	if err != nil {
-		return fmt.Errorf("TAP %s: %w", t.TAP, err)
+// repairTAPs gives existing TAPs of ours what they lack and takes what is there and not wanted: from all of them first, because
+// what one loses another may get.
+func (k *kernel) repairTAPs(repairs []repair) error {
+	indexes := make([]int, len(repairs))
+	for i, r := range repairs {
+		link, err := k.handle.LinkByName(r.tap.TAP)
+		if err != nil {
+			return fmt.Errorf("TAP %s: %w", r.tap.TAP, err)
+		}
+		indexes[i] = link.Attrs().Index
+		if err := k.clear(&r.tap, indexes[i], r.there); err != nil {
+			return fmt.Errorf("TAP %s: %w", r.tap.TAP, err)
+		}
 	}
-	index := link.Attrs().Index
-	if err := k.clear(t, index, there); err != nil {
-		return fmt.Errorf("TAP %s: %w", t.TAP, err)
-	}
-	if err := t.setLink(index); err != nil {
-		return fmt.Errorf("TAP %s: set MAC %s and MTU %d: %w", t.TAP, t.net.HostMAC, t.net.MTU, err)
-	}
-	if err := k.configure(t, index); err != nil {
-		return fmt.Errorf("TAP %s: %w", t.TAP, err)
+	for i, r := range repairs {
+		if err := r.tap.setLink(indexes[i]); err != nil {
+			return fmt.Errorf("TAP %s: set MAC %s and MTU %d: %w", r.tap.TAP, r.tap.net.HostMAC, r.tap.net.MTU, err)
+		}
+		if err := k.configure(&r.tap, indexes[i]); err != nil {
+			return fmt.Errorf("TAP %s: %w", r.tap.TAP, err)
+		}
 	}
 	return nil
 }

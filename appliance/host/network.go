@@ -19,7 +19,7 @@ import (
 // door is what changes a network. The real one is *kernel; a test's fails when it is told to.
 type door interface {
 	makeTAPs(context.Context, []tap) error
-	repairTAP(*tap, hangings) error
+	repairTAPs([]repair) error
 	deleteTAPs([]tap) error
 	addAddress(netip.Addr) error
 	deleteAddress(netip.Addr) error
@@ -192,13 +192,13 @@ func (n *network) steps(context.Context) ([]step, error) {
 	}
 	steps = append(steps, routing...)
 	steps = append(steps, n.addressSteps(h)...)
-	for _, r := range work.repair {
-		steps = append(steps, n.repairStep(r))
+	if len(work.repair) > 0 {
+		steps = append(steps, n.repairStep(work.repair))
 	}
 	if len(work.create) > 0 {
 		steps = append(steps, n.createStep(work))
 	}
-	return steps, nil
+	return append(steps, n.formerSteps(h)...), nil
 }
 
 // refuse finds what must not be touched and what cannot work, before anything is changed.
@@ -300,6 +300,7 @@ type tapWork struct {
 	why            map[string]string // of those to be removed or created, by name
 }
 
+// repair is a TAP of ours that is not as it should be, and what hangs on it.
 type repair struct {
 	tap     tap
 	problem string
@@ -459,20 +460,33 @@ func (n *network) createStep(w *tapWork) step {
 	return s
 }
 
-func (n *network) repairStep(r repair) step {
-	s := step{name: "mend TAP " + r.tap.TAP, fixes: []Difference{{"TAP " + r.tap.TAP, r.problem}}}
-	s.do = func(context.Context) error { return n.door.repairTAP(&r.tap, r.there) }
+func (n *network) repairStep(repairs []repair) step {
+	s := step{name: fmt.Sprintf("mend %d TAPs", len(repairs))}
+	taps := make([]tap, len(repairs))
+	for i, r := range repairs {
+		taps[i] = r.tap
+		s.fixes = append(s.fixes, Difference{"TAP " + r.tap.TAP, r.problem})
+	}
 	s.undo = func(context.Context) error {
-		earlier := n.earlier([]tap{r.tap})
-		if len(earlier) == 0 {
-			return nil // mended, it stays mended
+		back := n.earlier(taps) // where there is no earlier plan: mended, they stay mended
+		undo := make([]repair, len(back))
+		for i, t := range back {
+			l, err := netlink.LinkByName(t.TAP)
+			if err != nil {
+				return fmt.Errorf("TAP %s: %w", t.TAP, err)
+			}
+			index := l.Attrs().Index
+			now := taps[slices.IndexFunc(taps, func(n tap) bool { return n.TAP == t.TAP })]
+			undo[i] = repair{tap: t, there: hangings{now.routes(index), now.neighbours(index)}}
 		}
-		l, err := netlink.LinkByName(r.tap.TAP)
-		if err != nil {
-			return err
+		return n.door.repairTAPs(undo)
+	}
+	s.do = func(ctx context.Context) error {
+		err := n.door.repairTAPs(repairs)
+		if err != nil { // it may be half done
+			return errors.Join(err, s.undo(ctx))
 		}
-		index := l.Attrs().Index
-		return n.door.repairTAP(&earlier[0], hangings{r.tap.routes(index), r.tap.neighbours(index)})
+		return nil
 	}
 	return s
 }
@@ -496,7 +510,7 @@ func (n *network) firewallStep(h *have) []step {
 	}
 	s.do = func(context.Context) error { return n.door.load(n.plan.Network.Ruleset, n.plan.Slots) }
 	s.undo = func(context.Context) error {
-		if last := n.notes.Applied; last != nil && len(added) == 0 {
+		if last := n.notes.Applied; last != nil {
 			return n.door.load(last.Network.Ruleset, last.Slots)
 		}
 		return n.door.unload(added)
@@ -518,6 +532,7 @@ func (n *network) routingSteps() ([]step, error) {
 		if err != nil {
 			return nil, err
 		}
+		before = append(before, f.advertised()...)
 		steps = append(steps, step{
 			name:  "set " + f.all,
 			fixes: []Difference{{"sysctl " + strings.ReplaceAll(f.all, "/", "."), "is off"}},
@@ -535,17 +550,6 @@ func (n *network) routingSteps() ([]step, error) {
 
 func (n *network) addressSteps(h *have) []step {
 	var steps []step
-	for _, a := range n.notes.Addresses { // of an earlier plan
-		if slices.Contains(n.gateways(), a) || !slices.Contains(h.addresses, a) {
-			continue
-		}
-		steps = append(steps, step{
-			name:  fmt.Sprintf("delete %s from %s", a, loopback),
-			fixes: []Difference{{"link " + loopback, "has the former gateway's address " + a.String()}},
-			do:    func(context.Context) error { return n.door.deleteAddress(a) },
-			undo:  func(context.Context) error { return n.door.addAddress(a) },
-		})
-	}
 	for _, a := range n.gateways() {
 		if slices.Contains(h.addresses, a) {
 			continue
@@ -555,6 +559,24 @@ func (n *network) addressSteps(h *have) []step {
 			fixes: []Difference{{"link " + loopback, "lacks the gateway's address " + a.String()}},
 			do:    func(context.Context) error { return n.door.addAddress(a) },
 			undo:  func(context.Context) error { return n.door.deleteAddress(a) },
+		})
+	}
+	return steps
+}
+
+// formerSteps delete the gateway's addresses of an earlier plan: last, because the kernel takes the routes along whose source
+// such an address is.
+func (n *network) formerSteps(h *have) []step {
+	var steps []step
+	for _, a := range n.notes.Addresses {
+		if slices.Contains(n.gateways(), a) || !slices.Contains(h.addresses, a) {
+			continue
+		}
+		steps = append(steps, step{
+			name:  fmt.Sprintf("delete %s from %s", a, loopback),
+			fixes: []Difference{{"link " + loopback, "has the former gateway's address " + a.String()}},
+			do:    func(context.Context) error { return n.door.deleteAddress(a) },
+			undo:  func(context.Context) error { return n.door.addAddress(a) },
 		})
 	}
 	return steps
