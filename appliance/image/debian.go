@@ -35,6 +35,7 @@ const debianRecipe = 1
 var debianPackages = []string{
 	"systemd", "systemd-sysv", "systemd-resolved", "udev", "dbus", "kmod", "zstd",
 	"cloud-init", "netplan.io", "iproute2", "openssh-server", "sudo",
+	"e2fsprogs", // resize2fs: the file system grows with the disk
 	"debian-archive-keyring", "ca-certificates", "curl",
 }
 
