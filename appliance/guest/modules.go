@@ -147,13 +147,13 @@ func (m *modules) read(ctx context.Context, path string) ([]byte, error) {
 		}
 		return io.ReadAll(z)
 	case ".zst":
-		return output1(ctx, "zstd", "-dcq", p)
+		return capture(ctx, "zstd", "-dcq", p)
 	case ".xz":
 		if onPath("xz") {
-			return output1(ctx, "xz", "-dc", p)
+			return capture(ctx, "xz", "-dc", p)
 		}
 		// cloud-init has brought Python, whose standard library can do it.
-		return output1(ctx, "python3", "-c", "import lzma,sys,shutil; shutil.copyfileobj(lzma.open(sys.argv[1]), sys.stdout.buffer)", p)
+		return capture(ctx, "python3", "-c", "import lzma,sys,shutil; shutil.copyfileobj(lzma.open(sys.argv[1]), sys.stdout.buffer)", p)
 	}
 	data, err := os.ReadFile(p)
 	return bytes.Clone(data), err

@@ -3,7 +3,6 @@ package guest
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -15,7 +14,8 @@ import (
 )
 
 // openChannel opens the guest's end of the channel: the virtio-serial port of
-// the name PortName, or else a vsock connection to the host. It tries until ctx ends: a driver may come later than we do.
+// the name PortName, or else a vsock connection to the host. It tries until ctx ends: a driver may come later than we
+// do. A host that does not listen is asked every 10 s at last, so that an idle worker is left idle.
 func openChannel(ctx context.Context) (io.ReadWriteCloser, error) {
 	wait := 5 * time.Millisecond
 	for {
@@ -26,16 +26,22 @@ func openChannel(ctx context.Context) (io.ReadWriteCloser, error) {
 		if !pause(ctx, wait) {
 			return nil, err
 		}
-		wait = min(2*wait, time.Second)
+		limit := 10 * time.Second
+		if errors.Is(err, errNoDevice) {
+			limit = time.Second
+		}
+		wait = min(2*wait, limit)
 	}
 }
+
+var errNoDevice = errors.New("there is neither a virtio-serial port " + PortName + " nor a vsock device")
 
 func tryChannel() (io.ReadWriteCloser, error) {
 	if dev, err := findPort("/sys/class/virtio-ports"); err == nil {
 		return openPort(dev)
 	}
 	if _, err := os.Stat("/dev/vsock"); err != nil {
-		return nil, fmt.Errorf("there is neither a virtio-serial port %s nor a vsock device", PortName)
+		return nil, errNoDevice
 	}
 	return vsock.Dial(vsock.Host, Port, nil)
 }

@@ -30,7 +30,7 @@ import (
 //
 //	hello     {v, session, boot, mode, version, cmd}  the answer to a hello, or, without session, "I have opened the
 //	                              port, say hello". `cmd` is the last command id that came in whole.
-//	beat      {session}           I am working. At least every 10 s while there is work, never when there is none.
+//	beat      {session, seq}      I am working. At least every 10 s while there is work, never when there is none.
 //	output    {session, seq, id, line}  a line of command id's output.
 //	done      {session, seq, id, code, error}  command id ended. seal adds {bytes, kernel}.
 //	ready     {session, seq, hostname, took_ms}  the worker has its identity and sshd answers.

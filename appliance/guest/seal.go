@@ -321,8 +321,8 @@ func findDisk(sys, serial string) (string, error) {
 	return "", fmt.Errorf("the host attached no disk with the serial number %q to write the kernel to", serial)
 }
 
-// output runs a program and gives what it writes to its standard output.
-func output1(ctx context.Context, name string, args ...string) ([]byte, error) {
+// capture runs a program and gives what it writes to its standard output.
+func capture(ctx context.Context, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
