@@ -68,4 +68,4 @@ func (a *acceptor) next(ctx context.Context, done <-chan struct{}) (net.Conn, er
 	}
 }
 
-func (a *acceptor) close() { a.listener.Close() }
+func (a *acceptor) close() { _ = a.listener.Close() }

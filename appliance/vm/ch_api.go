@@ -147,7 +147,7 @@ func (a chAPI) do(ctx context.Context, method, call string, body any, files []*o
 	}
 	defer conn.Close()
 	// The context ends what is under way; its own reason is then the better one.
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	err = chExchange(conn.(*net.UnixConn), method, call, body, files, result)
 	if err != nil && ctx.Err() != nil {
