@@ -11,7 +11,8 @@ import (
 // Status is how a check of Doctor ended.
 type Status string
 
-// With StatusFail the host cannot do what the plan says. With StatusWarn it can, but less well, or somebody else will see to it.
+// With StatusFail the host cannot do what the plan says. With StatusWarn it can, but less well, or somebody else will
+// see to it.
 const (
 	StatusOK   Status = "ok"
 	StatusWarn Status = "warn"

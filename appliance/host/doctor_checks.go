@@ -16,7 +16,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-const firmwareCure = "turn on VT-x or AMD-V (SVM) in the machine's firmware, or nested virtualization in the hypervisor above it"
+const firmwareCure = "turn on VT-x or AMD-V (SVM) in the machine's firmware, " +
+	"or nested virtualization in the hypervisor above it"
 
 // cpuFlag finds Intel's or AMD's virtualization among the flags of /proc/cpuinfo.
 var cpuFlag = regexp.MustCompile(`(?m)^flags\s*:.*\b(vmx|svm)\b`)
@@ -77,8 +78,8 @@ func (d *doctor) hypervisor(ctx context.Context) {
 		if d.machine.arch == "arm64" {
 			asset += "-aarch64"
 		}
-		cure = "curl -fsSLo /usr/local/bin/cloud-hypervisor https://github.com/cloud-hypervisor/cloud-hypervisor/releases/latest/download/" +
-			asset + " && chmod 0755 /usr/local/bin/cloud-hypervisor"
+		const releases = "https://github.com/cloud-hypervisor/cloud-hypervisor/releases/latest/download/"
+		cure = "curl -fsSLo /usr/local/bin/cloud-hypervisor " + releases + asset + " && chmod 0755 /usr/local/bin/cloud-hypervisor"
 	}
 	d.fail("hypervisor", cure, "%v", err)
 }
@@ -134,7 +135,10 @@ func (d *doctor) cgroup() {
 const minLandlock = 3
 
 func (d *doctor) landlock() {
-	const check = "landlock"
+	const (
+		check = "landlock"
+		less  = "VMMs run without that part of their sandbox"
+	)
 	if d.plan.Hypervisor.Driver != "cloud-hypervisor" || !d.plan.Hypervisor.Sandbox {
 		return
 	}
@@ -143,9 +147,9 @@ func (d *doctor) landlock() {
 	case err != nil:
 		d.warn(check, "boot Linux 6.2 or later", "%v", err)
 	case abi == 0:
-		d.warn(check, "boot Linux 6.2 or later, with landlock in its lsm= list", "the kernel has no landlock: VMMs run without that part of their sandbox")
+		d.warn(check, "boot Linux 6.2 or later, with landlock in its lsm= list", "the kernel has no landlock: %s", less)
 	case abi < minLandlock:
-		d.warn(check, "boot Linux 6.2 or later", "landlock has ABI %d, and %d is needed: VMMs run without that part of their sandbox", abi, minLandlock)
+		d.warn(check, "boot Linux 6.2 or later", "landlock has ABI %d, and %d is needed: %s", abi, minLandlock, less)
 	default:
 		d.ok(check, "landlock ABI %d", abi)
 	}
@@ -346,7 +350,8 @@ func (d *doctor) stateDir() {
 			d.fail(check, "write another state_dir in the spec", "%s is not a folder", at)
 			return
 		case !a.passes(st):
-			d.fail(check, "chmod o+x "+at, "user %s does not get through %s, which has mode %04o", d.plan.User, at, st.Mode().Perm())
+			d.fail(check, "chmod o+x "+at, "user %s does not get through %s, which has mode %04o", d.plan.User, at,
+				st.Mode().Perm())
 			return
 		}
 		if at == "/" {
@@ -435,7 +440,8 @@ func (d *doctor) space() {
 	case have < largest:
 		d.fail(check, cure, "%s has %.1f GiB free, and one worker's disk may grow to %.1f GiB", there, have/gib, largest/gib)
 	case have < need:
-		d.warn(check, cure, "%s has %.1f GiB free; the disks of all workers are sparse and may grow to %.1f GiB", there, have/gib, need/gib)
+		d.warn(check, cure, "%s has %.1f GiB free; the disks of all workers are sparse and may grow to %.1f GiB", there,
+			have/gib, need/gib)
 	default:
 		d.ok(check, "%s has %.1f GiB free; the disks of all workers may grow to %.1f GiB", there, have/gib, need/gib)
 	}
@@ -465,8 +471,8 @@ func (d *doctor) memory() {
 		need += float64(d.plan.Disks.Size)
 	}
 	if need > have {
-		d.fail(check, "lower memory or max_instances in the spec's pools", "this host has %.1f GiB, and all workers together may use %.1f GiB",
-			have/gib, need/gib)
+		d.fail(check, "lower memory or max_instances in the spec's pools",
+			"this host has %.1f GiB, and all workers together may use %.1f GiB", have/gib, need/gib)
 		return
 	}
 	d.ok(check, "this host has %.1f GiB; all workers together may use %.1f GiB", have/gib, need/gib)
@@ -487,7 +493,8 @@ func (d *doctor) tools() {
 	d.tool("mke2fs", "e2fsprogs", "e2fsprogs", "the debian source is built with it")
 	const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 	if _, err := d.machine.stat(keyring); err != nil {
-		d.fail("debian-archive-keyring", d.install("debian-archive-keyring", "debian-keyring"), "Debian's packages are verified with it: %v", err)
+		d.fail("debian-archive-keyring", d.install("debian-archive-keyring", "debian-keyring"),
+			"Debian's packages are verified with it: %v", err)
 		return
 	}
 	d.ok("debian-archive-keyring", "%s", keyring)
@@ -504,7 +511,10 @@ func (d *doctor) tool(name, deb, rpm, why string) {
 
 // clock is a warning: jobs notice first, by certificates that are not valid yet.
 func (d *doctor) clock() {
-	const check = "clock"
+	const (
+		check = "clock"
+		free  = "the clock is not synchronised, and workers take their time from it"
+	)
 	synced, err := d.machine.synced()
 	switch {
 	case err != nil:
@@ -512,9 +522,9 @@ func (d *doctor) clock() {
 	case synced:
 		d.ok(check, "the clock is synchronised")
 	case d.hasTimeClient():
-		d.warn(check, "timedatectl set-ntp true", "the clock is not synchronised, and workers take their time from it")
+		d.warn(check, "timedatectl set-ntp true", free)
 	default:
-		d.warn(check, d.install("systemd-timesyncd", "chrony"), "the clock is not synchronised, and workers take their time from it")
+		d.warn(check, d.install("systemd-timesyncd", "chrony"), free)
 	}
 }
 
@@ -566,7 +576,8 @@ func (d *doctor) runner(ctx context.Context) {
 	major, _ := strconv.Atoi(m[1]) // at most four digits
 	minor, _ := strconv.Atoi(m[2])
 	if major < minRunnerMajor || major == minRunnerMajor && minor < minRunnerMinor {
-		d.fail(check, cure, "gitlab-runner %s.%s is older than %d.%d, which brought state_storage", m[1], m[2], minRunnerMajor, minRunnerMinor)
+		d.fail(check, cure, "gitlab-runner %s.%s is older than %d.%d, which brought state_storage", m[1], m[2],
+			minRunnerMajor, minRunnerMinor)
 		return
 	}
 	d.ok(check, "gitlab-runner %s.%s%s (%s)", m[1], m[2], m[3], path)

@@ -182,7 +182,8 @@ func linksAndRoutes() (*have, error) {
 	for _, l := range links {
 		found.links[l.Attrs().Name] = l
 	}
-	found.routes, err = netlink.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	main := &netlink.Route{Table: unix.RT_TABLE_MAIN}
+	found.routes, err = netlink.RouteListFiltered(unix.AF_UNSPEC, main, netlink.RT_FILTER_TABLE)
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}

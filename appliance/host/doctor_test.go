@@ -447,7 +447,9 @@ func TestDoctorTrialLeavesNothing(t *testing.T) {
 		Family: "inet", Name: "fleetingd-doctor-test",
 		Sets: []plan.Set{{Name: "nets", Key: []plan.DataType{plan.TypeIPv4}, Interval: true, Elements: []string{"10.0.0.0/8"}}},
 		Chains: []plan.Chain{{Name: "in", Type: "filter", Hook: "input", Rules: []plan.Rule{{
-			Comment: "x", Matches: []plan.Match{{Fields: []plan.Field{plan.IPSource}, Set: "nets"}}, Verdict: plan.Verdict{Action: plan.Drop}}}}},
+			Comment: "x", Matches: []plan.Match{{Fields: []plan.Field{plan.IPSource}, Set: "nets"}},
+			Verdict: plan.Verdict{Action: plan.Drop},
+		}}}},
 	}}}
 	if err := trialLoad(r, nil); err != nil {
 		t.Fatal(err)

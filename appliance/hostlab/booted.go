@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"time"
 )
 
@@ -76,8 +77,12 @@ func boot(ctx context.Context, b booted, base base, opts Options) (err error) {
 		return err
 	}
 	// Up means all of it; and sshd has had a session, so that its pages are in memory.
-	if r, err := l.Run(ctx, "systemctl", "is-system-running", "--wait"); err != nil || r.ExitCode != 0 {
-		return fmt.Errorf("hostlab: the host is %q after its boot: %w; its console ends with:\n%s", r.Stdout, err, l.Console(60))
+	r, err := l.Run(ctx, "systemctl", "is-system-running", "--wait")
+	if err != nil {
+		return err
+	}
+	if r.ExitCode != 0 {
+		return fmt.Errorf("hostlab: the host is %q after its boot; its console ends with:\n%s", strings.TrimSpace(r.Stdout), l.Console(60))
 	}
 	l.disconnect()
 	return l.saveMemory(ctx)
@@ -85,7 +90,8 @@ func boot(ctx context.Context, b booted, base base, opts Options) (err error) {
 
 var migrated = regexp.MustCompile(`(?i)status:\s+completed`)
 
-// saveMemory writes the running host's memory to a file and ends QEMU. What it had to write to its disks is on them then.
+// saveMemory writes the running host's memory to a file and ends QEMU. What it had to write to its disks is on them
+// then.
 func (l *Lab) saveMemory(ctx context.Context) error {
 	// In the human monitor "migrate" returns when it is done, and commands wait for one another.
 	if _, err := fmt.Fprint(l.monitor, "migrate file:memory\ninfo migrate\nquit\n"); err != nil {

@@ -73,7 +73,7 @@ func buildOnce(ctx context.Context, cache string, log io.Writer) (base, error) {
 		return b, nil
 	}
 	if os.Getuid() != 0 {
-		return b, errors.New("hostlab: the base image is not built yet, and mmdebstrap needs root for that: run it as root once")
+		return b, errors.New("hostlab: the base image is not built yet, which needs root (mmdebstrap): run it as root once")
 	}
 	fmt.Fprintf(log, "hostlab: building the base image in %s from Debian's packages, once; it takes minutes\n", b.dir)
 	start := time.Now()

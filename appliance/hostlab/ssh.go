@@ -188,8 +188,8 @@ func (l *Lab) Fetch(ctx context.Context, remote, local string) error {
 	}
 	defer os.RemoveAll(dir)
 	remote = filepath.Clean(remote)
-	err = l.pipe(ctx, l.Cmd("tar", "--create", "--sparse", "--directory="+filepath.Dir(remote), "--", filepath.Base(remote)),
-		exec.Command("tar", "--extract", "--no-same-owner", "--directory="+dir))
+	pack := l.Cmd("tar", "--create", "--sparse", "--directory="+filepath.Dir(remote), "--", filepath.Base(remote))
+	err = l.pipe(ctx, pack, exec.Command("tar", "--extract", "--no-same-owner", "--directory="+dir))
 	if err == nil {
 		err = os.Rename(filepath.Join(dir, filepath.Base(remote)), local)
 	}

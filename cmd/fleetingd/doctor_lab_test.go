@@ -56,7 +56,9 @@ func TestDoctorCures(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
-	lab := hostlab.ForTest(t, hostlab.Options{Files: map[string]string{"/usr/local/bin/fleetingd": binary, "/root/host.hcl": spec}})
+	lab := hostlab.ForTest(t, hostlab.Options{
+		Files: map[string]string{"/usr/local/bin/fleetingd": binary, "/root/host.hcl": spec},
+	})
 	if _, err := lab.Sh(ctx, `
 		apt-get update -q
 		apt-get purge -y -q qemu-utils xfsprogs
