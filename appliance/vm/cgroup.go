@@ -50,27 +50,27 @@ func newCgroups(log *slog.Logger) *cgroups {
 // delegated finds the cgroup that was delegated to this process, and turns its controllers on. systemd marks it with an
 // attribute (Delegate= in systemd.resource-control(5)); a cgroup that merely can be written, as all can by root, is not ours.
 func delegated(mount string) (string, error) {
-	own, err := os.ReadFile("/proc/self/cgroup")
+	data, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return "", err
 	}
-	path, err := parseCgroup(string(own))
+	path, err := parseCgroup(string(data))
 	if err != nil {
 		return "", err
 	}
-	own0 := filepath.Join(mount, path)
-	for dir := own0; strings.HasPrefix(dir, mount+"/"); dir = filepath.Dir(dir) {
+	own := filepath.Join(mount, path)
+	for dir := own; strings.HasPrefix(dir, mount+"/"); dir = filepath.Dir(dir) {
 		if !marked(dir) {
 			continue
 		}
-		if dir == own0 {
+		if dir == own {
 			return "", fmt.Errorf("this process runs in the delegated cgroup %s itself, and the kernel gives limits to children of "+
 				"empty ones only; set DelegateSubgroup= in the unit (systemd 254 and newer)", dir)
 		}
 		return dir, enable(dir)
 	}
 	return "", fmt.Errorf("no cgroup above %s is delegated to this process; the unit that starts it needs "+
-		"Delegate=cpu memory io pids and DelegateSubgroup=", own0)
+		"Delegate=cpu memory io pids and DelegateSubgroup=", own)
 }
 
 // parseCgroup finds the cgroup v2 line, "0::/path", of /proc/self/cgroup.

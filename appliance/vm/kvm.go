@@ -44,15 +44,14 @@ func ProbeKVM(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	type started struct{ tid int }
-	tid := make(chan started, 1)
+	tid := make(chan int, 1)
 	result := make(chan error, 1)
 	go func() {
 		// The thread is locked, and never unlocked, so that a signal meant for the vCPU reaches no other code,
 		// and the thread ends with this goroutine.
 		runtime.LockOSThread()
 		defer dev.Close()
-		tid <- started{unix.Gettid()}
+		tid <- unix.Gettid()
 		result <- kvmGuest(int(dev.Fd()))
 	}()
 	thread := <-tid
@@ -75,7 +74,7 @@ func ProbeKVM(ctx context.Context) error {
 			return errKVMHangs
 		case <-kick.C:
 			// Fails only when the thread has just ended; then result is there.
-			_ = unix.Tgkill(os.Getpid(), thread.tid, unix.SIGURG)
+			_ = unix.Tgkill(os.Getpid(), thread, unix.SIGURG)
 		case <-giveUp.C:
 			return errKVMHangs
 		}
