@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
@@ -265,42 +266,36 @@ func (b *block) rule(matches []plan.Match) plan.Rule {
 
 // destinations are the alternatives that the block's `to` stands for, each as the matches that it takes.
 func (b *block) destinations(toHost bool) [][]plan.Match {
-	anywhere := len(b.To) == 0 || slices.ContainsFunc(b.To, func(p netip.Prefix) bool { return p.Bits() == 0 })
-	switch {
-	case anywhere && b.Action == "deny":
+	if len(b.To) == 0 && b.Action == "deny" {
 		return [][]plan.Match{nil}
-	case anywhere && toHost:
-		return nil
-	case anywhere:
-		outside := is(plan.OIFName, b.egress)
-		dests := [][]plan.Match{{outside, notIn(plan.IPDest, setPrivate)}}
-		if b.six {
-			dests = append(dests, []plan.Match{outside, notIn(plan.IP6Dest, setPrivate6)})
-		}
-		return dests
 	}
-	var to4, to6 []netip.Prefix
-	for _, p := range b.To {
-		switch {
-		case toHost && b.Action == "allow" && !p.IsSingleIP():
-		case p.Addr().Is4():
-			to4 = append(to4, p)
-		case b.six:
-			to6 = append(to6, p)
-		}
-	}
-	suffix := "_to"
-	if toHost {
-		suffix = "_host"
-	}
-	var dests [][]plan.Match
-	if len(to4) > 0 {
-		dests = append(dests, []plan.Match{b.oneOf(plan.IPDest, plan.TypeIPv4, suffix, prefixes(to4))})
-	}
-	if len(to6) > 0 {
-		dests = append(dests, []plan.Match{b.oneOf(plan.IP6Dest, plan.TypeIPv6, suffix+"6", prefixes(to6))})
+	dests := b.family(toHost, netip.Addr.Is4, plan.IPDest, plan.TypeIPv4, setPrivate, "")
+	if b.six {
+		dests = append(dests, b.family(toHost, netip.Addr.Is6, plan.IP6Dest, plan.TypeIPv6, setPrivate6, "6")...)
 	}
 	return dests
+}
+
+// family are the destinations of one address family.
+func (b *block) family(toHost bool, of func(netip.Addr) bool, dest plan.Field, t plan.DataType, private, suffix string) [][]plan.Match {
+	allow := b.Action == "allow"
+	var to []netip.Prefix
+	for _, p := range b.To {
+		if of(p.Addr()) && (!toHost || !allow || p.IsSingleIP()) {
+			to = append(to, p)
+		}
+	}
+	anywhere := len(b.To) == 0 || slices.ContainsFunc(to, func(p netip.Prefix) bool { return p.Bits() == 0 })
+	switch {
+	case anywhere && allow && toHost, !anywhere && len(to) == 0:
+		return nil
+	case anywhere && allow:
+		return [][]plan.Match{{is(plan.OIFName, b.egress), notIn(dest, private)}}
+	case toHost:
+		return [][]plan.Match{{b.oneOf(dest, t, "_host"+suffix, prefixes(to))}}
+	default:
+		return [][]plan.Match{{b.oneOf(dest, t, "_to"+suffix, prefixes(to))}}
+	}
 }
 
 // ports are the alternatives that the block's `ports` stands for.
@@ -320,9 +315,9 @@ func (b *block) ports() [][]plan.Match {
 	return alternatives
 }
 
-// oneOf matches any of the values: a literal for one, a set for more.
+// oneOf matches any of the values: a literal for one, a set for more, and for all addresses, which is no literal to nft.
 func (b *block) oneOf(f plan.Field, t plan.DataType, suffix string, values []string) plan.Match {
-	if len(values) == 1 {
+	if len(values) == 1 && !strings.HasSuffix(values[0], "/0") {
 		return is(f, values[0])
 	}
 	name := b.prefix + suffix

@@ -101,3 +101,40 @@ func TestRulesDoNotGrowWithSlots(t *testing.T) {
 	}
 	t.Logf("%d rules at 10 and at 4,000 slots", r10)
 }
+
+// An interval set takes no overlaps: what the user wrote is made a list of what it covers.
+func TestIntervals(t *testing.T) {
+	var nets []netip.Prefix
+	for _, s := range []string{"10.1.0.0/16", "10.0.0.0/8", "192.0.2.7/32", "10.0.0.0/8", "192.0.2.0/30", "192.0.2.1/32"} {
+		nets = append(nets, netip.MustParsePrefix(s))
+	}
+	if diff := cmp.Diff([]string{"10.0.0.0/8", "192.0.2.0/30", "192.0.2.7"}, prefixes(nets)); diff != "" {
+		t.Error(diff)
+	}
+	ports := []plan.PortRange{{Protocol: "tcp", First: 90, Last: 99}, {Protocol: "udp", First: 1, Last: 2}, {Protocol: "tcp", First: 80, Last: 89},
+		{Protocol: "tcp", First: 95, Last: 96}, {Protocol: "tcp", First: 22, Last: 22}, {Protocol: "tcp", First: 65535, Last: 65535}}
+	if diff := cmp.Diff([]string{"22", "80-99", "65535"}, ranges(ports, "tcp")); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// An allow that names no destination, or all of them, means the internet: neither the LAN nor the host itself.
+func TestAllowAnyStaysOutside(t *testing.T) {
+	for _, to := range [][]netip.Prefix{nil, {*prefixOf("0.0.0.0/0"), *prefixOf("10.0.0.0/8"), *prefixOf("::/0")}} {
+		n := network(true)
+		n.Egress = []plan.Egress{{Name: "https", Action: "allow", To: to,
+			Ports: []plan.PortRange{{Protocol: "tcp", First: 443, Last: 443}}}}
+		text := Ruleset("eno1", n).Text(nil)
+		for _, want := range []string{
+			`oifname "eno1" ip daddr != @private tcp dport 443 accept comment "egress https"`,
+			`oifname "eno1" ip6 daddr != @private6 tcp dport 443 accept comment "egress https"`,
+		} {
+			if strings.Count(text, want) != 1 {
+				t.Errorf("to %v: not once in the ruleset: %s", to, want)
+			}
+		}
+		if n := strings.Count(text, "egress https"); n != 2 {
+			t.Errorf("to %v: %d rules of the block, want 2", to, n)
+		}
+	}
+}

@@ -34,10 +34,13 @@ func everything(l *lab) *plan.Plan {
 	p.Network.Egress = []plan.Egress{
 		{Name: "one", Action: "allow", To: nets("10.20.0.15/32"), Ports: []plan.PortRange{{Protocol: tcp, First: 443, Last: 443}}},
 		{Name: "many", Action: "allow", To: nets("10.30.0.0/16", "10.30.1.0/24", "10.31.0.0/16", "10.64.0.0/10", "fd01::/48", "fd01:1::/33"),
-			Ports: []plan.PortRange{{Protocol: tcp, First: 80, Last: 80}, {Protocol: tcp, First: 9000, Last: 9001}, {Protocol: udp, First: 53, Last: 60}}},
+			Ports: []plan.PortRange{{Protocol: tcp, First: 80, Last: 80}, {Protocol: tcp, First: 9000, Last: 9001},
+				{Protocol: udp, First: 53, Last: 60}}},
 		{Name: "host", Action: "allow", To: nets("10.20.0.1/32", "10.20.0.2/32", "fd01::1/128")},
 		{Name: "odd", Action: "deny", To: nets("10.65.0.0/17"), Ports: []plan.PortRange{{Protocol: udp, First: 1, Last: 65535}}},
 		{Name: "any", Action: "allow", Ports: []plan.PortRange{{Protocol: tcp, First: 443, Last: 443}}},
+		{Name: "all of IPv4", Action: "deny", To: nets("0.0.0.0/0"), Ports: []plan.PortRange{{Protocol: tcp, First: 26, Last: 26}}},
+		{Name: "all of IPv6", Action: "deny", To: nets("::/0"), Ports: []plan.PortRange{{Protocol: tcp, First: 26, Last: 26}}},
 		{Name: "ends", Action: "deny", To: nets("0.0.0.0/1", "128.0.0.0/1")},
 		{Name: `quote " and $(x) ` + strings.Repeat("long ", 40), Action: "deny"},
 	}
@@ -166,7 +169,8 @@ func TestRulesetsThatAreNone(t *testing.T) {
 		"unknown type \"route\"":    table(plan.Chain{Name: "c", Hook: "input", Type: "route"}),
 		"unknown type \"mark\"":     table(plan.Chain{Name: "c"}, plan.Set{Name: "s", Key: []plan.DataType{"mark"}}),
 		"must have one type":        table(plan.Chain{Name: "c"}, plan.Set{Name: "s"}),
-		"\"10.0.0.1/8\" is not a n": table(plan.Chain{Name: "c"}, plan.Set{Name: "s", Key: []plan.DataType{plan.TypeIPv4}, Interval: true, Elements: []string{"10.0.0.1/8"}}),
+		"\"10.0.0.1/8\" is not a n": table(plan.Chain{Name: "c"},
+			plan.Set{Name: "s", Key: []plan.DataType{plan.TypeIPv4}, Interval: true, Elements: []string{"10.0.0.1/8"}}),
 	} {
 		_, err := translate(r, nil)
 		wantError(t, err, want)

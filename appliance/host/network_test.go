@@ -243,7 +243,8 @@ func TestChangedPlan(t *testing.T) {
 	if got := l.check(q); len(got) != 0 {
 		t.Errorf("the network differs: %q", got)
 	}
-	if out := l.sh(l.host, "ip -br link; ip addr show lo; ip route; ip neigh"); strings.Contains(out, "fleet3") || strings.Contains(out, "172.16.120.1 ") {
+	out := l.sh(l.host, "ip -br link; ip addr show lo; ip route; ip neigh")
+	if strings.Contains(out, "fleet3") || strings.Contains(out, "172.16.120.1 ") {
 		t.Errorf("something of the former plan is left:\n%s", out)
 	}
 	l.down(q)
@@ -371,20 +372,18 @@ func TestOwnerOpensItsTAPs(t *testing.T) {
 	}
 	defer os.RemoveAll(dir)
 	device := filepath.Join(dir, "tun")
-	if err := errors.Join(os.Chmod(dir, 0o755), unix.Mknod(device, unix.S_IFCHR, int(unix.Mkdev(10, 200))), os.Chmod(device, 0o666)); err != nil {
+	err = errors.Join(os.Chmod(dir, 0o755), unix.Mknod(device, unix.S_IFCHR, int(unix.Mkdev(10, 200))), os.Chmod(device, 0o666))
+	if err != nil {
 		t.Fatal(err)
 	}
 	const flags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
 	open := func(uid, gid uintptr, name string, flags uint16) error {
 		return l.in(l.host, func() error {
 			// The system calls themselves: they change this thread, which ends with the function.
-			for call, id := range map[uintptr]uintptr{unix.SYS_SETGROUPS: 0, unix.SYS_SETRESGID: gid} {
-				if _, _, errno := unix.RawSyscall(call, id*min(1, call^unix.SYS_SETGROUPS), id, id); errno != 0 {
+			for _, call := range [][4]uintptr{{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, gid, gid, gid}, {unix.SYS_SETRESUID, uid, uid, uid}} {
+				if _, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3]); errno != 0 {
 					return fmt.Errorf("become %d:%d: %w", uid, gid, errno)
 				}
-			}
-			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid); errno != 0 {
-				return fmt.Errorf("become %d:%d: %w", uid, gid, errno)
 			}
 			status, err := os.ReadFile("/proc/thread-self/status")
 			if err != nil || !strings.Contains(string(status), "CapEff:\t0000000000000000") {

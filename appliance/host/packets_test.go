@@ -134,7 +134,8 @@ func TestPackets(t *testing.T) {
 	})
 	t.Run("no IPv6", func(t *testing.T) {
 		l := l.with(t)
-		if out := l.sh(l.host, "ip -6 addr show dev fleet0; ip -6 route show dev fleet0; cat /proc/sys/net/ipv6/conf/fleet0/disable_ipv6"); out != "1\n" {
+		out := l.sh(l.host, "ip -6 addr show dev fleet0; ip -6 route show dev fleet0; cat /proc/sys/net/ipv6/conf/fleet0/disable_ipv6")
+		if out != "1\n" {
 			t.Errorf("a TAP has IPv6:\n%s", out)
 		}
 		// The kernel takes none from such a link, and were it otherwise, the rules would not.

@@ -140,6 +140,9 @@ func Comment(text string) string {
 
 // Values are the set's elements, each with one value for each type of its key.
 func (s Set) Values(slots []Slot) [][]string {
+	if len(s.Key) == 0 {
+		return nil
+	}
 	if !s.Slots {
 		values := make([][]string, len(s.Elements))
 		for i, e := range s.Elements {
@@ -277,7 +280,7 @@ func (m Match) String() string {
 	switch {
 	case m.Set != "":
 		words = append(words, "@"+m.Set)
-	case slices.Contains([]Field{IIFName, OIFName, IIFKind}, m.Fields[0]):
+	case slices.ContainsFunc(m.Fields, func(f Field) bool { return f == IIFName || f == OIFName || f == IIFKind }):
 		words = append(words, literal(TypeIFName, m.Value))
 	default:
 		words = append(words, m.Value)
