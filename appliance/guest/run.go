@@ -96,6 +96,9 @@ func bringUp(ctx context.Context, log *slog.Logger) (string, error) {
 		}
 		waitCloudInit(ctx, func(l string) { log.Warn(l) })
 	} else {
+		if err := growRoot(ctx); err != nil {
+			log.Warn("the root file system is smaller than its disk", "error", err) // most jobs do without
+		}
 		err := applySeed(ctx, log)
 		// sshd and what else comes after us starts in any case: a person may have to look why.
 		if _, nerr := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil || nerr != nil {
