@@ -327,7 +327,7 @@ func (s *Session) accept(ctx context.Context, ev event) (bool, error) {
 func (s *Session) hello(ctx context.Context, m message) (bool, error) {
 	if m.V != protocolVersion {
 		return false, fmt.Errorf("the guest speaks protocol %d and this fleetingd %d: the image was built by another "+
-			"version, rebuild it (a new image is built when the guest part changes; `fleetingd image refresh` does it now)", m.V, protocolVersion)
+			"version, rebuild it (a new image is built when the guest part changes; `fleetingd refresh` does it now)", m.V, protocolVersion)
 	}
 	if s.hellos++; s.hellos > maxHellos {
 		return false, fmt.Errorf("the guest has said hello %d times and nothing came of it", s.hellos)

@@ -37,9 +37,6 @@ func imageCommand() *cli.Command {
 				Action: pruneImages,
 			},
 		},
-		Action: func(c *cli.Context) error {
-			return usageError{fmt.Errorf("image needs one of list and prune, not %q", c.Args().First())}
-		},
 	}
 }
 
