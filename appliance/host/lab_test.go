@@ -363,7 +363,7 @@ func (l *lab) call(ns netns.NsHandle, network, addr string, port int) (string, e
 	return seen, err
 }
 
-// knock sends a TCP SYN and waits for no answer.
+// knock sends a TCP SYN, and no answer may come: where one does, it comes at once.
 func (l *lab) knock(ns netns.NsHandle, addr string, port int) {
 	l.Helper()
 	a := netip.MustParseAddr(addr)
@@ -380,7 +380,11 @@ func (l *lab) knock(ns netns.NsHandle, addr string, port int) {
 		if err := unix.Connect(fd, to); !errors.Is(err, unix.EINPROGRESS) {
 			return fmt.Errorf("connect to %s: %w", addr, err)
 		}
-		return nil
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 200)
+		if n > 0 {
+			return fmt.Errorf("%s port %d answers", addr, port)
+		}
+		return err
 	})
 	if err != nil {
 		l.Error(err)
