@@ -10,7 +10,7 @@ packages=(
   xfsprogs                   # a file system that can clone
   nftables iproute2 iputils-ping
   openssh-client
-  procps util-linux fdisk xz-utils
+  procps util-linux fdisk xz-utils cpio
   systemd # the tests have its own tools read the units that are written; it need not be running
 )
 
@@ -32,7 +32,6 @@ if [ "$(id -u)" != 0 ]; then
 fi
 . /etc/os-release
 export DEBIAN_FRONTEND=noninteractive
-backports=()
 if [ "$ID" = debian ] && [ "$VERSION_ID" = 12 ]; then
   cat > /etc/apt/sources.list.d/fleetingd-backports.sources <<EOF
 # QEMU for fleetingd's tests and demo: packaging/deps.sh
@@ -42,9 +41,11 @@ Suites: bookworm-backports
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 EOF
-  backports=(qemu-system-x86/bookworm-backports qemu-utils/bookworm-backports
-    qemu-system-common/bookworm-backports qemu-system-data/bookworm-backports)
 fi
 # One unreachable third-party source must not stop the rest; the install below fails if it matters.
 apt-get update -q || echo "deps.sh: apt-get update had errors; going on with the lists there are" >&2
-apt-get install -y -q --no-install-recommends "${missing[@]}" "${backports[@]}"
+if [ "$ID" = debian ] && [ "$VERSION_ID" = 12 ]; then
+  # By the suite, not package by package: what QEMU 10 depends on (seabios, for one) comes from there too.
+  apt-get install -y -q --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils
+fi
+apt-get install -y -q --no-install-recommends "${missing[@]}"

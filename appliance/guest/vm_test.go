@@ -67,7 +67,7 @@ func TestRealWorker(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(self, "-test.run", "^TestRealWorker$", "-test.v", "-test.timeout", "15m")
+	cmd := exec.Command(self, "-test.run", "^TestRealWorker$", "-test.v", "-test.timeout", "45m")
 	cmd.Env = append(os.Environ(), vmTestDir+"="+dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread() // Pdeathsig means the thread
@@ -193,7 +193,7 @@ func (r rig) start(ctx context.Context, name, kernel, initrd string, s seed.Seed
 
 func (r rig) prebuild() (kernel, initrd string) {
 	t, dir := r.t, r.dir
-	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
 	binary, err := os.ReadFile(filepath.Join(dir, "fleetingd"))
 	if err != nil {
@@ -270,7 +270,7 @@ func (r rig) prebuild() (kernel, initrd string) {
 // worker boots a sealed disk and gives what the first SSH command says.
 func (r rig) worker(name, disk, kernel, initrd string, details bool) string {
 	t := r.t
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	key, signer := newKey(t)
 	began := time.Now()
