@@ -313,7 +313,9 @@ func (id identity) resolvedConf(n *seed.Network) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	text := "# by fleetingd guest, from the worker's seed\n[Resolve]\nDNS=" + strings.Join(dns, " ") + "\n"
+	// Nobody is on a worker's link to answer by multicast, and a worker has no port open but sshd's.
+	text := "# by fleetingd guest, from the worker's seed\n[Resolve]\nDNS=" + strings.Join(dns, " ") +
+		"\nLLMNR=no\nMulticastDNS=no\n"
 	return writeFile(filepath.Join(dir, "50-fleetingd.conf"), []byte(text), 0o644)
 }
 

@@ -107,7 +107,7 @@ func TestApplyIdentity(t *testing.T) {
 		"etc/resolv.conf":              "-> ../run/systemd/resolve/stub-resolv.conf",
 		"etc/deep/er/file":             "x",
 		"home/ci/.ssh/authorized_keys": "ssh-ed25519 AAAA new\nssh-ed25519 BBBB new\n",
-		"run/systemd/resolved.conf.d/50-fleetingd.conf": "# by fleetingd guest, from the worker's seed\n[Resolve]\nDNS=1.1.1.3 fd00::53\n",
+		"run/systemd/resolved.conf.d/50-fleetingd.conf": "# by fleetingd guest, from the worker's seed\n[Resolve]\nDNS=1.1.1.3 fd00::53\nLLMNR=no\nMulticastDNS=no\n",
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("(- want, + got):\n%s", d)

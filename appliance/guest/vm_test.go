@@ -140,9 +140,20 @@ func upLink(t *testing.T) {
 		"tuntap add dev " + tapName + " mode tap vnet_hdr", "link set " + tapName + " up",
 		fmt.Sprintf("route add %s/32 dev %s src %s", address4, tapName, gateway4),
 		fmt.Sprintf("route add %s/128 dev %s src %s", address6, tapName, gateway6),
+		fmt.Sprintf("neigh add %s lladdr %s dev %s nud permanent", address4, workerMAC, tapName),
+		fmt.Sprintf("neigh add %s lladdr %s dev %s nud permanent", address6, workerMAC, tapName),
+		// The gateway is on lo, and the TAP has to answer for it.
+		fmt.Sprintf("neigh add proxy %s dev %s nud permanent", gateway6, tapName),
 	} {
 		if out, err := exec.Command("ip", strings.Fields(c)...).CombinedOutput(); err != nil {
 			t.Fatalf("ip %s: %v: %s", c, err, out)
+		}
+	}
+	for name, value := range map[string]string{
+		"conf/" + tapName + "/forwarding": "1", "conf/" + tapName + "/proxy_ndp": "1", "neigh/" + tapName + "/proxy_delay": "0",
+	} {
+		if err := os.WriteFile("/proc/sys/net/ipv6/"+name, []byte(value), 0); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
@@ -278,6 +289,7 @@ func (r rig) worker(name, disk, kernel, initrd string, details bool) string {
 		InstanceID: name + "-1", Hostname: name, Network: r.network(),
 		Users: []seed.User{{Name: "debian", AuthorizedKeys: []string{key}}, {Name: "somebody", AuthorizedKeys: []string{key}}},
 	}, vm.Disk{Path: disk})
+	defer v.Kill() // the next one has the same TAP
 	session := guest.NewSession(v.Channel, guest.Options{})
 	defer session.Close()
 	ready, err := session.WaitReady(ctx)
