@@ -81,10 +81,12 @@ func TestRealWorker(t *testing.T) {
 
 func debianBase(t *testing.T) *image.Base {
 	t.Helper()
-	state := filepath.Join(need.Cache(t), "guest")
+	cache := need.Cache(t)
+	state := filepath.Join(cache, "guest")
 	p := &plan.Plan{
 		Version: plan.Version, Host: "test",
-		Paths: plan.Paths{State: state, Disks: state, Images: filepath.Join(state, "images"), Cache: filepath.Join(state, "cache"),
+		// What is built from packages is the same for all tests.
+		Paths: plan.Paths{State: filepath.Join(cache, "state"), Disks: state, Images: filepath.Join(state, "images"), Cache: filepath.Join(state, "cache"),
 			Clones: filepath.Join(state, "clones"), Run: filepath.Join(state, "run"), Workers: filepath.Join(state, "workers")},
 		Images: []plan.Image{{Name: "debian", User: "debian",
 			Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: runtime.GOARCH, Packages: []string{}}}}},

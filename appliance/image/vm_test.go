@@ -105,10 +105,11 @@ func bootWorker(t *testing.T, s *Store, driver vm.Driver, sealed *Sealed) {
 	session := guest.NewSession(v.Channel, guest.Options{})
 	ready, err := session.WaitReady(t.Context())
 	session.Close()
+	took := time.Since(began)
 	if err := errors.Join(err, v.Stop(t.Context()), os.RemoveAll(dir)); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("a worker was ready after %v: %+v", time.Since(began).Round(time.Second), ready)
+	t.Logf("a worker was ready after %v: %+v; stopped after %v", took.Round(time.Second), ready, time.Since(began)-took)
 	f, err := os.Open(disk)
 	if err != nil {
 		t.Fatal(err)
@@ -135,14 +136,14 @@ func debianPlan(t *testing.T, dir string) *plan.Plan {
 	const mac = "02:fd:00:00:00:02"
 	return &plan.Plan{
 		Hypervisor: plan.Hypervisor{Driver: "qemu", Binary: "qemu-system-x86_64", Accel: "tcg"},
-		Paths: plan.Paths{State: need.Cache(t), Disks: dir, Images: filepath.Join(dir, "images"),
+		Paths: plan.Paths{State: filepath.Join(need.Cache(t), "state"), Disks: dir, Images: filepath.Join(dir, "images"),
 			Cache: filepath.Join(dir, "cache"), Run: run},
 		Network: plan.Network{GuestMAC: mac},
 		Slots:   []plan.Slot{{TAP: newTAP(t), Queues: 1}},
 		Pools:   []plan.Pool{{Name: "p", Image: "debian", CPUs: 2, Memory: 1 << 30, Disk: 4 << 30}},
 		Images: []plan.Image{{
 			Name: "debian", User: "ci",
-			Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: runtime.GOARCH}},
+			Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: runtime.GOARCH, Packages: []string{}}},
 			Prebuild: &plan.Prebuild{
 				Timeout: plan.Duration(10 * time.Minute),
 				Steps:   []plan.Step{{Name: "run[0]: size", Command: "df --output=size -BG / | tail -1 | tr -dc 0-9 >/srv/size; cat /srv/size"}},

@@ -26,7 +26,7 @@ func run(args []string) int {
 	app := &cli.App{
 		Name:           "fleetingd",
 		Usage:          "a GitLab CI appliance: every job in a fresh virtual machine",
-		HideVersion:    true,
+		Version:        version,
 		Commands:       commands(),
 		ExitErrHandler: func(*cli.Context, error) {},
 		OnUsageError:   wrongFlag,
@@ -34,6 +34,8 @@ func run(args []string) int {
 		// --var 'list=["a", "b"]' is one value.
 		DisableSliceFlagSeparator: true,
 	}
+	// The library's own has the alias -v, which is --verbose elsewhere here.
+	cli.VersionFlag = &cli.BoolFlag{Name: "version", Usage: "print the version", DisableDefaultText: true}
 	strictUsage(app.Commands)
 	err := app.Run(flagsFirst(args, app.Commands))
 	if err == nil {

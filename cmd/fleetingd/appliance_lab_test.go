@@ -1,0 +1,139 @@
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/fleetingd/fleetingd/appliance/hostlab"
+	"github.com/fleetingd/fleetingd/appliance/need"
+)
+
+// applianceSpec is a host with Cloud Hypervisor, all limits and both families of addresses. The base image is
+// built outside of the lab: emulated, its packages would take long to unpack.
+const applianceSpec = `
+host "hostlab" {
+  egress_interface = "eth0"
+  disks {
+    backing = "xfs-image"
+    size    = "20GiB"
+  }
+  network {
+    subnet  = "172.30.67.0/24"
+    subnet6 = "fd7e:1ee7::/64"
+  }
+  hypervisor "cloud-hypervisor" {}
+}
+image "debian" {
+  file {
+    disk   = "/srv/base/disk.raw"
+    kernel = "/srv/base/kernel"
+    initrd = "/srv/base/initrd"
+  }
+  prebuild {
+    run = ["echo prebuilt > /etc/fleetingd-test"]
+  }
+  user = "ci"
+}
+pool "small" {
+  image         = image.debian
+  cpus          = 2
+  memory        = "1GiB"
+  disk          = "5GiB"
+  start         = "cold"
+  max_instances = 3
+  limits {
+    cpu_quota    = "180%"
+    disk_iops    = 5000
+    network_mbps = 500
+  }
+}
+runner "small" {
+  pool  = pool.small
+  url   = "https://gitlab.example.com"
+  token = "glrt-of-nobody"
+}
+`
+
+// packagedRunner is gitlab-runner.service as GitLab's package has it, as far as it matters to a drop-in. No package registry
+// that the tests can reach has the runner itself; the test takes its place (runnerInLab).
+const packagedRunner = `[Unit]
+Description=GitLab Runner
+After=network.target
+
+[Service]
+ExecStart=/usr/bin/gitlab-runner "run" "--config" "/etc/gitlab-runner/config.toml" "--working-directory" "/var/lib/gitlab-runner" "--service" "gitlab-runner" "--user" "gitlab-runner"
+Restart=always
+`
+
+// runnerInLab has the test run upstream's suite in the runner's unit, hardened and delegated as the compiler wrote it.
+const runnerInLab = `[Service]
+Type=oneshot
+Restart=no
+TimeoutStartSec=infinity
+ExecStart=
+ExecStart=/usr/lib/fleetingd-test/fleetingd.test -test.run=^TestApplianceInLab$ -test.v -test.timeout=40m
+Environment='FLEETINGD_TEST_PROVISIONING={"plan":"/etc/fleetingd/plan.json","pool":"small"}'
+Environment=FLEETINGD_TEST_PLUGIN=/usr/bin/fleeting-plugin-fleetingd
+`
+
+// TestApplianceInLab is what the product is for, on a host of its own with systemd and a KVM that runs guests: the
+// compiled tree is put in place as README says, and in the runner's unit upstream's suite drives the plugin, which
+// prebuilds an image and clones Cloud Hypervisor VMs from it, with no privilege.
+func TestApplianceInLab(t *testing.T) {
+	if provisioning(t) {
+		return
+	}
+	need.Tools(t, "mmdebstrap", "mke2fs", "mkfs.xfs", "ssh", "tar")
+	binary := need.CloudHypervisor(t)
+	l := newLab(t)
+	test := filepath.Join(l.dir, "fleetingd.test")
+	build := exec.Command("go", "test", "-c", "-o", test, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", build, err, out)
+	}
+	spec, unit, dropIn := filepath.Join(l.dir, "appliance.hcl"), filepath.Join(l.dir, "unit"), filepath.Join(l.dir, "drop-in")
+	for path, text := range map[string]string{spec: applianceSpec, unit: packagedRunner, dropIn: runnerInLab} {
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := l.base(l.imagesUp(l.spec))
+	host := hostlab.ForTest(t, hostlab.Options{Memory: 6 << 30, Files: map[string]string{
+		"/usr/bin/fleetingd": l.bin, "/usr/bin/cloud-hypervisor": binary, "/usr/lib/fleetingd-test/fleetingd.test": test,
+		"/srv/base/disk.raw": b.Disk, "/srv/base/kernel": b.Kernel, "/srv/base/initrd": b.Initrd, "/root/host.hcl": spec,
+		"/etc/systemd/system/gitlab-runner.service":                unit,
+		"/etc/systemd/system/gitlab-runner.service.d/90-test.conf": dropIn,
+	}})
+	sh := func(script string) string {
+		t.Helper()
+		out, err := host.Sh(t.Context(), script)
+		if err != nil {
+			t.Error(err)
+		}
+		return out
+	}
+	sh("chmod 755 /usr/bin/fleetingd /usr/bin/cloud-hypervisor /usr/lib/fleetingd-test/*; chmod -R a+rX /srv/base")
+	t.Log(sh("cloud-hypervisor --version; cd /root; set -x\n" + readmeBlock(t, "fleetingd compile host.hcl -o")))
+	t.Logf("the unit's own units:\n%s", sh("systemctl --no-pager --no-legend list-units 'fleetingd*' '*fleetingd*.mount'"))
+
+	_, err := host.Sh(t.Context(), "systemctl start gitlab-runner.service")
+	out := sh("journalctl --no-pager -o cat -u gitlab-runner.service")
+	t.Logf("in the runner's unit:\n%s", out)
+	if err != nil || !strings.Contains(out, "--- PASS: TestApplianceInLab") {
+		t.Errorf("upstream's suite in the lab: %v", err)
+	}
+	for what, script := range map[string]string{
+		"VMMs":    "pgrep -a cloud-hyperviso || true",
+		"records": "find /var/lib/fleetingd/workers /run/fleetingd -mindepth 1 ! -name '*.lock' ! -name small",
+		"clones":  "find /var/lib/fleetingd/disks/clones -mindepth 2",
+		"cgroups": "find /sys/fs/cgroup/system.slice/gitlab-runner.service -name 'vm-*' 2>/dev/null || true",
+	} {
+		if left := sh(script); left != "" {
+			t.Errorf("%s are left behind:\n%s", what, left)
+		}
+	}
+}
