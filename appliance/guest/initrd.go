@@ -71,6 +71,9 @@ func (p bootPlan) pack(ctx context.Context, m *modules) ([]byte, error) {
 	}
 	// The kernel opens it as init's standard streams: what goes wrong early is seen.
 	c.device("dev/console", 5, 1)
+	// Where the console is a driver that is not loaded yet (hvc0), init has no standard streams, and Go's runtime
+	// ends a program that finds neither those nor this.
+	c.device("dev/null", 1, 3)
 	place := map[string]string{}
 	files := slices.Clone(p.Modules)
 	for _, d := range p.Devices {

@@ -223,11 +223,14 @@ func TestInitrd(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if i, err := os.Lstat(filepath.Join(dir, "dev/console")); err != nil || i.Mode()&os.ModeCharDevice == 0 {
-		t.Errorf("dev/console: %v", err)
-	}
-	if err := os.Remove(filepath.Join(dir, "dev/console")); err != nil {
-		t.Fatal(err)
+	for _, dev := range []string{"dev/console", "dev/null"} {
+		path := filepath.Join(dir, dev)
+		if i, err := os.Lstat(path); err != nil || i.Mode()&os.ModeCharDevice == 0 {
+			t.Errorf("%s: %v", dev, err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
 	}
 	got := listing(t, dir)
 	var plan bootPlan

@@ -295,7 +295,7 @@ func (b *fakeBench) config(t *testing.T) Config {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	return Config{ID: "fake", Dir: dir, CPUs: 2, Memory: 1 << 30, Kernel: "/boot/vmlinuz", Cmdline: "quiet"}
+	return Config{ID: "fake", Dir: dir, CPUs: 2, Memory: 1 << 30, Kernel: "/dev/null", Cmdline: "quiet"}
 }
 
 func (b *fakeBench) calls(t *testing.T) string {

@@ -132,12 +132,16 @@ func TestCloudHypervisorRealAPI(t *testing.T) {
 func TestCloudHypervisorRealFaults(t *testing.T) {
 	c := realCH(t, true)
 	dir := shortDir(t)
+	kernel := filepath.Join(dir, "kernel")
+	if err := os.WriteFile(kernel, []byte("no kernel"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	newConfig := func(name string) Config {
 		work := filepath.Join(dir, name)
 		if err := os.Mkdir(work, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		return Config{ID: name, Dir: work, CPUs: 1, Memory: 64 << 20, Kernel: "/no/such/kernel"}
+		return Config{ID: name, Dir: work, CPUs: 1, Memory: 64 << 20, Kernel: kernel}
 	}
 	t.Run("no kernel", func(t *testing.T) {
 		noLeaks(t, dir)
@@ -145,7 +149,7 @@ func TestCloudHypervisorRealFaults(t *testing.T) {
 		_, err := c.Start(t.Context(), cfg)
 		t.Log(err)
 		if err == nil || !strings.Contains(err.Error(), "vm.boot: ") || !strings.Contains(err.Error(), "ernel") {
-			t.Errorf("a VM without a kernel: %v", err)
+			t.Errorf("a VM whose kernel is none: %v", err)
 		}
 		onlyConsole(t, cfg)
 	})

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -61,6 +62,12 @@ func (c *Config) check() error {
 	for _, path := range c.paths() {
 		if !filepath.IsAbs(path) {
 			bad("the path %q is not absolute", path)
+		}
+	}
+	// Cloud Hypervisor says of these only that they cannot be opened, not which they are.
+	for _, path := range []string{c.Kernel, c.Initrd} {
+		if _, err := os.Stat(path); path != "" && err != nil {
+			errs = append(errs, err)
 		}
 	}
 	if len(errs) > 0 {

@@ -109,6 +109,9 @@ func initramfs(t testing.TB, init, tree string) []byte {
 	for _, dir := range []string{"modules", "dev", "proc", "sys"} {
 		out.add(dir, 0o40755, nil)
 	}
+	// Go's runtime does not start without standard streams, which the kernel gives to init only where it has a
+	// console by then, or this.
+	out.device("dev/null", 1, 3)
 	var loaded []string
 	var load func(name string)
 	load = func(name string) {
@@ -180,10 +183,14 @@ type cpio struct {
 	inode int
 }
 
-func (c *cpio) add(name string, mode int, data []byte) {
+func (c *cpio) add(name string, mode int, data []byte) { c.entry(name, mode, 0, 0, data) }
+
+func (c *cpio) device(name string, major, minor int) { c.entry(name, 0o20600, major, minor, nil) }
+
+func (c *cpio) entry(name string, mode, major, minor int, data []byte) {
 	c.inode++
 	fmt.Fprintf(c, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", c.inode, mode, 0, 0, 1, 0, len(data),
-		0, 0, 0, 0, len(name)+1, 0)
+		0, 0, major, minor, len(name)+1, 0)
 	c.WriteString(name + "\x00")
 	c.pad()
 	c.Write(data)
