@@ -21,6 +21,7 @@ type imageProgress struct {
 	ph   *running
 	name image.Phase
 	last string // the last line of output, for the phase's end
+	base bool   // something was said of the base image
 }
 
 func newImageProgress(v *view) *imageProgress { return &imageProgress{v: v} }
@@ -30,8 +31,12 @@ func (p *imageProgress) show(e image.Progress) {
 	if e.Phase == image.PhaseBase || e.Phase == image.PhaseSealed {
 		p.end(true)
 		if e.Cached && !p.new {
-			p.v.add(Phase{Name: p.label(e.Phase), Detail: e.Image + ": there already, nothing to do", Cached: true})
+			if e.Phase == image.PhaseSealed && !p.base { // what was made of the base is there, and nobody asked for it
+				p.there(image.PhaseBase, e.Image)
+			}
+			p.there(e.Phase, e.Image)
 		}
+		p.base = p.base || e.Phase == image.PhaseBase
 		return
 	}
 	if p.ph == nil || p.name != e.Phase {
@@ -53,6 +58,10 @@ func (p *imageProgress) show(e image.Progress) {
 		p.last = e.Item
 		p.ph.update(e.Item)
 	}
+}
+
+func (p *imageProgress) there(ph image.Phase, name string) {
+	p.v.add(Phase{Name: p.label(ph), Detail: name + ": there already, nothing to do", Cached: true})
 }
 
 // end ends the phase that is under way.
