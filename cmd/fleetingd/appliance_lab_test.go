@@ -79,6 +79,33 @@ Environment='FLEETINGD_TEST_PROVISIONING={"plan":"/etc/fleetingd/plan.json","poo
 Environment=FLEETINGD_TEST_PLUGIN=/usr/bin/fleeting-plugin-fleetingd
 `
 
+// labMemory is room for three workers, the images' page cache and the host.
+const labMemory = 6 << 30
+
+// baseFiles copies the Debian base image of the lab's spec into a folder of the test: disk.raw, kernel and initrd.
+func (l *lab) baseFiles() string {
+	l.t.Helper()
+	r := l.imagesUp(l.spec)
+	b := l.base(r)
+	dir := filepath.Join(l.dir, "base")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		l.t.Fatal(err)
+	}
+	for from, to := range map[string]string{b.Disk: "disk.raw", b.Kernel: "kernel", b.Initrd: "initrd"} {
+		to = filepath.Join(dir, to)
+		if out, err := exec.Command("cp", "--sparse=always", from, to).CombinedOutput(); err != nil {
+			l.t.Fatalf("%v: %s", err, out)
+		}
+		if err := os.Chmod(to, 0o644); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	if err := l.within(r.unwind); err != nil {
+		l.t.Fatal(err)
+	}
+	return dir
+}
+
 // TestApplianceInLab is what the product is for, on a host of its own with systemd and a KVM that runs guests: the
 // compiled tree is put in place as README says, and in the runner's unit upstream's suite drives the plugin, which
 // prebuilds an image and clones Cloud Hypervisor VMs from it, with no privilege.
@@ -101,10 +128,9 @@ func TestApplianceInLab(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	b := l.base(l.imagesUp(l.spec))
-	host := hostlab.ForTest(t, hostlab.Options{Memory: 6 << 30, Files: map[string]string{
+	host := hostlab.ForTest(t, hostlab.Options{Memory: labMemory, Files: map[string]string{
 		"/usr/bin/fleetingd": l.bin, "/usr/bin/cloud-hypervisor": binary, "/usr/lib/fleetingd-test/fleetingd.test": test,
-		"/srv/base/disk.raw": b.Disk, "/srv/base/kernel": b.Kernel, "/srv/base/initrd": b.Initrd, "/root/host.hcl": spec,
+		"/srv/base": l.baseFiles(), "/root/host.hcl": spec,
 		"/etc/systemd/system/gitlab-runner.service":                unit,
 		"/etc/systemd/system/gitlab-runner.service.d/90-test.conf": dropIn,
 	}})
@@ -117,7 +143,7 @@ func TestApplianceInLab(t *testing.T) {
 		return out
 	}
 	sh("chmod 755 /usr/bin/fleetingd /usr/bin/cloud-hypervisor /usr/lib/fleetingd-test/*; chmod -R a+rX /srv/base")
-	t.Log(sh("cloud-hypervisor --version; cd /root; set -x\n" + readmeBlock(t, "fleetingd compile host.hcl -o")))
+	t.Log(sh("cloud-hypervisor --version; cd /root; ln -s fleetingd /usr/bin/fleeting-plugin-fleetingd\n" + readmeBlock(t, "fleetingd compile host.hcl -o")))
 	t.Logf("the unit's own units:\n%s", sh("systemctl --no-pager --no-legend list-units 'fleetingd*' '*fleetingd*.mount'"))
 
 	_, err := host.Sh(t.Context(), "systemctl start gitlab-runner.service")

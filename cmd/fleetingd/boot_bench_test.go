@@ -1,0 +1,155 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/fleetingd/fleetingd/appliance/hostlab"
+	"github.com/fleetingd/fleetingd/appliance/need"
+)
+
+// bootSpec has one base image twice: booted as it is, with its own initrd, and cloud-init applying the seed; and prebuilt.
+// All else is the same.
+const bootSpec = `
+host "bench" {
+  egress_interface = "eth0"
+  state_dir        = %[1]q
+  network {
+    subnet = "172.30.68.0/24"
+  }
+  hypervisor %[2]s
+}
+image "plain" {
+  file {
+    disk   = "%[3]s/disk.raw"
+    kernel = "%[3]s/kernel"
+    initrd = "%[3]s/initrd"
+  }
+  user = "ci"
+}
+image "prebuilt" {
+  file {
+    disk   = "%[3]s/disk.raw"
+    kernel = "%[3]s/kernel"
+    initrd = "%[3]s/initrd"
+  }
+  prebuild {
+    run = ["true"]
+  }
+  user = "ci"
+}
+pool "plain" {
+  image         = image.plain
+  cpus          = 2
+  memory        = "1GiB"
+  disk          = "5GiB"
+  start         = "cold"
+  max_instances = 1
+}
+pool "prebuilt" {
+  image         = image.prebuilt
+  cpus          = 2
+  memory        = "1GiB"
+  disk          = "5GiB"
+  start         = "cold"
+  max_instances = 1
+}
+`
+
+// BenchmarkBoot compares what the prebuild makes of a base image with the image itself: from the request for a worker
+// until its first SSH command has ended, through the plugin, in turns. Metrics are medians of the rounds
+// (-benchtime 5x is five). Cloud Hypervisor runs in a host of its own, whose KVM is emulated.
+func BenchmarkBoot(b *testing.B) {
+	l := newLab(b)
+	base := l.baseFiles()
+	b.Run("qemu", func(b *testing.B) {
+		// The state is kept: the image is not built again for each length of the benchmark.
+		spec := writeSpec(b, l.dir, fmt.Sprintf(bootSpec, filepath.Join(l.dir, "state"), "\"qemu\" {\n    accel = \"tcg\"\n  }", base))
+		bootRounds(b, func(pool string) string {
+			res := l.run("--pool", pool, spec, "--", "true")
+			if res.code != 0 {
+				b.Fatalf("exit code %d", res.code)
+			}
+			return res.stderr
+		})
+	})
+	b.Run("cloud-hypervisor", func(b *testing.B) {
+		binary := need.CloudHypervisor(b)
+		spec := writeSpec(b, l.dir, fmt.Sprintf(bootSpec, "/var/lib/fleetingd", `"cloud-hypervisor" {}`, "/srv/base"))
+		host := hostlab.ForTest(b, hostlab.Options{Memory: labMemory, Files: map[string]string{
+			"/usr/bin/fleetingd": l.bin, "/usr/bin/cloud-hypervisor": binary, "/srv/base": base, "/root/host.hcl": spec,
+		}})
+		out, err := host.Sh(b.Context(), "chmod 755 /usr/bin/fleetingd /usr/bin/cloud-hypervisor; cloud-hypervisor --version")
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Log(out)
+		bootRounds(b, func(pool string) string {
+			r, err := host.Run(b.Context(), "fleetingd", "run", "--timings", "--pool", pool, "/root/host.hcl", "--", "true")
+			b.Logf("fleetingd run --pool %s: %s", pool, r.Stderr)
+			if err != nil || r.ExitCode != 0 {
+				b.Fatalf("exit code %d, %v", r.ExitCode, err)
+			}
+			return r.Stderr
+		})
+	})
+}
+
+func writeSpec(b *testing.B, dir, text string) string {
+	b.Helper()
+	path := filepath.Join(dir, strings.ReplaceAll(b.Name(), "/", "-")+".hcl")
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		b.Fatal(err)
+	}
+	return path
+}
+
+// bootRounds boots a worker of each pool in turns; run gives the standard error of `fleetingd run --timings`.
+func bootRounds(b *testing.B, run func(pool string) string) {
+	pools := []string{"plain", "prebuilt"}
+	for _, pool := range pools {
+		run(pool) // makes the images, and has them in the page cache
+	}
+	seconds := map[string][]float64{}
+	for b.Loop() {
+		for _, pool := range pools {
+			seconds[pool] = append(seconds[pool], firstCommand(b, run(pool)))
+		}
+	}
+	median := func(pool string) float64 {
+		s := slices.Sorted(slices.Values(seconds[pool]))
+		return s[len(s)/2]
+	}
+	b.Logf("seconds to the first command: %v", seconds)
+	b.ReportMetric(median("plain"), "s/plain")
+	b.ReportMetric(median("prebuilt"), "s/prebuilt")
+	b.ReportMetric(median("prebuilt")/median("plain"), "ratio")
+	b.ReportMetric(0, "ns/op") // of a round, which says nothing
+}
+
+// firstCommand is from the request to the command's end, in seconds.
+func firstCommand(b *testing.B, stderr string) float64 {
+	b.Helper()
+	for line := range strings.Lines(stderr) {
+		var tm timings
+		if json.Unmarshal([]byte(line), &tm) != nil {
+			continue
+		}
+		sum, found := 0.0, 0
+		for _, p := range tm.Phases {
+			if p.Name == "ready" || p.Name == "command" {
+				sum, found = sum+p.Seconds, found+1
+			}
+		}
+		if found == 2 {
+			return sum
+		}
+	}
+	b.Fatalf("no timings of one worker in %q", stderr)
+	return 0
+}
