@@ -43,6 +43,7 @@ pool "small" {
   memory        = "1GiB"
   disk          = "5GiB"
   start         = "cold"
+  console       = true
   max_instances = 3
   limits {
     cpu_quota    = "180%"
@@ -53,7 +54,7 @@ pool "small" {
 runner "small" {
   pool  = pool.small
   url   = "https://gitlab.example.com"
-  token = "glrt-of-nobody"
+  token = file("/run/secrets/gitlab-token")
 }
 `
 
@@ -142,9 +143,14 @@ func TestApplianceInLab(t *testing.T) {
 		}
 		return out
 	}
-	sh("chmod 755 /usr/bin/fleetingd /usr/bin/cloud-hypervisor /usr/lib/fleetingd-test/*; chmod -R a+rX /srv/base")
-	t.Log(sh("cloud-hypervisor --version; cd /root; ln -s fleetingd /usr/bin/fleeting-plugin-fleetingd\n" + readmeBlock(t, "fleetingd compile host.hcl -o")))
+	sh("chmod 755 /usr/bin/fleetingd /usr/bin/cloud-hypervisor /usr/lib/fleetingd-test/*; chmod -R a+rX /srv/base\n" +
+		"mkdir -m 700 /run/secrets; echo glrt-of-nobody > /run/secrets/gitlab-token")
+	t.Log(sh("cloud-hypervisor --version; cd /root; ln -s fleetingd /usr/bin/fleeting-plugin-fleetingd\n" + readmeBlock(t, "fleetingd compile")))
 	t.Logf("the unit's own units:\n%s", sh("systemctl --no-pager --no-legend list-units 'fleetingd*' '*fleetingd*.mount'"))
+
+	if t.Failed() {
+		t.FailNow() // what follows would only fail of it
+	}
 
 	_, err := host.Sh(t.Context(), "systemctl start gitlab-runner.service")
 	out := sh("journalctl --no-pager -o cat -u gitlab-runner.service")
