@@ -46,7 +46,12 @@ func (h hclogHandler) WithGroup(name string) slog.Handler {
 }
 
 func (h hclogHandler) append(args []any, a slog.Attr) []any {
-	return append(args, h.prefix+a.Key, a.Value.Resolve().Any())
+	value := a.Value.Resolve()
+	if value.Kind() == slog.KindDuration {
+		// Through hclog's JSON, which is how a plugin's log reaches the runner, it would be a number of nanoseconds.
+		return append(args, h.prefix+a.Key, value.Duration().String())
+	}
+	return append(args, h.prefix+a.Key, value.Any())
 }
 
 func hclogLevel(l slog.Level) hclog.Level {

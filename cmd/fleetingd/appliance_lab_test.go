@@ -158,9 +158,17 @@ func TestApplianceInLab(t *testing.T) {
 	if err != nil || !strings.Contains(out, "--- PASS: TestApplianceInLab") {
 		t.Errorf("upstream's suite in the lab: %v", err)
 	}
+	for _, limit := range []string{"cpu.max: 180000 100000", "memory.max: 1", "riops=5000 wiops=5000", "pids.max: "} {
+		if !strings.Contains(out, limit) {
+			t.Errorf("no VMM's cgroup has %q", limit)
+		}
+	}
+	if console := sh("cat /var/lib/fleetingd/workers/small/console/*.log"); !strings.Contains(console, " hvc0") {
+		t.Errorf("the kept console of a worker: %.2000q", console)
+	}
 	for what, script := range map[string]string{
 		"VMMs":    "pgrep -a cloud-hyperviso || true",
-		"records": "find /var/lib/fleetingd/workers /run/fleetingd -mindepth 1 ! -name '*.lock' ! -name small",
+		"records": "find /var/lib/fleetingd/workers /run/fleetingd -mindepth 1 ! -name '*.lock' ! -path '*/small' ! -path '*/small/console*'",
 		"clones":  "find /var/lib/fleetingd/disks/clones -mindepth 2",
 		"cgroups": "find /sys/fs/cgroup/system.slice/gitlab-runner.service -name 'vm-*' 2>/dev/null || true",
 	} {

@@ -18,9 +18,13 @@ var vmmNames = []string{"cloud-hypervisor", "qemu-system-x86_64"}
 // filters each of the others.
 func noPrivileges(t *testing.T) {
 	t.Helper()
-	plugins := processes(t, pluginName)
+	plugin, err := filepath.EvalSymlinks(os.Getenv("FLEETINGD_TEST_PLUGIN"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plugins := processes(t, filepath.Base(plugin))
 	if len(plugins) == 0 {
-		t.Errorf("no process %s of this user", pluginName)
+		t.Errorf("no process %s of this user", plugin)
 	}
 	for _, p := range plugins {
 		p.unprivileged(t)
@@ -34,6 +38,7 @@ func noPrivileges(t *testing.T) {
 				t.Errorf("%s: NoNewPrivs is %s", p, p.status["NoNewPrivs"])
 			}
 			p.confined(t)
+			p.limited(t)
 		}
 	}
 	if vmms == 0 {
@@ -134,6 +139,27 @@ func (p process) confined(t *testing.T) {
 		const filtered = "2" // SECCOMP_MODE_FILTER
 		if s["Seccomp"] != filtered || p.name == "cloud-hypervisor" && filters(s) <= main {
 			t.Errorf("%s: thread %s has no seccomp filter of its own", p, s["Name"])
+		}
+	}
+}
+
+// limited prints what the kernel holds a VMM to, where it has a cgroup of its own.
+func (p process) limited(t *testing.T) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(p.dir, "cgroup"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, path, found := strings.Cut(string(text), "0::")
+	path = filepath.Join("/sys/fs/cgroup", strings.TrimSpace(path))
+	if !found || !strings.HasPrefix(filepath.Base(path), "vm-") {
+		return // nothing is delegated to the plugin here
+	}
+	for _, name := range []string{"cpu.max", "memory.max", "io.max", "pids.max"} {
+		limit, err := os.ReadFile(filepath.Join(path, name))
+		t.Logf("%s: %s: %s: %s", p, filepath.Base(path), name, strings.TrimSpace(string(limit)))
+		if err != nil {
+			t.Error(err)
 		}
 	}
 }

@@ -277,7 +277,7 @@ func jobOnWorker(t *testing.T, config string) {
 	}
 	defer runner.Kill()
 	prov, err := fleeting.Init(t.Context(), nil, runner.InstanceGroup(), fleeting.WithMaxSize(1),
-		fleeting.WithUpdateIntervalWhenExpecting(100*time.Millisecond), fleeting.WithShutdownDeletionInterval(100*time.Millisecond),
+		fleeting.WithUpdateIntervalWhenExpecting(500*time.Millisecond), fleeting.WithShutdownDeletionInterval(100*time.Millisecond),
 		fleeting.WithShutdownDeletionRetries(100))
 	if err != nil {
 		t.Fatal(err)
