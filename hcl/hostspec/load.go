@@ -91,7 +91,7 @@ func (l *loader) load() (*Host, []string) {
 		return nil, nil
 	}
 	content, diags := body.Content(rootSchema)
-	l.diags = append(l.diags, diags...)
+	l.diags = append(l.diags, explain(diags, "A spec", nil, rootSchema.Blocks)...)
 
 	l.defineScope(content.Blocks)
 	s := l.decode(content)

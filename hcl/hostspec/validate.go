@@ -223,7 +223,6 @@ func (l *loader) validateHypervisor(h *Host) {
 	if !slices.Contains(drivers, v.Driver) {
 		l.errorf(l.at(v, "label"), "Unknown hypervisor", "%s is no hypervisor%s. Write hypervisor %q or hypervisor %q.",
 			quote(v.Driver), didYouMean(v.Driver, drivers), drivers[0], drivers[1])
-		return
 	}
 	if l.ok(v, "binary") {
 		switch b := v.Binary; {
@@ -233,11 +232,11 @@ func (l *loader) validateHypervisor(h *Host) {
 			l.errorf(l.at(v, "binary"), "Invalid binary", "%s is not an absolute, clean path. Write one, or a name that is found on PATH.", quote(b))
 		}
 	}
-	if l.given(v, "accel") && v.Driver != "qemu" {
+	if l.given(v, "accel") && v.Driver == "cloud-hypervisor" {
 		l.errorf(l.at(v, "accel"), "Invalid accel", "%s always runs on KVM. Leave accel away, or write hypervisor \"qemu\".", v.Driver)
-		return
+	} else {
+		l.oneOf(v, "accel", v.Accel, "auto", "kvm", "tcg")
 	}
-	l.oneOf(v, "accel", v.Accel, "auto", "kvm", "tcg")
 	l.checkArch(h)
 }
 

@@ -11,6 +11,8 @@ host "metal-01" {
   disks { # ERROR: it takes one
   }
   hypervisor "qemuu" { # ERROR: "qemuu" is no hypervisor (did you mean "qemu"?)
+    binary = "./qemu" # ERROR: is not an absolute, clean path
+    accel  = "hvf" # ERROR: "hvf" is no accel
   }
 }
 
