@@ -374,6 +374,19 @@ func TestDeepAndHuge(t *testing.T) {
 	}
 }
 
+// TestManyJSONTokens: the guard's time grows with the file and not with its square. A third of a million strings, as a
+// generated file may have, take it some 100 ms; with the line of each of them found it was more than a minute.
+func TestManyJSONTokens(t *testing.T) {
+	src := []byte(`{"locals": {"x": [` + strings.Repeat(`"",`, maxSource/3-10) + `""]}}`)
+	start := time.Now()
+	if d := guardJSON(src, "host.hcl.json"); d != nil {
+		t.Error(d)
+	}
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
+
 func localChain(n int) string {
 	var b strings.Builder
 	b.WriteString("locals {\n")
