@@ -184,9 +184,19 @@ func (l *loader) checkStateDir(h *Host) {
 	case len(dir) > maxStateDir:
 		bad("The path has %d characters and may have %d, since sockets below it may have 107.", len(dir), maxStateDir)
 	case slices.Contains(systemDirs, dir):
-		bad("%s belongs to the system. Write a folder of its own, such as %q.", dir, path.Join(dir, "fleetingd"))
+		own := "/var/lib/fleetingd"
+		if slices.Contains([]string{"/media", "/mnt", "/opt", "/srv"}, dir) {
+			own = path.Join(dir, "fleetingd")
+		}
+		bad("%s belongs to the system. Write a folder of its own, such as %q.", dir, own)
 	case under(dir, "/proc") || under(dir, "/sys") || under(dir, "/dev"):
 		bad("%s is no place for files: the kernel makes what is there. Write \"/var/lib/fleetingd\", for example.", dir)
+	case len(h.Runners) == 0: // `fleetingd run` alone uses it
+	case under(dir, "/home") || under(dir, "/root") || under(dir, "/run/user"):
+		bad("%s is hidden from the runner: its unit sees no home folders (ProtectHome=). Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
+	case under(dir, "/tmp") || under(dir, "/var/tmp"):
+		l.warnf(at, "A folder that is not kept", "%s is hidden from the runner, whose unit has a /tmp of its own (PrivateTmp=), and is cleaned up by the system. "+
+			"Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
 	}
 }
 

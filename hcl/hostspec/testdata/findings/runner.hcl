@@ -110,3 +110,14 @@ runner "h" {
   token = env("TOKEN")
   settings = { autoscaler = 5 } # ERROR: "autoscaler" is a table
 }
+
+# What the runner's unit does not see.
+host "home" {
+  egress_interface = "eno1"
+  state_dir        = "/home/ci/fleetingd" # ERROR: /home/ci/fleetingd is hidden from the runner: its unit sees no home folders
+}
+
+host "tmp" {
+  egress_interface = "eno1"
+  state_dir        = "/var/tmp/fleetingd" # WARNING: is hidden from the runner, whose unit has a /tmp of its own
+}
