@@ -26,7 +26,26 @@ func (l *loader) validate(s *spec) {
 	for _, p := range s.pools {
 		l.validatePool(p, s.images)
 	}
+	l.checkPlaces(s)
 	l.validateRunners(s)
+}
+
+// maxPlaces is the most workers and images of a host. Each has a TAP, and each is named in the plan, which has a largest size.
+const maxPlaces = 1 << 16
+
+// checkPlaces finds where there are more: at the pool that is one too many.
+func (l *loader) checkPlaces(s *spec) {
+	n := len(s.images)
+	for _, p := range s.pools {
+		if !l.ok(p, "max_instances") || p.MaxInstances < 1 || p.MaxInstances > maxPlaces {
+			continue
+		}
+		if n += p.MaxInstances; n > maxPlaces {
+			l.errorf(l.at(p, "max_instances"), "Too many workers", "With this pool the host has %d places for workers and images, and it can have %d. "+
+				"Lower max_instances.", n, maxPlaces)
+			return
+		}
+	}
 }
 
 func (l *loader) checkPresence(s *spec) {
@@ -435,9 +454,8 @@ func (l *loader) validatePool(p *Pool, images []*Image) {
 			l.unknownReference(l.at(p, "image"), "image", p.Image, names)
 		}
 	}
-	const most = 1 << 16
 	l.inRange(p, "cpus", p.CPUs, 1, 254, ", the most that a virtual machine has here")
-	l.inRange(p, "max_instances", p.MaxInstances, 1, most, "")
+	l.inRange(p, "max_instances", p.MaxInstances, 1, maxPlaces, "")
 	l.oneOf(p, "start", p.Start, "warm", "cold")
 	l.checkBytes(p, "memory", p.Memory, 128<<20, 16<<40)
 	l.checkBytes(p, "disk", p.Disk, 256<<20, 64<<40)
