@@ -128,6 +128,7 @@ func (l *loader) parse(path string, src []byte) hcl.Body {
 	} else {
 		file, diags = hclsyntax.ParseConfig(src, path, hcl.InitialPos)
 	}
+	explainTemplates(diags)
 	l.diags = append(l.diags, diags...)
 	if file == nil || file.Body == nil {
 		return nil

@@ -201,6 +201,8 @@ func TestJSONFindings(t *testing.T) {
 		{"unit", `{"pool": {"p": {"image": "image.x", "cpus": 1, "memory": 8, "disk": "8GB", "max_instances": 1}}}`, `write "8GiB"`},
 		{"unknown reference", `{"image": {"ubuntu": {}}, "pool": {"p": {"image": "image.ubunut"}}}`, "Did you mean image.ubuntu?"},
 		{"no reference", `{"pool": {"p": {"image": "ubuntu"}}}`, "Write the name of an image block"},
+		{"a shell's variable", `{"locals": {"x": "echo ${HOME}"}}`, "write $${HOME} instead of ${HOME}"},
+		{"curl's", `{"locals": {"x": "curl -w %{http_code}"}}`, "write %%{ instead of %{"},
 		{"deep", strings.Repeat(`{"a":`, 100000), "Nested too deeply"},
 		{"deep in a string", `{"locals": {"x": "${` + strings.Repeat("(", 100000) + `"}}`, "Nested too deeply"},
 		{"deep type", `{"variable": {"x": {"type": "` + strings.Repeat("list(", 100000) + `"}}}`, "Nested too deeply"},

@@ -121,3 +121,9 @@ host "tmp" {
   egress_interface = "eno1"
   state_dir        = "/var/tmp/fleetingd" # WARNING: is hidden from the runner, whose unit has a /tmp of its own
 }
+
+runner "i" {
+  pool  = pool.small # ERROR: has the pool "small" already
+  url   = "https://gitlab.example.com:70000" # ERROR: port numbers go from 1 to 65535
+  token = fil("/run/secrets/gitlab-token") # ERROR: A secret is only referred to
+}
