@@ -115,11 +115,9 @@ func explain(diags hcl.Diagnostics, what string, attrs []attrSpec, blocks []hcl.
 		names = append(names, blockExample(b)+" }")
 	}
 	for _, d := range diags {
-		switch d.Summary {
-		case "Unsupported argument", "Unsupported block type", "Extraneous JSON object property":
-			if !strings.Contains(d.Detail, "Did you mean") {
-				d.Detail += fmt.Sprintf(" %s may have: %s.", what, strings.Join(names, ", "))
-			}
+		unknown := d.Summary == "Unsupported argument" || d.Summary == "Unsupported block type" || d.Summary == "Extraneous JSON object property"
+		if unknown && !strings.Contains(d.Detail, "Did you mean") {
+			d.Detail += fmt.Sprintf(" %s may have: %s.", what, strings.Join(names, ", "))
 		}
 		for _, b := range blocks {
 			if d.Summary == "Extraneous label for "+b.Type || len(b.LabelNames) > 0 && d.Summary == "Missing "+b.LabelNames[0]+" for "+b.Type {
