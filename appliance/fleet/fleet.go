@@ -184,7 +184,7 @@ func (g *Group) init(ctx context.Context) error {
 	if g.pool, err = p.Pool(g.cfg.pool); err != nil {
 		return fmt.Errorf("plugin_config pool: %w", err)
 	}
-	if err := g.pool.CanStart(); err != nil {
+	if err := p.CanStart(g.pool); err != nil {
 		return err
 	}
 	if g.image, err = p.Image(g.pool.Image); err != nil {

@@ -718,6 +718,7 @@ func TestConsoleIsKept(t *testing.T) {
 func TestVMConfig(t *testing.T) {
 	h := newHost(t, 2)
 	h.plan.Pools[0].Limits = plan.Limits{CPUQuotaPercent: 150, DiskIOPS: 500, NetworkMbps: 10}
+	h.plan.Hypervisor.Driver = "cloud-hypervisor" // QEMU with network_mbps is refused
 	h.plan.Pools[0].CPUs, h.plan.Slots[0].Queues = 2, 2
 	h.write()
 	g := h.start()

@@ -24,6 +24,10 @@ func (p *Plan) JSON() ([]byte, error) {
 	if err := e.Encode(p); err != nil {
 		return nil, fmt.Errorf("write plan of host %q: %w", p.Host, err)
 	}
+	if b.Len() > MaxSize { // Parse would refuse it
+		return nil, fmt.Errorf("write plan of host %q: it has %d bytes, and may have %d: put less into the files of its prebuilds",
+			p.Host, b.Len(), MaxSize)
+	}
 	return b.Bytes(), nil
 }
 

@@ -85,6 +85,15 @@ func TestJSONIsCanonical(t *testing.T) {
 	}
 }
 
+// TestTooLargeToRead: what Parse refuses is not written.
+func TestTooLargeToRead(t *testing.T) {
+	p := small()
+	p.Images[0].Prebuild.Steps = []Step{{Name: "file[0]: /f", File: &StepFile{Path: "/f", Content: strings.Repeat("x", MaxSize), Mode: "0644"}}}
+	if _, err := p.JSON(); err == nil || !strings.Contains(err.Error(), "put less into the files of its prebuilds") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestDigestIsOfAllButTheOrigins(t *testing.T) {
 	digest := func(p *Plan) string {
 		d, err := p.Digest()

@@ -6,11 +6,24 @@ import (
 )
 
 func TestCanStart(t *testing.T) {
-	if err := (&Pool{Name: "p", Start: "cold"}).CanStart(); err != nil {
-		t.Errorf("cold: %v", err)
-	}
-	err := (&Pool{Name: "p", Start: "warm"}).CanStart()
-	if err == nil || !strings.Contains(err.Error(), `pool "p"`) || !strings.Contains(err.Error(), `write start = "cold"`) {
-		t.Errorf("warm: %v", err)
+	for _, c := range []struct {
+		driver string
+		pool   Pool
+		want   string // in the error, "" for none
+	}{
+		{"qemu", Pool{Start: "cold", Limits: Limits{CPUQuotaPercent: 100, DiskIOPS: 10}}, ""},
+		{"qemu", Pool{Start: "warm"}, `write start = "cold"`},
+		{"cloud-hypervisor", Pool{Start: "warm"}, `write start = "cold"`},
+		{"qemu", Pool{Start: "cold", Limits: Limits{NetworkMbps: 1}}, "take network_mbps out of the pool's limits"},
+		{"cloud-hypervisor", Pool{Start: "cold", Limits: Limits{NetworkMbps: 1}}, ""},
+	} {
+		c.pool.Name = "p"
+		err := (&Plan{Hypervisor: Hypervisor{Driver: c.driver}}).CanStart(&c.pool)
+		switch {
+		case c.want == "" && err != nil:
+			t.Errorf("%s, %+v: %v", c.driver, c.pool, err)
+		case c.want != "" && (err == nil || !strings.Contains(err.Error(), `pool "p"`) || !strings.Contains(err.Error(), c.want)):
+			t.Errorf("%s, %+v: %v, want %q", c.driver, c.pool, err, c.want)
+		}
 	}
 }

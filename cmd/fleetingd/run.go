@@ -73,14 +73,19 @@ func runAction(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := pool.CanStart(); err != nil {
-		if where := p.Origin(plan.KindPool, pool.Name); where != "" {
-			err = fmt.Errorf("%s: %w", where, err)
-		}
-		return err
+	where := ""
+	if line := p.Origin(plan.KindPool, pool.Name); line != "" {
+		where = line + ": "
+	}
+	if err := p.CanStart(pool); err != nil {
+		return fmt.Errorf("%s%w", where, err)
 	}
 	if os.Getuid() != 0 {
 		return errors.New("run needs root to make interfaces, firewall rules and a mount; the plugin and the VMs then run as an ordinary user. Try: sudo fleetingd run …")
+	}
+	if pool.Limits.CPUQuotaPercent > 0 {
+		fmt.Fprintf(c.App.ErrWriter, "fleetingd: %spool %q: this run does not hold its workers to cpu_quota: that takes the cgroup which "+
+			"systemd delegates to gitlab-runner.service\n", where, pool.Name)
 	}
 	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()

@@ -46,11 +46,9 @@ func replaceTree(dir string, tree []plan.TreeFile) error {
 	return nil
 }
 
-// writeTree writes the files below an empty dir. Modes are not subject to the umask.
+// writeTree writes the files below an empty dir. Modes are not subject to the umask, nor are those of folders: who copies
+// the tree onto a host copies them too, and after an umask of 077 that host's /etc would be root's alone.
 func writeTree(dir string, tree []plan.TreeFile) error {
-	if err := os.Chmod(dir, 0o755); err != nil {
-		return err
-	}
 	for _, f := range tree {
 		path := filepath.Join(dir, f.Path)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -64,7 +62,12 @@ func writeTree(dir string, tree []plan.TreeFile) error {
 			return err
 		}
 	}
-	return nil
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return err
+		}
+		return os.Chmod(path, 0o755)
+	})
 }
 
 // replaceable reports whether dir is there, and an error where something in it is not of

@@ -352,7 +352,7 @@ func (s *section) settings(name string, to *map[string]any) {
 	}
 	*to = got.(map[string]any)
 	s.done(a)
-	s.noteKeys(a.Expr, name, 2)
+	s.noteKeys(a.Expr, name, 3)
 }
 
 // noteKeys notes where the keys of a map are, as far as it is written out.

@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 
+	"github.com/agext/levenshtein"
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
@@ -42,11 +43,21 @@ func (l *loader) value(expr hcl.Expression, ctx *hcl.EvalContext) (val cty.Value
 		}
 	}()
 	val, diags = expr.Value(ctx)
+	explainTemplates(diags)
 	for _, d := range diags {
 		d.EvalContext = nil // a printer would show the values of all variables
 		withoutStack(d)
 	}
 	return val, diags
+}
+
+// explainTemplates adds to the finding about an unknown %{word} how to write such a thing as text: curl's -w has many.
+func explainTemplates(diags hcl.Diagnostics) {
+	for _, d := range diags {
+		if d.Summary == "Invalid template control keyword" {
+			d.Detail += " Where it is text, write %%{ instead of %{."
+		}
+	}
 }
 
 // withoutStack shortens the finding that a library function has panicked, as
@@ -120,9 +131,24 @@ func (l *loader) checkReferences(expr hcl.Expression) bool {
 			ok = false
 		}
 		switch root := t.RootName(); root {
+		case "var", "local":
 		case "image", "pool":
 			l.errorf(&at, "A reference in the wrong place", "%s.NAME stands alone, as in %s = %s.NAME; "+
 				"it has no value that an expression could use.", root, root, root)
+			ok = false
+		default:
+			// Most of these are a shell's variables in a command.
+			guess, shell := "", root
+			if len(shell) > 64 {
+				shell = "NAME"
+			}
+			for _, known := range []string{"local", "var"} {
+				if levenshtein.Distance(root, known, nil) < 3 {
+					guess = fmt.Sprintf(" Did you mean %q?", known)
+				}
+			}
+			l.errorf(&at, "Unknown name", "There is no %s.%s An expression can refer to var.NAME and local.NAME. "+
+				"Where it is for a shell, write $${%s} instead of ${%s}.", quote(root), guess, shell, shell)
 			ok = false
 		}
 	}

@@ -131,29 +131,29 @@ func guardJSON(src []byte, path string) *hcl.Diagnostic {
 		if err != nil {
 			return nil
 		}
-		here := rangeAt(src, path, int(dec.InputOffset())-1)
+		var d *hcl.Diagnostic
 		switch tok := tok.(type) {
 		case json.Number:
 			if !smallExponent([]byte(tok)) {
-				return guardError(here, "Too large a number", "The exponent of a number may be at most %d.", maxExponent)
+				d = guardError(hcl.Range{}, "Too large a number", "The exponent of a number may be at most %d.", maxExponent)
 			}
 		case string:
-			if d := guardJSONString(tok, here); d != nil {
-				return d
-			}
+			d = guardJSONString(tok)
+		}
+		if d != nil {
+			// Only now: finding the line of every token would make a large file's time quadratic.
+			at := rangeAt(src, path, int(dec.InputOffset())-1)
+			d.Subject = &at
+			return d
 		}
 	}
 }
 
 // guardJSONString guards a string both as the template and, in the places where HCL
 // reads it so, as the bare expression that it may be.
-func guardJSONString(s string, at hcl.Range) *hcl.Diagnostic {
-	tokens, _ := hclsyntax.LexTemplate([]byte(s), at.Filename, at.Start)
-	d := guardTokens(tokens)
-	if d != nil {
-		d.Subject = &at
-	}
-	return d
+func guardJSONString(s string) *hcl.Diagnostic {
+	tokens, _ := hclsyntax.LexTemplate([]byte(s), "", hcl.InitialPos)
+	return guardTokens(tokens)
 }
 
 // jsonDepth finds where brackets outside of strings nest too deeply.

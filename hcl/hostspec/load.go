@@ -91,7 +91,7 @@ func (l *loader) load() (*Host, []string) {
 		return nil, nil
 	}
 	content, diags := body.Content(rootSchema)
-	l.diags = append(l.diags, diags...)
+	l.diags = append(l.diags, explain(diags, "A spec", nil, rootSchema.Blocks)...)
 
 	l.defineScope(content.Blocks)
 	s := l.decode(content)
@@ -128,6 +128,7 @@ func (l *loader) parse(path string, src []byte) hcl.Body {
 	} else {
 		file, diags = hclsyntax.ParseConfig(src, path, hcl.InitialPos)
 	}
+	explainTemplates(diags)
 	l.diags = append(l.diags, diags...)
 	if file == nil || file.Body == nil {
 		return nil

@@ -201,6 +201,8 @@ func TestJSONFindings(t *testing.T) {
 		{"unit", `{"pool": {"p": {"image": "image.x", "cpus": 1, "memory": 8, "disk": "8GB", "max_instances": 1}}}`, `write "8GiB"`},
 		{"unknown reference", `{"image": {"ubuntu": {}}, "pool": {"p": {"image": "image.ubunut"}}}`, "Did you mean image.ubuntu?"},
 		{"no reference", `{"pool": {"p": {"image": "ubuntu"}}}`, "Write the name of an image block"},
+		{"a shell's variable", `{"locals": {"x": "echo ${HOME}"}}`, "write $${HOME} instead of ${HOME}"},
+		{"curl's", `{"locals": {"x": "curl -w %{http_code}"}}`, "write %%{ instead of %{"},
 		{"deep", strings.Repeat(`{"a":`, 100000), "Nested too deeply"},
 		{"deep in a string", `{"locals": {"x": "${` + strings.Repeat("(", 100000) + `"}}`, "Nested too deeply"},
 		{"deep type", `{"variable": {"x": {"type": "` + strings.Repeat("list(", 100000) + `"}}}`, "Nested too deeply"},
@@ -371,6 +373,19 @@ func TestDeepAndHuge(t *testing.T) {
 				t.Errorf("want %q in:\n%.1000s", tt.want, got)
 			}
 		})
+	}
+}
+
+// TestManyJSONTokens: the guard's time grows with the file and not with its square. A third of a million strings, as a
+// generated file may have, take it some 100 ms; with the line of each of them found it was more than a minute.
+func TestManyJSONTokens(t *testing.T) {
+	src := []byte(`{"locals": {"x": [` + strings.Repeat(`"",`, maxSource/3-10) + `""]}}`)
+	start := time.Now()
+	if d := guardJSON(src, "host.hcl.json"); d != nil {
+		t.Error(d)
+	}
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("it took %v", took)
 	}
 }
 

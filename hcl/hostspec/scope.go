@@ -63,9 +63,7 @@ func (l *loader) defineScope(blocks hcl.Blocks) {
 	l.publishLocals(nil)
 }
 
-var variableSchema = &hcl.BodySchema{Attributes: []hcl.AttributeSchema{
-	{Name: "type"}, {Name: "default"}, {Name: "sensitive"}, {Name: "description"},
-}}
+var variableAttrs = []attrSpec{{name: "type"}, {name: "default"}, {name: "sensitive"}, {name: "description"}}
 
 func (l *loader) declareVariable(b *hcl.Block) {
 	v := &variable{name: b.Labels[0], typ: cty.DynamicPseudoType, value: cty.DynamicVal, rng: b.DefRange}
@@ -79,8 +77,8 @@ func (l *loader) declareVariable(b *hcl.Block) {
 		return
 	}
 	l.scope.vars[v.name] = v
-	content, diags := b.Body.Content(variableSchema)
-	l.diags = append(l.diags, diags...)
+	content, diags := b.Body.Content(schemaOf(variableAttrs))
+	l.diags = append(l.diags, explain(diags, blockName(b), variableAttrs, nil)...)
 	if a := content.Attributes["sensitive"]; a != nil {
 		l.literal(a, cty.Bool, func(val cty.Value) { v.sensitive = val.True() })
 	}

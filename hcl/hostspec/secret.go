@@ -77,6 +77,9 @@ func isLiteral(e hclsyntax.Expression) bool {
 	if e == nil { // a plain string in JSON
 		return true
 	}
+	if _, call := e.(*hclsyntax.FunctionCallExpr); call {
+		return false
+	}
 	return len(e.Variables()) == 0
 }
 

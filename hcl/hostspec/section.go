@@ -68,11 +68,7 @@ type section struct {
 // open reads a block by its attributes and the blocks within.
 func (l *loader) open(b *hcl.Block, owner any, attrs []attrSpec, blocks ...hcl.BlockHeaderSchema) *section {
 	s := &section{l: l, owner: owner, what: blockName(b), attrs: attrs}
-	schema := &hcl.BodySchema{Blocks: blocks}
-	for _, a := range attrs {
-		schema.Attributes = append(schema.Attributes, hcl.AttributeSchema{Name: a.name})
-	}
-	content, diags := b.Body.Content(schema)
+	content, diags := b.Body.Content(schemaOf(attrs, blocks...))
 	l.diags = append(l.diags, explain(diags, s.what, attrs, blocks)...)
 	s.content = content
 	l.attrs[attrKey{owner, ""}] = attrInfo{rng: b.DefRange, ok: true}
@@ -87,23 +83,46 @@ func (l *loader) open(b *hcl.Block, owner any, attrs []attrSpec, blocks ...hcl.B
 	return s
 }
 
-// explain adds to HCL's findings about unknown names which ones are known.
+func schemaOf(attrs []attrSpec, blocks ...hcl.BlockHeaderSchema) *hcl.BodySchema {
+	schema := &hcl.BodySchema{Blocks: blocks}
+	for _, a := range attrs {
+		schema.Attributes = append(schema.Attributes, hcl.AttributeSchema{Name: a.name})
+	}
+	return schema
+}
+
+// labelExamples are labels of the blocks that have one.
+var labelExamples = map[string]string{
+	"variable": "gitlab_url", "host": "metal-01", "image": "ubuntu", "pool": "small", "runner": "small",
+	"egress": "artifact-store", "hypervisor": "qemu", "file": "/etc/motd",
+}
+
+// blockExample is how a block begins: `egress "artifact-store" {`.
+func blockExample(b hcl.BlockHeaderSchema) string {
+	if len(b.LabelNames) == 0 {
+		return b.Type + " {"
+	}
+	return fmt.Sprintf("%s %q {", b.Type, labelExamples[b.Type])
+}
+
+// explain adds to HCL's findings about unknown names which ones are known, and to those about labels what to write.
 func explain(diags hcl.Diagnostics, what string, attrs []attrSpec, blocks []hcl.BlockHeaderSchema) hcl.Diagnostics {
+	var names []string
+	for _, a := range attrs {
+		names = append(names, a.name)
+	}
+	for _, b := range blocks {
+		names = append(names, blockExample(b)+" }")
+	}
 	for _, d := range diags {
-		switch d.Summary {
-		case "Unsupported argument", "Unsupported block type", "Extraneous JSON object property":
-		default:
-			continue
-		}
-		var names []string
-		for _, a := range attrs {
-			names = append(names, a.name)
+		unknown := d.Summary == "Unsupported argument" || d.Summary == "Unsupported block type" || d.Summary == "Extraneous JSON object property"
+		if unknown && !strings.Contains(d.Detail, "Did you mean") {
+			d.Detail += fmt.Sprintf(" %s may have: %s.", what, strings.Join(names, ", "))
 		}
 		for _, b := range blocks {
-			names = append(names, b.Type+" { }")
-		}
-		if !strings.Contains(d.Detail, "Did you mean") {
-			d.Detail += fmt.Sprintf(" %s may have: %s.", what, strings.Join(names, ", "))
+			if d.Summary == "Extraneous label for "+b.Type || len(b.LabelNames) > 0 && d.Summary == "Missing "+b.LabelNames[0]+" for "+b.Type {
+				d.Detail += " Write, for example: " + blockExample(b)
+			}
 		}
 	}
 	return diags
@@ -329,7 +348,23 @@ func (s *section) reference(name string, to *string) {
 		s.done(a)
 		return
 	}
-	s.fail(a, nil, "write the name of %s %s block: %s", article(name), name, s.example(name))
+	write := s.example(name)
+	if text, ok := quotedText(a.Expr); ok && nameSyntax.MatchString(text) {
+		write = fmt.Sprintf("%s = %s.%s", name, name, text)
+	}
+	s.fail(a, nil, "write the name of %s %s block: %s", article(name), name, write)
+}
+
+// quotedText is a string that is written out, in either syntax.
+func quotedText(expr hcl.Expression) (string, bool) {
+	if text, ok := jsonString(expr); ok {
+		return text, true
+	}
+	if t, ok := expr.(*hclsyntax.TemplateExpr); !ok || !t.IsStringLiteral() {
+		return "", false
+	}
+	val, _ := expr.Value(nil)
+	return val.AsString(), true
 }
 
 // unwrap takes parentheses and "${…}" off an expression that is written out; nil for

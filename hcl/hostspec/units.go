@@ -145,7 +145,7 @@ func parsePorts(s string) (PortRange, error) {
 		return PortRange{}, fmt.Errorf(`a port is written as "tcp/443", a range as "tcp/9000-9001"%s`, guessPort(s))
 	}
 	if m[1] != "tcp" && m[1] != "udp" {
-		return PortRange{}, fmt.Errorf("ports are tcp or udp, not %s: write %q", m[1], "tcp/"+m[2])
+		return PortRange{}, fmt.Errorf("ports are tcp or udp, not %s: write %q, or leave ports away for every protocol", m[1], "tcp/"+m[2])
 	}
 	first, _ := strconv.Atoi(m[2])
 	last := first

@@ -26,7 +26,26 @@ func (l *loader) validate(s *spec) {
 	for _, p := range s.pools {
 		l.validatePool(p, s.images)
 	}
+	l.checkPlaces(s)
 	l.validateRunners(s)
+}
+
+// maxPlaces is the most workers and images of a host. Each has a TAP, and each is named in the plan, which has a largest size.
+const maxPlaces = 1 << 16
+
+// checkPlaces finds where there are more: at the pool that is one too many.
+func (l *loader) checkPlaces(s *spec) {
+	n := len(s.images)
+	for _, p := range s.pools {
+		if !l.ok(p, "max_instances") || p.MaxInstances < 1 || p.MaxInstances > maxPlaces {
+			continue
+		}
+		if n += p.MaxInstances; n > maxPlaces {
+			l.errorf(l.at(p, "max_instances"), "Too many workers", "With this pool the host has %d places for workers and images, and it can have %d. "+
+				"Lower max_instances.", n, maxPlaces)
+			return
+		}
+	}
 }
 
 func (l *loader) checkPresence(s *spec) {
@@ -184,9 +203,19 @@ func (l *loader) checkStateDir(h *Host) {
 	case len(dir) > maxStateDir:
 		bad("The path has %d characters and may have %d, since sockets below it may have 107.", len(dir), maxStateDir)
 	case slices.Contains(systemDirs, dir):
-		bad("%s belongs to the system. Write a folder of its own, such as %q.", dir, path.Join(dir, "fleetingd"))
+		own := "/var/lib/fleetingd"
+		if slices.Contains([]string{"/media", "/mnt", "/opt", "/srv"}, dir) {
+			own = path.Join(dir, "fleetingd")
+		}
+		bad("%s belongs to the system. Write a folder of its own, such as %q.", dir, own)
 	case under(dir, "/proc") || under(dir, "/sys") || under(dir, "/dev"):
 		bad("%s is no place for files: the kernel makes what is there. Write \"/var/lib/fleetingd\", for example.", dir)
+	case len(h.Runners) == 0: // `fleetingd run` alone uses it
+	case under(dir, "/home") || under(dir, "/root") || under(dir, "/run/user"):
+		bad("%s is hidden from the runner: its unit sees no home folders (ProtectHome=). Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
+	case under(dir, "/tmp") || under(dir, "/var/tmp"):
+		l.warnf(at, "A folder that is not kept", "%s is hidden from the runner, whose unit has a /tmp of its own (PrivateTmp=), and is cleaned up by the system. "+
+			"Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
 	}
 }
 
@@ -223,7 +252,6 @@ func (l *loader) validateHypervisor(h *Host) {
 	if !slices.Contains(drivers, v.Driver) {
 		l.errorf(l.at(v, "label"), "Unknown hypervisor", "%s is no hypervisor%s. Write hypervisor %q or hypervisor %q.",
 			quote(v.Driver), didYouMean(v.Driver, drivers), drivers[0], drivers[1])
-		return
 	}
 	if l.ok(v, "binary") {
 		switch b := v.Binary; {
@@ -233,11 +261,11 @@ func (l *loader) validateHypervisor(h *Host) {
 			l.errorf(l.at(v, "binary"), "Invalid binary", "%s is not an absolute, clean path. Write one, or a name that is found on PATH.", quote(b))
 		}
 	}
-	if l.given(v, "accel") && v.Driver != "qemu" {
+	if l.given(v, "accel") && v.Driver == "cloud-hypervisor" {
 		l.errorf(l.at(v, "accel"), "Invalid accel", "%s always runs on KVM. Leave accel away, or write hypervisor \"qemu\".", v.Driver)
-		return
+	} else {
+		l.oneOf(v, "accel", v.Accel, "auto", "kvm", "tcg")
 	}
-	l.oneOf(v, "accel", v.Accel, "auto", "kvm", "tcg")
 	l.checkArch(h)
 }
 
@@ -426,9 +454,8 @@ func (l *loader) validatePool(p *Pool, images []*Image) {
 			l.unknownReference(l.at(p, "image"), "image", p.Image, names)
 		}
 	}
-	const most = 1 << 16
 	l.inRange(p, "cpus", p.CPUs, 1, 254, ", the most that a virtual machine has here")
-	l.inRange(p, "max_instances", p.MaxInstances, 1, most, "")
+	l.inRange(p, "max_instances", p.MaxInstances, 1, maxPlaces, "")
 	l.oneOf(p, "start", p.Start, "warm", "cold")
 	l.checkBytes(p, "memory", p.Memory, 128<<20, 16<<40)
 	l.checkBytes(p, "disk", p.Disk, 256<<20, 64<<40)

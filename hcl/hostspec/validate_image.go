@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"path"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -130,10 +131,17 @@ func parseURL(s string) (*url.URL, error) {
 		return nil, errors.New("it does not begin with https:// or http://")
 	case u.Hostname() == "":
 		return nil, errors.New("it names no host")
+	case u.Port() != "" && !isPort(u.Port()):
+		return nil, errors.New("port numbers go from 1 to 65535")
 	case u.User != nil:
 		return nil, errors.New("it holds a user or password, which would be in the plan for all to read")
 	}
 	return u, nil
+}
+
+func isPort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n > 0
 }
 
 func (l *loader) checkURL(owner any, name, value string) {

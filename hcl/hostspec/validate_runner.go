@@ -147,6 +147,19 @@ var runnerKeys = []string{
 	"unhealthy_requests_limit",
 }
 
+// tables are the keys of both that hold a table.
+var tables = []string{
+	"autoscaler", "cache", "custom_build_dir", "docker", "feature_flags", "instance", "monitoring", "referees",
+	"autoscaler.connector_config", "autoscaler.scale_throttle", "autoscaler.state_storage", "autoscaler.vm_isolation",
+}
+
+// durations are the keys of both, and of the connector, that hold a duration.
+var durations = []string{
+	"unhealthy_interval", "autoscaler.deletion_retry_interval", "autoscaler.instance_acquire_timeout",
+	"autoscaler.shutdown_deletion_interval", "autoscaler.update_interval", "autoscaler.update_interval_when_expecting",
+	"autoscaler.connector_config.keepalive", "autoscaler.connector_config.timeout",
+}
+
 // checkSettings refuses what the spec says elsewhere, and warns of likely typos: GitLab
 // Runner ignores a key that it does not know without a word.
 func (l *loader) checkSettings(r *Runner) {
@@ -157,13 +170,42 @@ func (l *loader) checkSettings(r *Runner) {
 	if autoscaler, ok := r.Settings["autoscaler"].(map[string]any); ok {
 		l.checkKeys(r, "autoscaler.", autoscaler, oursAutoscaler, autoscalerKeys)
 	}
+	for _, key := range tables {
+		if v, ok := setting(r.Settings, key); ok {
+			if _, is := v.(map[string]any); !is {
+				l.errorf(l.settingAt(r, key), "Invalid settings", "%s is a table in GitLab Runner's config.toml. Write %s = { … }.",
+					quote(key), key[strings.LastIndexByte(key, '.')+1:])
+			}
+		}
+	}
+	for _, key := range durations {
+		v, _ := setting(r.Settings, key)
+		switch v := v.(type) {
+		case int64, float64:
+			l.errorf(l.settingAt(r, key), "Invalid settings", "%s is a duration, and GitLab Runner takes a bare number for nanoseconds. Write \"%vs\".", quote(key), v)
+		case string:
+			if _, err := time.ParseDuration(v); err != nil {
+				l.errorf(l.settingAt(r, key), "Invalid settings", "%s is a duration, and %s is none. Write \"30s\", for example.", quote(key), quote(v))
+			}
+		}
+	}
+}
+
+// setting is the value at a place such as autoscaler.update_interval.
+func setting(table map[string]any, place string) (any, bool) {
+	key, rest, nested := strings.Cut(place, ".")
+	v, ok := table[key]
+	if !nested {
+		return v, ok
+	}
+	inner, _ := v.(map[string]any)
+	return setting(inner, rest)
 }
 
 // checkKeys is checkSettings for one table; prefix is its own key and a dot.
 func (l *loader) checkKeys(r *Runner, prefix string, table map[string]any, ours map[string]string, known []string) {
-	whole := l.at(r, "settings")
 	for _, key := range slices.Sorted(maps.Keys(table)) {
-		at := l.settingAt(r, prefix+key, whole)
+		at := l.settingAt(r, prefix+key)
 		if cure, ok := ours[strings.ToLower(key)]; ok {
 			l.errorf(at, "Invalid settings", "settings may not have %s: %s.", quote(prefix+key), cure)
 			continue
@@ -179,10 +221,16 @@ func (l *loader) checkKeys(r *Runner, prefix string, table map[string]any, ours 
 	}
 }
 
-// settingAt is the place of a key in settings.
-func (l *loader) settingAt(r *Runner, key string, whole *hcl.Range) *hcl.Range {
-	if at, ok := l.attrs[attrKey{r, "settings." + key}]; ok {
-		return &at.rng
+// settingAt is the place of a key in settings, or of the nearest table that it is in.
+func (l *loader) settingAt(r *Runner, key string) *hcl.Range {
+	for {
+		if at, ok := l.attrs[attrKey{r, "settings." + key}]; ok {
+			return &at.rng
+		}
+		dot := strings.LastIndexByte(key, '.')
+		if dot < 0 {
+			return l.at(r, "settings")
+		}
+		key = key[:dot]
 	}
-	return whole
 }

@@ -11,11 +11,13 @@ host "metal-01" {
   disks { # ERROR: it takes one
   }
   hypervisor "qemuu" { # ERROR: "qemuu" is no hypervisor (did you mean "qemu"?)
+    binary = "./qemu" # ERROR: is not an absolute, clean path
+    accel  = "hvf" # ERROR: "hvf" is no accel
   }
 }
 
 host "metal-02" { # ERROR: host "metal-02" needs egress_interface. Write, for example: egress_interface = "eno1"
-  state_dir = "/etc" # ERROR: Write a folder of its own, such as "/etc/fleetingd"
+  state_dir = "/etc" # ERROR: Write a folder of its own, such as "/var/lib/fleetingd"
   refresh   = "5s"   # ERROR: Images cannot be rebuilt every 5s
   disks { # ERROR: needs the size that it may grow to
     backing = "tmpfs"

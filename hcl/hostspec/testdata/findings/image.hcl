@@ -93,3 +93,17 @@ pool "p" {
   disk          = "5GiB"
   max_instances = 1
 }
+
+image "shell" {
+  debian {
+    suite = "trixie"
+  }
+  prebuild {
+    run = [
+      "echo $HOME $${HOME} %%{http_code}",
+      "echo ${HOME}", # ERROR: There is no "HOME". An expression can refer to var.NAME and local.NAME. Where it is for a shell, write $${HOME} instead of ${HOME}.
+      "echo ${host.name}", # ERROR: There is no "host". An expression can refer to
+      join(" ", [for k, v in { a = "b" } : "${k}=${v}"]),
+    ]
+  }
+}

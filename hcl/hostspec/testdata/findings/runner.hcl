@@ -85,3 +85,45 @@ runner "f" {
   token = "glrt-${var.token}" # ERROR: A secret is only referred to
   settings = { list = [null] } # ERROR: A list in it has a null
 }
+
+runner "g" {
+  pool  = pool.small # ERROR: has the pool "small" already
+  url   = "https://gitlab.example.com"
+  token = env("TOKEN")
+  settings = {
+    docker             = "alpine" # ERROR: "docker" is a table in GitLab Runner's config.toml. Write docker = { … }.
+    unhealthy_interval = "soon" # ERROR: "unhealthy_interval" is a duration, and "soon" is none
+    autoscaler = {
+      state_storage   = true # ERROR: "autoscaler.state_storage" is a table
+      update_interval = 5 # ERROR: takes a bare number for nanoseconds. Write "5s".
+      connector_config = {
+        timeout   = 0.5 # ERROR: "autoscaler.connector_config.timeout" is a duration, and GitLab Runner takes a bare number for nanoseconds. Write "0.5s".
+        keepalive = "30s"
+      }
+    }
+  }
+}
+
+runner "h" {
+  pool  = pool.small # ERROR: has the pool "small" already
+  url   = "https://gitlab.example.com"
+  token = env("TOKEN")
+  settings = { autoscaler = 5 } # ERROR: "autoscaler" is a table
+}
+
+# What the runner's unit does not see.
+host "home" {
+  egress_interface = "eno1"
+  state_dir        = "/home/ci/fleetingd" # ERROR: /home/ci/fleetingd is hidden from the runner: its unit sees no home folders
+}
+
+host "tmp" {
+  egress_interface = "eno1"
+  state_dir        = "/var/tmp/fleetingd" # WARNING: is hidden from the runner, whose unit has a /tmp of its own
+}
+
+runner "i" {
+  pool  = pool.small # ERROR: has the pool "small" already
+  url   = "https://gitlab.example.com:70000" # ERROR: port numbers go from 1 to 65535
+  token = fil("/run/secrets/gitlab-token") # ERROR: A secret is only referred to
+}

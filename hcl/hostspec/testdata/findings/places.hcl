@@ -1,0 +1,36 @@
+host "metal-01" {
+  egress_interface = "eno1"
+  network {
+    subnet = "10.0.0.0/12"
+  }
+}
+
+image "debian" {
+  debian {
+    suite = "trixie"
+  }
+}
+
+pool "a" {
+  image         = image.debian
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "5GiB"
+  max_instances = 65535
+}
+
+pool "b" {
+  image         = image.debian
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "5GiB"
+  max_instances = 1 # ERROR: With this pool the host has 65537 places for workers and images, and it can have 65536
+}
+
+pool "c" {
+  image         = image.debian
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "5GiB"
+  max_instances = 65537 # ERROR: max_instances is 65537, and may be 1 to 65536
+}
