@@ -110,6 +110,49 @@ func TestReadyForTheNextHost(t *testing.T) {
 	})
 }
 
+// TestReadyAfterRestart: a guest that reboots while its host waits, or whose guest part is restarted, may be ready before the
+// host has found it again. The host has seen heartbeats of the one before, and must not take "ready" for one of them.
+func TestReadyAfterRestart(t *testing.T) {
+	for name, boots := range map[string][2]string{"reboot": {"boot-1", "boot-2"}, "restart": {"boot-1", "boot-1"}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLink()
+				serve := func(a *agent) (end func()) {
+					ctx, cancel := context.WithCancel(t.Context())
+					done := make(chan struct{})
+					go func() {
+						a.serve(ctx, l.open)
+						close(done)
+					}()
+					return func() { cancel(); <-done }
+				}
+				first := newAgent(modeWorker, boots[0], "v1", slog.New(slog.DiscardHandler))
+				second := newAgent(modeWorker, boots[1], "v1", slog.New(slog.DiscardHandler))
+				second.report(message{Type: typeReady, Hostname: "w1"})
+				s := NewSession(l.dial, Options{})
+				defer s.Close()
+				over, ended := make(chan struct{}), make(chan struct{})
+				go func() {
+					defer close(ended)
+					end := serve(first)
+					idle := first.beat("")
+					time.Sleep(35 * time.Second) // three heartbeats
+					idle()
+					end()
+					end = serve(second)
+					<-over
+					end()
+				}()
+				if r, err := s.WaitReady(t.Context()); err != nil || r.Hostname != "w1" {
+					t.Errorf("%+v, %v", r, err)
+				}
+				close(over)
+				<-ended
+			})
+		})
+	}
+}
+
 func TestNeverReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, a, _ := pair(t, modeWorker, nil)
