@@ -251,6 +251,34 @@ func TestPrebuildOverBrokenStreams(t *testing.T) {
 	})
 }
 
+// TestReconnectsInAChattyStep: each time that the stream breaks, the new one begins with what the step said meanwhile, as much as
+// the buffers of vsock and of the socket behind it hold. That is no reason to take the guest for a stranger.
+func TestReconnectsInAChattyStep(t *testing.T) {
+	const streams, buffered = 20, 5000
+	streamsLeft, seq := streams, uint64(0)
+	synctest.Test(t, func(t *testing.T) {
+		s := hostile(t, func(c net.Conn, session string) {
+			for i := range uint64(buffered) {
+				say(c, message{Type: typeOutput, Session: session, Seq: seq + i + 1, ID: 1, Line: "chatter"})
+			}
+			hello := helloOf(session, modePrebuild, "b")
+			hello.Cmd = 1
+			seq++
+			say(c, hello, message{Type: typeOutput, Session: session, Seq: seq, ID: 1, Line: fmt.Sprint("line ", seq)})
+			if streamsLeft--; streamsLeft == 0 {
+				say(c, message{Type: typeDone, Session: session, Seq: seq + 1, ID: 1})
+			}
+		})
+		var out bytes.Buffer
+		if err := s.Prebuild(t.Context(), []Step{{Name: "s", Command: "x"}}, &out); err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(out.String(), "s: line "); n != streams || strings.Count(out.String(), "\n") != streams {
+			t.Errorf("%d lines came through of %d, each to be said once", n, streams)
+		}
+	})
+}
+
 // TestHostGone: nobody takes the output any more, so the step ends.
 func TestHostGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
