@@ -157,6 +157,8 @@ type hostRun struct {
 	req  jobRequest
 	user runtimeUser
 	undo []func() error // in the order they were done; run in reverse
+	// cutOff: a run was killed on this host, so what is up is its and not the host's own.
+	cutOff bool
 }
 
 func (r *hostRun) run(ctx context.Context) (code int, err error) {
@@ -209,6 +211,11 @@ func (r *hostRun) lock(context.Context) error {
 	}
 	r.defers(func() error { return removeEmpty(made) })
 	path := filepath.Join(r.plan.Paths.Run, "run.lock")
+	_, err = os.Lstat(path)
+	r.cutOff = err == nil // a run that ends takes its lock's file away
+	pool := filepath.Join(r.plan.Paths.Run, r.pool.Name+".lock")
+	_, err = os.Lstat(pool)
+	served := err == nil
 	l, err := state.TryLock(path)
 	if errors.Is(err, state.ErrLocked) {
 		return fmt.Errorf("another `fleetingd run` is under way on this host (it holds %s); wait for it or end it", path)
@@ -217,8 +224,12 @@ func (r *hostRun) lock(context.Context) error {
 		return err
 	}
 	r.defers(func() error {
-		// The plugin leaves its own lock's file: removing that is safe only under ours.
-		plugin := os.Remove(filepath.Join(r.plan.Paths.Run, r.pool.Name+".lock"))
+		// The plugin leaves its own lock's file. Removing that is safe only under ours, and not where it was there before:
+		// the plugin of a runner may hold it.
+		var plugin error
+		if !served || r.cutOff {
+			plugin = os.Remove(pool)
+		}
 		if errors.Is(plugin, fs.ErrNotExist) {
 			plugin = nil
 		}
@@ -285,7 +296,9 @@ func (r *hostRun) disks(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.defers(func() error { return host.DisksDown(context.WithoutCancel(ctx), r.plan) })
+	if !d.Found || r.cutOff { // else they are mounted for good, and not ours to unmount
+		r.defers(func() error { return host.DisksDown(context.WithoutCancel(ctx), r.plan) })
+	}
 	for _, dir := range []string{r.plan.Paths.Images, r.plan.Paths.Clones} {
 		if _, err := mkdirs(dir, r.user.UID, r.user.GID); err != nil {
 			return err
@@ -298,8 +311,27 @@ func (r *hostRun) disks(ctx context.Context) error {
 	return nil
 }
 
+// network brings the workers' network up, and takes it down at the end. One that is up for good, for a runner of this
+// host, is used where it is the same and never changed: its workers may run.
 func (r *hostRun) network(ctx context.Context) error {
 	ph := r.view.begin("network", r.plan.Network.Subnet.String())
+	up, err := host.NetworkIsUp(r.plan)
+	if err != nil {
+		return err
+	}
+	if up && !r.cutOff {
+		found, err := host.NetworkCheck(ctx, r.plan, r.user.options())
+		if err != nil {
+			return err
+		}
+		if len(found) > 0 {
+			return fmt.Errorf("the network of this host is up, for state_dir %s, and is not what this spec says (%d differences; the first: %s): "+
+				"`fleetingd run` leaves it alone. Run the spec that it was made from, write another state_dir and subnet into this one, "+
+				"or take it down first (fleetingd network down --plan FILE)", r.plan.Paths.State, len(found), found[0])
+		}
+		ph.done("is up")
+		return nil
+	}
 	r.defers(func() error { return host.NetworkDown(context.WithoutCancel(ctx), r.plan) })
 	if err := host.NetworkUp(ctx, r.plan, r.user.options()); err != nil {
 		return err
