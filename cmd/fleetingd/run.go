@@ -360,8 +360,14 @@ func (r *hostRun) base(ctx context.Context) error {
 	return errors.Join(err, chownTree(r.plan.Paths.Images, r.user), chownTree(r.plan.Paths.Cache, r.user))
 }
 
-// jobs starts the unprivileged half and waits for its report.
+// jobs runs the jobs, and sees to it that no worker stays when the half that does so is killed.
 func (r *hostRun) jobs(ctx context.Context) (jobReport, error) {
+	r.defers(func() error { return r.sweep(context.WithoutCancel(ctx)) })
+	return r.unprivileged(ctx, r.req)
+}
+
+// unprivileged starts the unprivileged half and waits for its report.
+func (r *hostRun) unprivileged(ctx context.Context, req jobRequest) (jobReport, error) {
 	var rep jobReport
 	request, toChild, err := os.Pipe()
 	if err != nil {
@@ -369,7 +375,7 @@ func (r *hostRun) jobs(ctx context.Context) (jobReport, error) {
 	}
 	fromChild, report, err := os.Pipe()
 	if err != nil {
-		return rep, err
+		return rep, errors.Join(err, request.Close(), toChild.Close())
 	}
 	defer fromChild.Close()
 	cmd := exec.CommandContext(ctx, selfExe, runJobsName)
@@ -384,13 +390,14 @@ func (r *hostRun) jobs(ctx context.Context) (jobReport, error) {
 	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = time.Minute
-	if err := cmd.Start(); err != nil {
-		return rep, fmt.Errorf("start the unprivileged half as uid %d: %w", r.user.UID, err)
-	}
+	err = cmd.Start()
 	request.Close()
 	report.Close()
-	r.defers(func() error { return sweep(r.plan, r.req) })
-	sent := json.NewEncoder(toChild).Encode(r.req)
+	if err != nil {
+		toChild.Close()
+		return rep, fmt.Errorf("start the unprivileged half as uid %d: %w", r.user.UID, err)
+	}
+	sent := json.NewEncoder(toChild).Encode(req)
 	toChild.Close()
 	decoded := json.NewDecoder(fromChild).Decode(&rep)
 	err = cmd.Wait()
