@@ -303,7 +303,8 @@ func (r *hostRun) disks(ctx context.Context) error {
 		if _, err := mkdirs(dir, r.user.UID, r.user.GID); err != nil {
 			return err
 		}
-		if err := os.Chown(dir, r.user.UID, r.user.GID); err != nil {
+		// Not of what a link there points at: the folder above may be the user's.
+		if err := os.Lchown(dir, r.user.UID, r.user.GID); err != nil {
 			return err
 		}
 	}
