@@ -21,19 +21,25 @@ import (
 // create makes a worker whose record is written, until it is running. It undoes nothing: who called it does (end).
 func (g *Group) create(w *worker) error {
 	patience := time.Duration(g.pool.StartTimeout)
-	sealed, err := g.sealed.get(w.ctx, patience)
+	sealed, err := g.sealedFor(w, patience)
 	if err != nil {
-		if cause := context.Cause(w.ctx); cause != nil {
-			return cause
-		}
 		return err
 	}
 	select {
 	case g.turn <- struct{}{}:
-		defer func() { <-g.turn }()
-	case <-w.ctx.Done():
-		return context.Cause(w.ctx)
+	default:
+		select {
+		case g.turn <- struct{}{}:
+		case <-w.ctx.Done():
+			return context.Cause(w.ctx)
+		}
+		// It may have stood in line for minutes. A refresh has then made another image, perhaps, and removed this one.
+		if sealed, err = g.sealedFor(w, patience); err != nil {
+			<-g.turn
+			return err
+		}
 	}
+	defer func() { <-g.turn }()
 	// The time that a worker stood in line is not its guest's fault.
 	begin := time.Now()
 	ctx, cancel := context.WithTimeoutCause(w.ctx, patience, errStartTimeout)
@@ -76,6 +82,15 @@ func (g *Group) create(w *worker) error {
 		"boot_ms", b.took["boot"]/1000, "ready_ms", b.took["ready"]/1000,
 		"tap", w.slot.TAP, "address", w.slot.Address.String(), "image", sealed.Digest)
 	return nil
+}
+
+// sealedFor waits for the image that a worker is cloned from.
+func (g *Group) sealedFor(w *worker, patience time.Duration) (*image.Sealed, error) {
+	sealed, err := g.sealed.get(w.ctx, patience)
+	if cause := context.Cause(w.ctx); err != nil && cause != nil {
+		return nil, cause
+	}
+	return sealed, err
 }
 
 // detail is what a step that ran out of time knows beyond that.

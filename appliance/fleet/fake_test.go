@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -133,6 +134,22 @@ type fakeImages struct {
 	ensure  func(context.Context) error
 	refresh func()
 	clone   func(ctx context.Context, dst string) error
+
+	mu     sync.Mutex
+	digest string // of the image that there is; another one was removed
+}
+
+// replace makes another image and removes the one before.
+func (f *fakeImages) replace(digest string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.digest = digest
+}
+
+func (f *fakeImages) current() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return cmp.Or(f.digest, "d1")
 }
 
 func (f *fakeImages) Ensure(ctx context.Context, _ *plan.Image) (*image.Sealed, error) {
@@ -141,7 +158,7 @@ func (f *fakeImages) Ensure(ctx context.Context, _ *plan.Image) (*image.Sealed, 
 			return nil, err
 		}
 	}
-	return &image.Sealed{Digest: "d1", Kernel: "/k", Cmdline: "root=/dev/vda", User: "ubuntu", Guest: !f.noGuest, Cached: true}, nil
+	return &image.Sealed{Digest: f.current(), Kernel: "/k", Cmdline: "root=/dev/vda", User: "ubuntu", Guest: !f.noGuest, Cached: true}, nil
 }
 
 func (f *fakeImages) Refresh(ctx context.Context, img *plan.Image) (*image.Sealed, error) {
@@ -151,7 +168,10 @@ func (f *fakeImages) Refresh(ctx context.Context, img *plan.Image) (*image.Seale
 	return f.Ensure(ctx, img)
 }
 
-func (f *fakeImages) Clone(ctx context.Context, _ *image.Sealed, dst string, _ int64) error {
+func (f *fakeImages) Clone(ctx context.Context, img *image.Sealed, dst string, _ int64) error {
+	if img.Digest != f.current() {
+		return fmt.Errorf("clone %s: %w", img.Digest, os.ErrNotExist)
+	}
 	if f.clone != nil {
 		if err := f.clone(ctx, dst); err != nil {
 			return err

@@ -436,6 +436,27 @@ func TestBootsAreBounded(t *testing.T) {
 	waitState(t, g, provider.StateRunning, 12)
 }
 
+// TestImageReplacedWhileInLine: workers that stand in line take the image that there is when it is their turn.
+func TestImageReplacedWhileInLine(t *testing.T) {
+	h := newHost(t, 3)
+	booting, release := make(chan struct{}, 3), make(chan struct{})
+	h.ready = func(context.Context, *worker) error {
+		booting <- struct{}{}
+		<-release
+		return nil
+	}
+	g := h.group()
+	g.boots = 1
+	h.init(g)
+	increase(t, g, 3)
+	<-booting
+	// The others have the old one in hand by now, and if not, this test sees nothing.
+	time.Sleep(50 * time.Millisecond)
+	h.images.replace("d2")
+	close(release)
+	waitState(t, g, provider.StateRunning, 3)
+}
+
 func TestShutdownLeavesRunning(t *testing.T) {
 	h := newHost(t, 4)
 	a := h.start()

@@ -218,7 +218,7 @@ func (a *agent) hear(m message, hellos chan message) {
 			return
 		}
 		if m.Session != a.session {
-			a.begin(m.Session)
+			a.begin(m.Session, m.Have)
 		}
 		a.rewind(m.Have)
 		a.data, a.dataID = nil, 0
@@ -252,11 +252,14 @@ func (a *agent) hear(m message, hellos chan message) {
 }
 
 // begin ends the session before and its commands, and starts another. a.mu is held.
-func (a *agent) begin(session string) {
+//
+// have is what the host has seen of the session: of an earlier boot, or of a guest part that was restarted in this one,
+// since to us it is new. We count on from there, or what we say would be taken for said.
+func (a *agent) begin(session string, have uint64) {
 	if a.over != nil {
 		a.over(errSessionOver)
 	}
-	a.session, a.seq, a.cmd = session, 0, 0
+	a.session, a.seq, a.cmd = session, have, 0
 	a.said, a.next, a.size, a.unsaid = nil, 0, 0, 0
 	if a.state != nil {
 		a.enqueue(*a.state)

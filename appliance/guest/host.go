@@ -16,7 +16,7 @@ import (
 
 // What a Session takes from a guest at most, so that a hostile one costs a bounded amount of everything.
 const (
-	maxJunk    = 1 << 20  // bytes that are no message for us, where
+	maxJunk    = 1 << 20  // bytes that are no message for us, before and after a stream's hello, where
 	junkLine   = 64       // a line counts as so many at least
 	maxHellos  = 200      // of one guest in one Session
 	maxStreams = 200      // opened by one Session
@@ -343,6 +343,11 @@ func (s *Session) hello(ctx context.Context, m message) (bool, error) {
 	}
 	if s.boot != m.Boot {
 		s.have = 0 // another boot counts from 1
+	}
+	if !s.cur.greeted {
+		// What came before was in the buffers between us: lines of this Session, of a step that says much, which it says
+		// again now, and the torn end of one. Each reconnect brings that much, and it is not the guest's fault.
+		s.junk = 0
 	}
 	s.cur.greeted, s.heard = true, time.Now()
 	s.boot, s.mode, s.version = escape(m.Boot, maxName), m.Mode, escape(m.Version, maxName)

@@ -110,6 +110,49 @@ func TestReadyForTheNextHost(t *testing.T) {
 	})
 }
 
+// TestReadyAfterRestart: a guest that reboots while its host waits, or whose guest part is restarted, may be ready before the
+// host has found it again. The host has seen heartbeats of the one before, and must not take "ready" for one of them.
+func TestReadyAfterRestart(t *testing.T) {
+	for name, boots := range map[string][2]string{"reboot": {"boot-1", "boot-2"}, "restart": {"boot-1", "boot-1"}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLink()
+				serve := func(a *agent) (end func()) {
+					ctx, cancel := context.WithCancel(t.Context())
+					done := make(chan struct{})
+					go func() {
+						a.serve(ctx, l.open)
+						close(done)
+					}()
+					return func() { cancel(); <-done }
+				}
+				first := newAgent(modeWorker, boots[0], "v1", slog.New(slog.DiscardHandler))
+				second := newAgent(modeWorker, boots[1], "v1", slog.New(slog.DiscardHandler))
+				second.report(message{Type: typeReady, Hostname: "w1"})
+				s := NewSession(l.dial, Options{})
+				defer s.Close()
+				over, ended := make(chan struct{}), make(chan struct{})
+				go func() {
+					defer close(ended)
+					end := serve(first)
+					idle := first.beat("")
+					time.Sleep(35 * time.Second) // three heartbeats
+					idle()
+					end()
+					end = serve(second)
+					<-over
+					end()
+				}()
+				if r, err := s.WaitReady(t.Context()); err != nil || r.Hostname != "w1" {
+					t.Errorf("%+v, %v", r, err)
+				}
+				close(over)
+				<-ended
+			})
+		})
+	}
+}
+
 func TestNeverReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, a, _ := pair(t, modeWorker, nil)
@@ -204,6 +247,34 @@ func TestPrebuildOverBrokenStreams(t *testing.T) {
 		}
 		if ran != 1 || l.dials < 10 {
 			t.Errorf("the step ran %d times over %d streams", ran, l.dials)
+		}
+	})
+}
+
+// TestReconnectsInAChattyStep: each time that the stream breaks, the new one begins with what the step said meanwhile, as much as
+// the buffers of vsock and of the socket behind it hold. That is no reason to take the guest for a stranger.
+func TestReconnectsInAChattyStep(t *testing.T) {
+	const streams, buffered = 20, 5000
+	streamsLeft, seq := streams, uint64(0)
+	synctest.Test(t, func(t *testing.T) {
+		s := hostile(t, func(c net.Conn, session string) {
+			for i := range uint64(buffered) {
+				say(c, message{Type: typeOutput, Session: session, Seq: seq + i + 1, ID: 1, Line: "chatter"})
+			}
+			hello := helloOf(session, modePrebuild, "b")
+			hello.Cmd = 1
+			seq++
+			say(c, hello, message{Type: typeOutput, Session: session, Seq: seq, ID: 1, Line: fmt.Sprint("line ", seq)})
+			if streamsLeft--; streamsLeft == 0 {
+				say(c, message{Type: typeDone, Session: session, Seq: seq + 1, ID: 1})
+			}
+		})
+		var out bytes.Buffer
+		if err := s.Prebuild(t.Context(), []Step{{Name: "s", Command: "x"}}, &out); err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(out.String(), "s: line "); n != streams || strings.Count(out.String(), "\n") != streams {
+			t.Errorf("%d lines came through of %d, each to be said once", n, streams)
 		}
 	})
 }

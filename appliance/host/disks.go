@@ -23,6 +23,7 @@ type Disks struct {
 	Backing string // "directory", "xfs-image" or "tmpfs"
 	Image   string // the file that is mounted; "" for a directory
 	Size    int64  // bytes, of the image
+	Found   bool   // it was there: this call mounted nothing
 }
 
 func (d Disks) String() string {
@@ -63,7 +64,7 @@ func DisksUp(ctx context.Context, p *plan.Plan, canClone func(dir string) error)
 	case why != nil && d.Backing == "directory":
 		return d, fmt.Errorf("disks: backing = \"directory\": %w; write backing = \"xfs-image\" in the disks block", why)
 	case why == nil && !ours && (d.Backing == "directory" || d.Backing == "auto" || mounted > 0):
-		d.Backing = "directory"
+		d.Backing, d.Found = "directory", true
 		return d, nil
 	}
 	if d.Backing == "auto" {
@@ -71,6 +72,7 @@ func DisksUp(ctx context.Context, p *plan.Plan, canClone func(dir string) error)
 	}
 	d.Image = disksImage(p)
 	if ours {
+		d.Found = true
 		return d, imageSize(&d)
 	}
 	if err := disksMount(ctx, p, &d); err != nil {

@@ -54,13 +54,13 @@ func TestDisks(t *testing.T) {
 	for _, backing := range []string{"xfs-image", "tmpfs"} {
 		t.Run(backing, func(t *testing.T) {
 			p := diskPlan(t, backing, 512<<20)
-			for range 2 { // twice is once
+			for i := range 2 { // twice is once
 				d, err := DisksUp(t.Context(), p, clones)
 				if err != nil {
 					t.Fatal(err)
 				}
-				if d.Size != 512<<20 {
-					t.Errorf("the image has %d bytes", d.Size)
+				if d.Size != 512<<20 || d.Found != (i == 1) {
+					t.Errorf("the image has %d bytes; found: %v", d.Size, d.Found)
 				}
 				if n, err := mounts(p.Paths.Disks); n != 1 || err != nil {
 					t.Fatalf("%d mounts, %v", n, err)

@@ -16,6 +16,8 @@ import (
 	"slices"
 	"strconv"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
@@ -63,6 +65,16 @@ func NetworkCheck(ctx context.Context, p *plan.Plan, o Options) ([]Difference, e
 		return err
 	})
 	return found, err
+}
+
+// NetworkIsUp reports whether there are TAPs of the plan's state_dir, be they of this plan or of an earlier one.
+func NetworkIsUp(p *plan.Plan) (bool, error) {
+	links, err := whole(netlink.LinkList)
+	if err != nil {
+		return false, fmt.Errorf("network: list links: %w", err)
+	}
+	mark := (&network{plan: p}).mark()
+	return slices.ContainsFunc(links, func(l netlink.Link) bool { return l.Attrs().Alias == mark }), nil
 }
 
 // network is one piece of work on the network of a plan.

@@ -589,7 +589,7 @@ func (n *network) down(context.Context) error {
 		return err
 	}
 	var taps []tap
-	others := false // another plan's network is up, and the tables are its
+	others := false // another plan's network is up
 	for name, l := range h.links {
 		if l.Attrs().Alias == n.mark() {
 			taps = append(taps, tap{Slot: plan.Slot{TAP: name}, mark: n.mark()})
@@ -600,10 +600,13 @@ func (n *network) down(context.Context) error {
 	if err := n.door.deleteTAPs(taps); err != nil {
 		return err // the rules stay with the TAPs
 	}
+	if others {
+		return nil // the tables, the addresses and settings in the notes are its: all plans of a host share one Paths.Run
+	}
 	var errs []error
 	var tables []tableID
 	for id, t := range h.tables {
-		if t.exists && t.ours && !others {
+		if t.exists && t.ours {
 			tables = append(tables, id)
 		}
 	}

@@ -316,13 +316,17 @@ func TestTwoPlans(t *testing.T) {
 	p := l.plan(2, false)
 	l.up(p)
 	q := l.plan(2, false)
-	q.Paths.State = "/srv/other"
+	q.Paths.State, q.Paths.Run = "/srv/other", p.Paths.Run // as compile has it
 	before := l.state()
 	err := l.in(l.host, func() error { return NetworkUp(t.Context(), q, owner) })
 	wantError(t, err, "network of another plan is up", "/var/lib/lab", "network down")
 	l.down(q)
 	if diff := cmp.Diff(before, l.state()); diff != "" {
 		t.Errorf("it changed:\n%s", diff)
+	}
+	l.down(p) // what there is to put back is still known
+	if out := l.sh(l.host, "cat /proc/sys/net/ipv4/ip_forward; ip addr show lo"); !strings.HasPrefix(out, "0\n") || strings.Contains(out, "172.16.120.1/") {
+		t.Errorf("its own down left:\n%s", out)
 	}
 }
 

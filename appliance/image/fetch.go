@@ -196,6 +196,10 @@ func (f *fetcher) try(ctx context.Context, d download, part string) (sum string,
 	} else if !startsAt(resp, offset) {
 		return "", fmt.Errorf("GET %s: %w: asked for byte %d, got %q",
 			redacted(d.url), errChanged, offset, resp.Header.Get("Content-Range"))
+	} else if v := validatorOf(resp); v != "" && v != validator {
+		// Not every server and cache knows If-Range. What it sends then is the rest of another file. One that does may
+		// leave Last-Modified out of its answer (RFC 9110, 15.3.7).
+		return "", fmt.Errorf("GET %s: %w: it was %s and is %s", redacted(d.url), errChanged, printable(validator), printable(v))
 	}
 	if err := out.Truncate(offset); err != nil {
 		return "", err
@@ -203,8 +207,10 @@ func (f *fetcher) try(ctx context.Context, d download, part string) (sum string,
 	if _, err := out.Seek(offset, io.SeekStart); err != nil {
 		return "", err
 	}
-	if err := writeValidator(part, resp); err != nil {
-		return "", err
+	if offset == 0 { // else it is the one that is there
+		if err := writeValidator(part, resp); err != nil {
+			return "", err
+		}
 	}
 	c := counter{d: d, done: offset, total: -1, alive: alive, digest: digest}
 	if resp.ContentLength >= 0 {
@@ -215,6 +221,10 @@ func (f *fetcher) try(ctx context.Context, d download, part string) (sum string,
 			err = context.Cause(ctx)
 		}
 		return "", fmt.Errorf("GET %s: after %d bytes: %w", redacted(d.url), c.done, err)
+	}
+	if whole := completeLength(resp); whole >= 0 && whole != c.done {
+		// A server may send less than the range that was asked for (RFC 9110, 15.3.7).
+		return "", fmt.Errorf("GET %s: after %d bytes: the server ends there, and the file has %d", redacted(d.url), c.done, whole)
 	}
 	return hex.EncodeToString(digest.Sum(nil)), out.Sync()
 }
@@ -332,6 +342,16 @@ func startsAt(resp *http.Response, offset int64) bool {
 	return ok && err == nil && n == offset
 }
 
+// completeLength is the file's length as a Content-Range gives it, -1 where it does not.
+func completeLength(resp *http.Response) int64 {
+	_, whole, _ := strings.Cut(resp.Header.Get("Content-Range"), "/")
+	n, err := strconv.ParseInt(whole, 10, 64)
+	if err != nil || resp.StatusCode != http.StatusPartialContent {
+		return -1
+	}
+	return n
+}
+
 // The validator of a part is what If-Range takes: a strong ETag, or else a date. It
 // is kept beside the part; without it a part cannot be gone on with.
 
@@ -346,6 +366,10 @@ func readValidator(part string) string {
 }
 
 func writeValidator(part string, resp *http.Response) error {
+	return state.WriteFile(validatorFile(part), []byte(validatorOf(resp)), 0o600)
+}
+
+func validatorOf(resp *http.Response) string {
 	v := resp.Header.Get("ETag")
 	if v == "" || strings.HasPrefix(v, "W/") {
 		v = resp.Header.Get("Last-Modified")
@@ -353,7 +377,7 @@ func writeValidator(part string, resp *http.Response) error {
 	if len(v) > 1024 {
 		v = ""
 	}
-	return state.WriteFile(validatorFile(part), []byte(v), 0o600)
+	return v
 }
 
 // removePart removes what is there of a file; there may be nothing.

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -197,6 +198,47 @@ func TestFetchStartsOver(t *testing.T) {
 			})
 			dst, _, err := fetchFrom(t, hasty(), download{url: url, want: digest(content)})
 			wantFile(t, dst, err)
+		})
+	}
+}
+
+// What a request for the rest may be answered with by servers that take ranges in their own way. Nothing is known of the file's
+// digest: what comes out must be the file all the same.
+func TestFetchOddRanges(t *testing.T) {
+	rest := func(w http.ResponseWriter, r *http.Request, b []byte, most int) {
+		first, _ := strconv.Atoi(strings.TrimSuffix(strings.TrimPrefix(r.Header.Get("Range"), "bytes="), "-"))
+		last := min(first+most, len(b))
+		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, last-1, len(b)))
+		w.WriteHeader(http.StatusPartialContent)
+		w.Write(b[first:last])
+	}
+	old := bytes.Repeat([]byte("old"), len(content)/3)
+	for name, c := range map[string]struct {
+		first  []byte // of which a half comes, at first
+		second http.HandlerFunc
+	}{
+		"a piece at a time": {content, func(w http.ResponseWriter, r *http.Request) { rest(w, r, content, len(content)/5) }},
+		"does not know If-Range": {old, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("ETag", `"v2"`)
+			if r.Header.Get("Range") == "" {
+				w.Write(content)
+				return
+			}
+			rest(w, r, content, len(content))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dst := filepath.Join(t.TempDir(), "file")
+			for name, b := range map[string][]byte{".part": c.first[:1000], ".part.validator": []byte(`"v1"`)} {
+				if err := os.WriteFile(dst+name, b, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_, sum, err := fetchFrom(t, hasty(), download{url: serve(t, c.second), dst: dst})
+			wantFile(t, dst, err)
+			if sum != digest(content) {
+				t.Errorf("its digest is said to be %s", sum)
+			}
 		})
 	}
 }

@@ -156,7 +156,7 @@ func (s *shelf) point(spec, kind, digest string) error {
 	if err := os.Rename(tmp, s.refPath(spec)); err != nil {
 		return err
 	}
-	return syncFolder(filepath.Dir(s.refPath(spec)))
+	return state.SyncFolder(filepath.Dir(s.refPath(spec)))
 }
 
 // lock is one builder at a time of what name stands for, on this host.
@@ -251,7 +251,7 @@ func (s *shelf) finish(d *draft, m *manifest) error {
 	if err := state.WriteFile(d.path(manifestFile), append(b, '\n'), 0o444); err != nil {
 		return err
 	}
-	if err := errors.Join(os.Chmod(d.dir, 0o755), syncFolder(d.dir)); err != nil {
+	if err := errors.Join(os.Chmod(d.dir, 0o755), state.SyncFolder(d.dir)); err != nil {
 		return err
 	}
 	return s.place(d, s.folder(m.Kind, m.Digest))
@@ -267,7 +267,7 @@ func (s *shelf) place(d *draft, dir string) error {
 		return err
 	}
 	d.done = true
-	return syncFolder(filepath.Dir(dir))
+	return state.SyncFolder(filepath.Dir(dir))
 }
 
 // seal flushes a file and makes it read-only.
@@ -277,14 +277,6 @@ func seal(path string) error {
 		return err
 	}
 	return errors.Join(f.Chmod(0o444), f.Sync(), f.Close())
-}
-
-func syncFolder(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 func isDigest(name string) bool {

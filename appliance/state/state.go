@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -16,7 +17,9 @@ import (
 // WriteFile writes a file whole or not at all: temporary file beside it, chmod,
 // fsync, rename, fsync of the folder. Mode is not subject to the umask.
 func WriteFile(path string, data []byte, mode os.FileMode) error {
-	f, err := renameio.NewPendingFile(path, renameio.WithStaticPermissions(mode), renameio.WithExistingPermissions())
+	dir := filepath.Dir(path)
+	// With no folder named, renameio takes $TMPDIR where a trial shows that to be on the same file system.
+	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode), renameio.WithExistingPermissions())
 	if err != nil {
 		return err
 	}
@@ -27,7 +30,19 @@ func WriteFile(path string, data []byte, mode os.FileMode) error {
 	if _, err := f.Write(data); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	return f.CloseAtomicallyReplace()
+	if err := f.CloseAtomicallyReplace(); err != nil {
+		return err
+	}
+	return SyncFolder(dir)
+}
+
+// SyncFolder flushes a folder: without that, a power cut may take back a rename in it.
+func SyncFolder(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // ErrLocked is TryLock's answer when another process holds the lock.

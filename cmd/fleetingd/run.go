@@ -162,6 +162,8 @@ type hostRun struct {
 	req  jobRequest
 	user runtimeUser
 	undo []func() error // in the order they were done; run in reverse
+	// cutOff: a run was killed on this host, so what is up is its and not the host's own.
+	cutOff bool
 }
 
 func (r *hostRun) run(ctx context.Context) (code int, err error) {
@@ -214,6 +216,11 @@ func (r *hostRun) lock(context.Context) error {
 	}
 	r.defers(func() error { return removeEmpty(made) })
 	path := filepath.Join(r.plan.Paths.Run, "run.lock")
+	_, err = os.Lstat(path)
+	r.cutOff = err == nil // a run that ends takes its lock's file away
+	pool := filepath.Join(r.plan.Paths.Run, r.pool.Name+".lock")
+	_, err = os.Lstat(pool)
+	served := err == nil
 	l, err := state.TryLock(path)
 	if errors.Is(err, state.ErrLocked) {
 		return fmt.Errorf("another `fleetingd run` is under way on this host (it holds %s); wait for it or end it", path)
@@ -222,8 +229,12 @@ func (r *hostRun) lock(context.Context) error {
 		return err
 	}
 	r.defers(func() error {
-		// The plugin leaves its own lock's file: removing that is safe only under ours.
-		plugin := os.Remove(filepath.Join(r.plan.Paths.Run, r.pool.Name+".lock"))
+		// The plugin leaves its own lock's file. Removing that is safe only under ours, and not where it was there before:
+		// the plugin of a runner may hold it.
+		var plugin error
+		if !served || r.cutOff {
+			plugin = os.Remove(pool)
+		}
 		if errors.Is(plugin, fs.ErrNotExist) {
 			plugin = nil
 		}
@@ -290,12 +301,15 @@ func (r *hostRun) disks(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.defers(func() error { return host.DisksDown(context.WithoutCancel(ctx), r.plan) })
+	if !d.Found || r.cutOff { // else they are mounted for good, and not ours to unmount
+		r.defers(func() error { return host.DisksDown(context.WithoutCancel(ctx), r.plan) })
+	}
 	for _, dir := range []string{r.plan.Paths.Images, r.plan.Paths.Clones} {
 		if _, err := mkdirs(dir, r.user.UID, r.user.GID); err != nil {
 			return err
 		}
-		if err := os.Chown(dir, r.user.UID, r.user.GID); err != nil {
+		// Not of what a link there points at: the folder above may be the user's.
+		if err := os.Lchown(dir, r.user.UID, r.user.GID); err != nil {
 			return err
 		}
 	}
@@ -303,8 +317,27 @@ func (r *hostRun) disks(ctx context.Context) error {
 	return nil
 }
 
+// network brings the workers' network up, and takes it down at the end. One that is up for good, for a runner of this
+// host, is used where it is the same and never changed: its workers may run.
 func (r *hostRun) network(ctx context.Context) error {
 	ph := r.view.begin("network", r.plan.Network.Subnet.String())
+	up, err := host.NetworkIsUp(r.plan)
+	if err != nil {
+		return err
+	}
+	if up && !r.cutOff {
+		found, err := host.NetworkCheck(ctx, r.plan, r.user.options())
+		if err != nil {
+			return err
+		}
+		if len(found) > 0 {
+			return fmt.Errorf("the network of this host is up, for state_dir %s, and is not what this spec says (%d differences; the first: %s): "+
+				"`fleetingd run` leaves it alone. Run the spec that it was made from, write another state_dir and subnet into this one, "+
+				"or take it down first (fleetingd network down --plan FILE)", r.plan.Paths.State, len(found), found[0])
+		}
+		ph.done("is up")
+		return nil
+	}
 	r.defers(func() error { return host.NetworkDown(context.WithoutCancel(ctx), r.plan) })
 	if err := host.NetworkUp(ctx, r.plan, r.user.options()); err != nil {
 		return err
@@ -333,8 +366,14 @@ func (r *hostRun) base(ctx context.Context) error {
 	return errors.Join(err, chownTree(r.plan.Paths.Images, r.user), chownTree(r.plan.Paths.Cache, r.user))
 }
 
-// jobs starts the unprivileged half and waits for its report.
+// jobs runs the jobs, and sees to it that no worker stays when the half that does so is killed.
 func (r *hostRun) jobs(ctx context.Context) (jobReport, error) {
+	r.defers(func() error { return r.sweep(context.WithoutCancel(ctx)) })
+	return r.unprivileged(ctx, r.req)
+}
+
+// unprivileged starts the unprivileged half and waits for its report.
+func (r *hostRun) unprivileged(ctx context.Context, req jobRequest) (jobReport, error) {
 	var rep jobReport
 	request, toChild, err := os.Pipe()
 	if err != nil {
@@ -342,7 +381,7 @@ func (r *hostRun) jobs(ctx context.Context) (jobReport, error) {
 	}
 	fromChild, report, err := os.Pipe()
 	if err != nil {
-		return rep, err
+		return rep, errors.Join(err, request.Close(), toChild.Close())
 	}
 	defer fromChild.Close()
 	cmd := exec.CommandContext(ctx, selfExe, runJobsName)
@@ -357,13 +396,14 @@ func (r *hostRun) jobs(ctx context.Context) (jobReport, error) {
 	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = time.Minute
-	if err := cmd.Start(); err != nil {
-		return rep, fmt.Errorf("start the unprivileged half as uid %d: %w", r.user.UID, err)
-	}
+	err = cmd.Start()
 	request.Close()
 	report.Close()
-	r.defers(func() error { return sweep(r.plan, r.req) })
-	sent := json.NewEncoder(toChild).Encode(r.req)
+	if err != nil {
+		toChild.Close()
+		return rep, fmt.Errorf("start the unprivileged half as uid %d: %w", r.user.UID, err)
+	}
+	sent := json.NewEncoder(toChild).Encode(req)
 	toChild.Close()
 	decoded := json.NewDecoder(fromChild).Decode(&rep)
 	err = cmd.Wait()

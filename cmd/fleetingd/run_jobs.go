@@ -29,6 +29,7 @@ type jobRequest struct {
 	Command   []string `json:"command"`
 	Keep      bool     `json:"keep"`
 	Verbose   bool     `json:"verbose"`
+	Sweep     bool     `json:"sweep"` // run nothing: remove the pool's workers
 }
 
 // jobReport is the answer.
@@ -62,7 +63,12 @@ func runJobs() error {
 	defer stop()
 
 	v := newView(os.Stderr)
-	code, err := runPool(ctx, v, req)
+	var code int
+	if req.Sweep {
+		err = sweep(req) // whatever signal comes: it has a deadline
+	} else {
+		code, err = runPool(ctx, v, req)
+	}
 	if ctx.Err() != nil && code == 0 {
 		code = 130 // 128 + SIGINT, as shells say it
 	}

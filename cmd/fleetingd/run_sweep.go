@@ -14,23 +14,34 @@ import (
 	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
 
 	"github.com/fleetingd/fleetingd/appliance/fleet"
-	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
 // sweepTimeout is how long the workers of a run that was killed may take to be removed.
 const sweepTimeout = time.Minute
 
-// sweep removes what workers of a pool are left: those of a run whose unprivileged half was
-// killed. It is the plugin's own recovery, asked to keep nothing.
-func sweep(p *plan.Plan, req jobRequest) (err error) {
-	records, err := os.ReadDir(filepath.Join(p.Paths.Workers, req.Pool))
+// sweep removes what workers of the pool are left: those of a run whose unprivileged half was killed. Where there are
+// some, another unprivileged half does it. Root must not: the plan's copy, the records, the clones and their consoles all lie
+// in folders of the runtime user, who could have root start another program and write other files.
+func (r *hostRun) sweep(ctx context.Context) error {
+	records, err := os.ReadDir(filepath.Join(r.plan.Paths.Workers, r.pool.Name))
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(records) == 0 {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, 2*sweepTimeout)
+	defer cancel()
+	rep, err := r.unprivileged(ctx, jobRequest{Plan: r.req.Plan, Pool: r.pool.Name, Sweep: true})
+	if err == nil && rep.Error != "" {
+		err = errors.New(rep.Error)
+	}
+	return err
+}
+
+// sweep is the plugin's own recovery, asked to keep nothing.
+func sweep(req jobRequest) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), sweepTimeout)
 	defer cancel()
 	config, err := json.Marshal(map[string]string{"plan": req.Plan, "pool": req.Pool})

@@ -95,7 +95,7 @@ func mkdirs(dir string, uid, gid int) ([]string, error) {
 	if len(missing) == 0 {
 		return nil, nil
 	}
-	return missing, os.Chown(dir, uid, gid)
+	return missing, os.Lchown(dir, uid, gid)
 }
 
 // removeEmpty removes folders, the innermost first, as far as they are empty.
@@ -129,15 +129,24 @@ func reachable(dir string) error {
 	}
 }
 
-// chownTree gives all below dir, and dir, to the user. Symbolic links are not followed.
+// chownTree gives all below dir, and dir, to the user, to whom most of it belongs already: a folder there may become a link
+// at any time. os.Root goes by descriptors, so that nothing outside is given away.
 func chownTree(dir string, u runtimeUser) error {
-	return filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+	root, err := os.OpenRoot(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return fs.WalkDir(root.FS(), ".", func(path string, _ fs.DirEntry, err error) error {
+		if err == nil {
+			err = root.Lchown(path, u.UID, u.GID)
+		}
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		if err != nil {
-			return err
-		}
-		return os.Lchown(path, u.UID, u.GID)
+		return err
 	})
 }

@@ -177,7 +177,13 @@ func (l *lab) hostUp(spec string) *hostRun {
 	if err := l.within(func() error { return r.network(l.t.Context()) }); err != nil {
 		l.t.Fatal(err)
 	}
-	r.defers(func() error { return sweep(r.plan, r.req) })
+	r.defers(func() error {
+		left, err := filepath.Glob(filepath.Join(r.plan.Paths.Workers, r.req.Pool, "*.json"))
+		if err != nil || len(left) == 0 {
+			return err
+		}
+		return sweep(r.req)
+	})
 	return r
 }
 
