@@ -48,8 +48,9 @@ $(TOOLS)/staticcheck-$(STATICCHECK):
 cross: ## the other architectures build, too
 	for arch in amd64 arm64 riscv64; do GOARCH=$$arch $(GOBUILD) -o bin/fleetingd-$$arch ./cmd/fleetingd; done
 
-bench: ## the figures that README quotes
-	go test -run '^$$' -bench . ./...
+bench: deps ## the figures that README quotes; the boots, of real VMs, take half an hour
+	FLEETINGD_TEST=full go test -p 1 -run '^$$' -bench . -skip '^BenchmarkBoot$$' ./...
+	FLEETINGD_TEST=full go test -run '^$$' -bench '^BenchmarkBoot$$' -benchtime 3x -timeout 2h ./cmd/fleetingd
 
 hostlab: deps build ## a shell in a throw-away Debian host with systemd, KVM and the binary inside
 	go run ./appliance/hostlab/shell $(BIN)

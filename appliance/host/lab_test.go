@@ -71,6 +71,16 @@ func newLab(t testing.TB) *lab {
 		ip route add 172.16.120.0/24 via 198.51.100.2; ip route add 192.168.77.0/24 via 198.51.100.2`)
 	l.sh(l.lan, `ip addr add 10.20.0.15/24 dev lan; ip addr add 10.20.0.16/24 dev lan; ip route add default via 10.20.0.1`)
 	l.sh(l.neighbour, `ip addr add 192.168.77.2/24 dev eth0; ip route add default via 192.168.77.1`)
+	// The kernel gives a link its multicast route when it has seen the other end come up, some time later: the
+	// test would take it for a change.
+	l.sh(l.host, `
+		for dev in eno1 lan0 veth0 br0; do
+			for try in $(seq 1000); do
+				! ip -6 route show table local dev $dev | grep -q ^multicast || continue 2
+				sleep 0.01
+			done
+			echo "$dev has no multicast route"; ip -6 route show table local; exit 1
+		done`)
 	return l
 }
 

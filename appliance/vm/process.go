@@ -122,7 +122,7 @@ func start(l launch) (*process, error) {
 	cmd := exec.Command(l.binary, l.args...)
 	if l.cfg.Cgroup != "" {
 		if cmd, err = inCgroup(l.cfg.Cgroup, cmd.Args); err != nil {
-			return nil, fmt.Errorf("cgroup of VM %s: %w", l.cfg.ID, err)
+			return nil, errors.Join(fmt.Errorf("cgroup of VM %s: %w", l.cfg.ID, err), removeCgroup(l.cfg.Cgroup))
 		}
 	}
 	out, err := os.OpenFile(filepath.Join(l.cfg.Dir, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
