@@ -387,6 +387,63 @@ func TestURL(t *testing.T) {
 	}
 }
 
+// TestPruneWhileBuilding: an image that is finished while Prune works is not one that nothing stands for.
+func TestPruneWhileBuilding(t *testing.T) {
+	l, files := webLab(t)
+	l.ensure()
+	if err := l.shelf.point(digest([]byte("an old spec")), kindBase, digest([]byte("gone"))); err != nil {
+		t.Fatal(err)
+	}
+	files["/kernel"] = "newer kernel"
+	var newer *Sealed
+	built := make(chan error, 1)
+	var once sync.Once
+	_, err := l.Prune(t.Context(), func(string) bool {
+		once.Do(func() {
+			go func() {
+				var err error
+				newer, err = l.open(l.plan).Refresh(t.Context(), l.img)
+				built <- err
+			}()
+			select { // it is kept out, or it is done before Prune goes on
+			case err := <-built:
+				built <- err
+			case <-time.After(time.Second):
+			}
+		})
+		return false
+	})
+	if err := errors.Join(err, <-built); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(newer.Kernel); err != nil {
+		t.Errorf("the new image was removed: %v", err)
+	}
+
+	// While a build is under way, nothing goes.
+	spec, err := l.baseSpec(t.Context(), l.img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := l.shelf.lock(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files["/kernel"] = "newest kernel"
+	if removed, err := l.Prune(t.Context(), nil); err != nil || len(removed) > 0 {
+		t.Errorf("removed %v, %v", removed, err)
+	}
+	if err := lock.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Refresh(t.Context(), l.img); err != nil {
+		t.Fatal(err)
+	}
+	if removed, err := l.Prune(t.Context(), nil); err != nil || len(removed) != 2 || !slices.Contains(removed, newer.Digest) {
+		t.Errorf("removed %v, %v; want the first and %s", removed, err, newer.Digest)
+	}
+}
+
 func TestURLMismatch(t *testing.T) {
 	l, files := webLab(t)
 	bad := digest([]byte("x"))
