@@ -259,6 +259,35 @@ func TestPrebuildAfterACrash(t *testing.T) {
 	}
 }
 
+// The same where no other prebuild comes.
+func TestEndPrebuilds(t *testing.T) {
+	l := labIn(t, t.TempDir())
+	left := &fakeVM{driver: l.driver, done: make(chan struct{})}
+	l.driver.left, l.driver.running = left, 1
+	dir := filepath.Join(l.plan.Paths.Run, "prebuild-fd0")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := l.shelf.lock(t.Context(), "slot-fd0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.EndPrebuilds(t.Context()); err != nil || l.driver.running != 1 {
+		t.Errorf("while a prebuild is under way: %d run, %v", l.driver.running, err)
+	}
+	if err := lock.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // twice is once
+		if err := l.EndPrebuilds(t.Context()); err != nil || l.driver.running != 0 || left.Exit() == nil {
+			t.Errorf("%d run, %v", l.driver.running, err)
+		}
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
 func TestDiskTooSmall(t *testing.T) {
 	l := newLab(t)
 	l.plan.Pools[1].Disk = mib
