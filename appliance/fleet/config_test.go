@@ -159,7 +159,7 @@ func TestInitTwice(t *testing.T) {
 }
 
 // TestPredecessor has a plan of keys: the host is brought up before anything of it is looked at, and the image
-// is refreshed by the plugin.
+// is refreshed by the plugin, which removes the old ones, too: but not from under a worker that is being made.
 func TestPredecessor(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("skipped: the predecessor's keys need root")
@@ -189,14 +189,30 @@ func TestPredecessor(t *testing.T) {
 	if err := json.Unmarshal([]byte(`{"egress_interface":"eth0","vm_subnet":1}`), g); err != nil {
 		t.Fatal(err)
 	}
-	refreshed := make(chan struct{})
-	h.images.refresh = func() { close(refreshed) }
+	refreshed, pruned := make(chan struct{}), make(chan struct{})
+	h.images.refresh = func() { <-refreshed }
+	starting, start := make(chan struct{}), make(chan struct{})
+	h.ready = func(context.Context, *worker) error {
+		close(starting)
+		<-start
+		return nil
+	}
+	h.images.prune = func(inUse func(string) bool) ([]string, error) {
+		if !inUse("d1") || inUse("d0") {
+			t.Errorf("while a worker starts from d1: in use: d1 %v, d0 %v", inUse("d1"), inUse("d0"))
+		}
+		close(pruned)
+		return []string{"d0"}, nil
+	}
 	h.init(g)
-	<-refreshed
+	increase(t, g, 1)
+	<-starting
+	close(refreshed)
+	<-pruned
+	close(start)
 	if !slices.Equal(calls, []string{"plan", "up", "links"}) {
 		t.Errorf("calls %v", calls)
 	}
-	increase(t, g, 1)
 	waitState(t, g, provider.StateRunning, 1)
 }
 

@@ -90,7 +90,13 @@ func (g *Group) sealedFor(w *worker, patience time.Duration) (*image.Sealed, err
 	if cause := context.Cause(w.ctx); err != nil && cause != nil {
 		return nil, cause
 	}
-	return sealed, err
+	if err != nil {
+		return nil, err
+	}
+	g.mu.Lock()
+	w.image = sealed.Digest
+	g.mu.Unlock()
+	return sealed, nil
 }
 
 // detail is what a step that ran out of time knows beyond that.

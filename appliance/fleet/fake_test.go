@@ -133,6 +133,7 @@ type fakeImages struct {
 	noGuest bool // no guest part: found ready over SSH
 	ensure  func(context.Context) error
 	refresh func()
+	prune   func(inUse func(string) bool) ([]string, error)
 	clone   func(ctx context.Context, dst string) error
 
 	mu     sync.Mutex
@@ -166,6 +167,13 @@ func (f *fakeImages) Refresh(ctx context.Context, img *plan.Image) (*image.Seale
 		f.refresh()
 	}
 	return f.Ensure(ctx, img)
+}
+
+func (f *fakeImages) Prune(_ context.Context, inUse func(string) bool) ([]string, error) {
+	if f.prune == nil {
+		return nil, nil
+	}
+	return f.prune(inUse)
 }
 
 func (f *fakeImages) Clone(ctx context.Context, img *image.Sealed, dst string, _ int64) error {

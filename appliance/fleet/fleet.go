@@ -61,6 +61,7 @@ type images interface {
 	Ensure(context.Context, *plan.Image) (*image.Sealed, error)
 	Refresh(context.Context, *plan.Image) (*image.Sealed, error)
 	Clone(ctx context.Context, img *image.Sealed, dst string, size int64) error
+	Prune(ctx context.Context, inUse func(digest string) bool) ([]string, error)
 }
 
 // Group is one pool of one Plan. Its zero value is of no use: see New.
@@ -262,7 +263,7 @@ func (g *Group) prepareImage() {
 			return
 		}
 		for {
-			if _, err := g.images.Refresh(g.ctx, g.image); err != nil && g.ctx.Err() == nil {
+			if err := g.refresh(); err != nil && g.ctx.Err() == nil {
 				g.log.Warn("the image was not refreshed; the one in use stays", "image", g.image.Name, "error", err)
 			}
 			select {
@@ -272,6 +273,30 @@ func (g *Group) prepareImage() {
 			}
 		}
 	})
+}
+
+// refresh makes the image anew where its source has changed, and removes what nothing stands for any more.
+func (g *Group) refresh() error {
+	if _, err := g.images.Refresh(g.ctx, g.image); err != nil {
+		return err
+	}
+	removed, err := g.images.Prune(g.ctx, g.startsFrom)
+	if len(removed) > 0 {
+		g.log.Info("removed images that nothing stands for any more", "number", len(removed))
+	}
+	return err
+}
+
+// startsFrom reports whether a worker is just being made of the image.
+func (g *Group) startsFrom(digest string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, w := range g.workers {
+		if w.image == digest && w.state == provider.StateCreating {
+			return true
+		}
+	}
+	return false
 }
 
 // background runs fn; Shutdown waits for it. It is called by Init and by what runs in the background itself.

@@ -43,7 +43,8 @@ type worker struct {
 
 	// Guarded by Group.mu.
 	state  provider.State
-	err    error // why it is not running
+	image  string // digest of the image that it is made of; "" before that
+	err    error  // why it is not running
 	vm     vm.VM
 	gone   bool // state is final: deleted or timeout
 	shown  bool // Update has shown it

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/fleetingd/fleetingd/appliance/guest"
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 	"github.com/fleetingd/fleetingd/seed"
 )
@@ -183,27 +185,61 @@ func (b *prebuild) prepare() error {
 	return errors.Join(out.Truncate(guest.ExportSize), out.Close())
 }
 
-// runDir makes the VM's private folder. A VM that is still there is one whose fleetingd was killed: it has
-// the TAP, and nobody waits for it.
+// runDir makes the VM's private folder.
 func (b *prebuild) runDir(ctx context.Context, slot plan.Slot) (string, error) {
-	dir := filepath.Join(b.plan.Paths.Run, "prebuild-"+slot.TAP)
-	if _, err := os.Stat(dir); err == nil {
-		left, err := b.opts.Driver.Adopt(ctx, dir)
-		if err == nil {
-			b.log().Warn("ending the VM of a prebuild that was cut off", "pid", left.PID())
-			err = left.Kill()
-		}
-		if err != nil && !errors.Is(err, vm.ErrNotRunning) {
-			return "", fmt.Errorf("end the VM of a prebuild that was cut off: %w", err)
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			return "", err
-		}
+	dir := b.vmDir(slot)
+	if err := b.endCutOff(ctx, dir); err != nil {
+		return "", err
 	}
 	if err := os.MkdirAll(b.plan.Paths.Run, 0o750); err != nil {
 		return "", err
 	}
 	return dir, os.Mkdir(dir, 0o700)
+}
+
+func (s *Store) vmDir(slot plan.Slot) string {
+	return filepath.Join(s.plan.Paths.Run, "prebuild-"+slot.TAP)
+}
+
+// endCutOff ends the VM of a prebuild whose fleetingd was killed: it has the TAP, and nobody waits for it.
+func (s *Store) endCutOff(ctx context.Context, dir string) error {
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	left, err := s.opts.Driver.Adopt(ctx, dir)
+	if err == nil {
+		s.log().Warn("ending the VM of a prebuild that was cut off", "pid", left.PID())
+		err = left.Kill()
+	}
+	if err != nil && !errors.Is(err, vm.ErrNotRunning) {
+		return fmt.Errorf("end the VM of a prebuild that was cut off: %w", err)
+	}
+	return os.RemoveAll(dir)
+}
+
+// EndPrebuilds ends what prebuilds of this Plan left whose fleetingd was killed. The next prebuild would do it, but there may be
+// none. One that is under way is left alone.
+func (s *Store) EndPrebuilds(ctx context.Context) error {
+	if err := s.mine(); err != nil {
+		return err
+	}
+	var errs []error
+	for i := range s.plan.Images {
+		if s.plan.Images[i].Prebuild == nil {
+			continue
+		}
+		slot := s.plan.BuildSlot(&s.plan.Images[i])
+		lock, err := state.TryLock(s.shelf.lockPath("slot-" + slot.TAP))
+		if errors.Is(err, state.ErrLocked) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, s.endCutOff(ctx, s.vmDir(slot)), lock.Unlock())
+	}
+	return errors.Join(errs...)
 }
 
 func (b *prebuild) config(dir string, slot plan.Slot) vm.Config {

@@ -26,10 +26,11 @@ type Item struct {
 
 // List gives all images, sealed ones first, the newest first.
 func (s *Store) List(ctx context.Context) ([]Item, error) {
-	current, err := s.current(ctx)
+	specs, err := s.specs(ctx)
 	if err != nil {
 		return nil, err
 	}
+	current := s.current(specs)
 	var items []Item
 	for _, kind := range []string{kindSealed, kindBase} {
 		digests, err := s.shelf.digests(kind)
@@ -51,29 +52,40 @@ func (s *Store) List(ctx context.Context) ([]Item, error) {
 
 // Prune removes images that no spec of the Plan stands for and that are not in use, and what interrupted
 // builds left. It returns the digests that it removed. A clone holds its own blocks and needs no sealed
-// image, so inUse matters only for what a VM is about to boot. What is being built stays.
+// image, so inUse matters only for what a VM is about to boot. What is being built stays, and where that is an image of the Plan
+// all of its folder does: what a build ends with is not known to be current before it is done.
 func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (removed []string, err error) {
-	current, err := s.current(ctx)
+	specs, err := s.specs(ctx)
 	if err != nil {
 		return nil, err
 	}
-	keep := func(digest string) bool { return current[digest] || (inUse != nil && inUse(digest)) }
 	var errs []error
+	prune := func(on *shelf) {
+		unlock, err := on.quiet(specs)
+		if errors.Is(err, state.ErrLocked) {
+			s.log().Info("an image is being built: old ones are removed the next time", "images", on.dir)
+			return
+		}
+		if err != nil {
+			errs = append(errs, err)
+			return
+		}
+		current := s.current(specs)
+		more, err := on.prune(func(digest string) bool { return current[digest] || (inUse != nil && inUse(digest)) })
+		removed, errs = append(removed, more...), append(errs, err, unlock())
+	}
 	if s.mayWrite() {
-		removed, err = s.shelf.prune(keep)
-		errs = append(errs, err)
+		prune(s.shelf)
 	}
 	if os.Geteuid() == 0 {
-		more, err := s.roots.prune(keep)
-		removed, errs = append(removed, more...), append(errs, err)
+		prune(s.roots)
 	}
 	return removed, errors.Join(errs...)
 }
 
-// current gives the digests that the Plan's specs stand for, on both shelves, and those of the specs
-// themselves.
-func (s *Store) current(ctx context.Context) (map[string]bool, error) {
-	current := map[string]bool{}
+// specs gives the digests of the Plan's specs, each with its kind.
+func (s *Store) specs(ctx context.Context) (map[string]string, error) {
+	specs := map[string]string{}
 	for i := range s.plan.Images {
 		img := &s.plan.Images[i]
 		spec, err := s.baseSpec(ctx, img)
@@ -81,24 +93,54 @@ func (s *Store) current(ctx context.Context) (map[string]bool, error) {
 			// A file source that cannot be read now: better to keep too much than to remove what it stands for.
 			return nil, named(img, err)
 		}
-		current[spec] = true
-		for _, shelf := range []*shelf{s.shelf, s.roots} {
-			if m, err := shelf.follow(kindBase, spec); err == nil {
-				current[m.Digest] = true
-			}
-		}
+		specs[spec] = kindBase
 		if img.Prebuild == nil {
 			continue
 		}
 		if spec, err = s.sealedSpec(ctx, img); err != nil {
 			return nil, named(img, err)
 		}
+		specs[spec] = kindSealed
+	}
+	return specs, nil
+}
+
+// current gives the digests that specs stand for, on both shelves, and those of the specs themselves.
+func (s *Store) current(specs map[string]string) map[string]bool {
+	current := map[string]bool{}
+	for spec, kind := range specs {
 		current[spec] = true
-		if m, err := s.shelf.follow(kindSealed, spec); err == nil {
-			current[m.Digest] = true
+		for _, shelf := range []*shelf{s.shelf, s.roots} {
+			if m, err := shelf.follow(kind, spec); err == nil {
+				current[m.Digest] = true
+			}
 		}
 	}
-	return current, nil
+	return current
+}
+
+// quiet keeps all builders of these specs out until unlock is called: between an image's end and the reference to it, it
+// looks like one that nothing stands for. Where one is at work the error is state.ErrLocked.
+func (s *shelf) quiet(specs map[string]string) (unlock func() error, err error) {
+	var locks []*state.Lock
+	unlock = func() error {
+		var errs []error
+		for _, l := range locks {
+			errs = append(errs, l.Unlock())
+		}
+		return errors.Join(errs...)
+	}
+	if _, err := os.Stat(s.lockPath("")); errors.Is(err, fs.ErrNotExist) {
+		return unlock, nil // nothing was ever built here
+	}
+	for spec := range specs {
+		l, err := state.TryLock(s.lockPath(spec))
+		if err != nil {
+			return nil, errors.Join(err, unlock())
+		}
+		locks = append(locks, l)
+	}
+	return unlock, nil
 }
 
 // digests are the names in a kind's folder, drafts left out.

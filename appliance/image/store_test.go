@@ -259,6 +259,35 @@ func TestPrebuildAfterACrash(t *testing.T) {
 	}
 }
 
+// The same where no other prebuild comes.
+func TestEndPrebuilds(t *testing.T) {
+	l := labIn(t, t.TempDir())
+	left := &fakeVM{driver: l.driver, done: make(chan struct{})}
+	l.driver.left, l.driver.running = left, 1
+	dir := filepath.Join(l.plan.Paths.Run, "prebuild-fd0")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lock, err := l.shelf.lock(t.Context(), "slot-fd0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.EndPrebuilds(t.Context()); err != nil || l.driver.running != 1 {
+		t.Errorf("while a prebuild is under way: %d run, %v", l.driver.running, err)
+	}
+	if err := lock.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // twice is once
+		if err := l.EndPrebuilds(t.Context()); err != nil || l.driver.running != 0 || left.Exit() == nil {
+			t.Errorf("%d run, %v", l.driver.running, err)
+		}
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
 func TestDiskTooSmall(t *testing.T) {
 	l := newLab(t)
 	l.plan.Pools[1].Disk = mib
@@ -384,6 +413,63 @@ func TestURL(t *testing.T) {
 	}
 	if now := l.ensure(); !now.Cached {
 		t.Error("the one in use was removed")
+	}
+}
+
+// TestPruneWhileBuilding: an image that is finished while Prune works is not one that nothing stands for.
+func TestPruneWhileBuilding(t *testing.T) {
+	l, files := webLab(t)
+	l.ensure()
+	if err := l.shelf.point(digest([]byte("an old spec")), kindBase, digest([]byte("gone"))); err != nil {
+		t.Fatal(err)
+	}
+	files["/kernel"] = "newer kernel"
+	var newer *Sealed
+	built := make(chan error, 1)
+	var once sync.Once
+	_, err := l.Prune(t.Context(), func(string) bool {
+		once.Do(func() {
+			go func() {
+				var err error
+				newer, err = l.open(l.plan).Refresh(t.Context(), l.img)
+				built <- err
+			}()
+			select { // it is kept out, or it is done before Prune goes on
+			case err := <-built:
+				built <- err
+			case <-time.After(time.Second):
+			}
+		})
+		return false
+	})
+	if err := errors.Join(err, <-built); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(newer.Kernel); err != nil {
+		t.Errorf("the new image was removed: %v", err)
+	}
+
+	// While a build is under way, nothing goes.
+	spec, err := l.baseSpec(t.Context(), l.img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := l.shelf.lock(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files["/kernel"] = "newest kernel"
+	if removed, err := l.Prune(t.Context(), nil); err != nil || len(removed) > 0 {
+		t.Errorf("removed %v, %v", removed, err)
+	}
+	if err := lock.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Refresh(t.Context(), l.img); err != nil {
+		t.Fatal(err)
+	}
+	if removed, err := l.Prune(t.Context(), nil); err != nil || len(removed) != 2 || !slices.Contains(removed, newer.Digest) {
+		t.Errorf("removed %v, %v; want the first and %s", removed, err, newer.Digest)
 	}
 }
 

@@ -335,6 +335,14 @@ func (r *hostRun) network(ctx context.Context) error {
 				"`fleetingd run` leaves it alone. Run the spec that it was made from, write another state_dir and subnet into this one, "+
 				"or take it down first (fleetingd network down --plan FILE)", r.plan.Paths.State, len(found), found[0])
 		}
+		workers, err := filepath.Glob(filepath.Join(r.plan.Paths.Workers, r.pool.Name, "*.json"))
+		if err != nil {
+			return err
+		}
+		if len(workers) > 0 {
+			return fmt.Errorf("pool %q has %d workers, of this host's runner: `fleetingd run` would take them for what an earlier run left, "+
+				"and remove them. Take another pool (--pool), or write another state_dir and subnet into the spec", r.pool.Name, len(workers))
+		}
 		ph.done("is up")
 		return nil
 	}

@@ -91,29 +91,16 @@ func (p *imageProgress) label(ph image.Phase) string {
 // prebuild makes the pool's sealed image unless it is there, in sight of the
 // user: the plugin finds it then. A failed step is no reason to try again, as it is for the plugin.
 func prebuild(ctx context.Context, v *view, req jobRequest) error {
-	text, err := os.ReadFile(req.Plan)
+	ip := newImageProgress(v)
+	store, p, err := openImages(req, ip.show)
 	if err != nil {
 		return err
-	}
-	p, err := plan.Parse(text)
-	if err != nil {
-		return fmt.Errorf("%s: %w", req.Plan, err)
 	}
 	pool, err := p.Pool(req.Pool)
 	if err != nil {
 		return err
 	}
 	img, err := p.Image(pool.Image)
-	if err != nil {
-		return err
-	}
-	log := slog.New(slog.DiscardHandler)
-	driver, err := vm.Open(p.Hypervisor, log)
-	if err != nil {
-		return err
-	}
-	ip := newImageProgress(v)
-	store, err := image.Open(p, image.Options{Log: log, Driver: driver, GuestBinary: selfExe, Progress: ip.show})
 	if err != nil {
 		return err
 	}
@@ -127,4 +114,23 @@ func prebuild(ctx context.Context, v *view, req jobRequest) error {
 		return fmt.Errorf("%w; its last lines:\n  %s", err, strings.Join(step.Tail, "\n  "))
 	}
 	return err
+}
+
+// openImages opens the images of a request's plan, with the driver that prebuilds them.
+func openImages(req jobRequest, progress func(image.Progress)) (*image.Store, *plan.Plan, error) {
+	text, err := os.ReadFile(req.Plan)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := plan.Parse(text)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", req.Plan, err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	driver, err := vm.Open(p.Hypervisor, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	store, err := image.Open(p, image.Options{Log: log, Driver: driver, GuestBinary: selfExe, Progress: progress})
+	return store, p, err
 }

@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -20,16 +18,20 @@ import (
 // sweepTimeout is how long the workers of a run that was killed may take to be removed.
 const sweepTimeout = time.Minute
 
-// sweep removes what workers of the pool are left: those of a run whose unprivileged half was killed. Where there are
-// some, another unprivileged half does it. Root must not: the plan's copy, the records, the clones and their consoles all lie
-// in folders of the runtime user, who could have root start another program and write other files.
+// sweep removes what workers of the pool are left, and prebuilds' VMs: those of a run whose unprivileged half was killed.
+// Where there are some, another unprivileged half does it. Root must not: the plan's copy, the records, the clones and
+// their consoles all lie in folders of the runtime user, who could have root start another program and write other files.
 func (r *hostRun) sweep(ctx context.Context) error {
-	records, err := os.ReadDir(filepath.Join(r.plan.Paths.Workers, r.pool.Name))
-	if errors.Is(err, fs.ErrNotExist) || err == nil && len(records) == 0 {
-		return nil
+	var left []string
+	for _, pattern := range []string{filepath.Join(r.plan.Paths.Workers, r.pool.Name, "*.json*"), filepath.Join(r.plan.Paths.Run, "prebuild-*")} {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			return err
+		}
+		left = append(left, found...)
 	}
-	if err != nil {
-		return err
+	if len(left) == 0 {
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*sweepTimeout)
 	defer cancel()
@@ -40,10 +42,24 @@ func (r *hostRun) sweep(ctx context.Context) error {
 	return err
 }
 
-// sweep is the plugin's own recovery, asked to keep nothing.
-func sweep(req jobRequest) (err error) {
+// sweep is the unprivileged part of it.
+func sweep(req jobRequest) error {
 	ctx, cancel := context.WithTimeout(context.Background(), sweepTimeout)
 	defer cancel()
+	store, p, err := openImages(req, nil)
+	if err != nil {
+		return err
+	}
+	err = store.EndPrebuilds(ctx)
+	records, rerr := filepath.Glob(filepath.Join(p.Paths.Workers, req.Pool, "*.json*"))
+	if len(records) > 0 {
+		rerr = sweepPool(ctx, req)
+	}
+	return errors.Join(err, rerr)
+}
+
+// sweepPool is the plugin's own recovery, asked to keep nothing.
+func sweepPool(ctx context.Context, req jobRequest) (err error) {
 	config, err := json.Marshal(map[string]string{"plan": req.Plan, "pool": req.Pool})
 	if err != nil {
 		return err

@@ -182,7 +182,9 @@ func (l *lab) hostUp(spec string) *hostRun {
 		if err != nil || len(left) == 0 {
 			return err
 		}
-		return sweep(r.req)
+		ctx, cancel := context.WithTimeout(context.Background(), sweepTimeout)
+		defer cancel()
+		return sweepPool(ctx, r.req)
 	})
 	return r
 }
