@@ -33,6 +33,9 @@ const seedPatience = 30 * time.Second
 // applySeed is this machine's cloud-init: the same seed, applied without Python in some tens of
 // milliseconds, before sshd and the resolver start. Who wants cloud-init itself keeps it (keepCloudInit).
 func applySeed(ctx context.Context, log *slog.Logger) error {
+	if err := writableRoot(); err != nil {
+		return err
+	}
 	s, disk, err := findSeed(ctx, "/sys/block", "/dev")
 	if err != nil {
 		return err
@@ -58,6 +61,22 @@ func applySeed(ctx context.Context, log *slog.Logger) error {
 		if r.code != 0 || r.err != nil {
 			return fmt.Errorf("the seed's command %q failed: exit code %d, %w", c, r.code, r.err)
 		}
+	}
+	return nil
+}
+
+// writableRoot makes the root writable where it is not yet: an image may name "ro" on its kernel's command line, and this
+// runs before systemd-remount-fs.service does the same, for half a second is lost by waiting for that.
+func writableRoot() error {
+	var st unix.Statfs_t
+	if err := unix.Statfs("/", &st); err != nil {
+		return fmt.Errorf("statfs /: %w", err)
+	}
+	if st.Flags&unix.ST_RDONLY == 0 {
+		return nil
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REMOUNT, ""); err != nil {
+		return fmt.Errorf("make the root file system writable: %w", err)
 	}
 	return nil
 }

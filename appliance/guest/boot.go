@@ -84,6 +84,18 @@ var slowStatics = map[string]string{
 	"cloud-init-hotplugd.socket":       "listens for cloud-init, which does not run",
 }
 
+// idleGenerators are programs that systemd runs before its first unit, and that find nothing to generate in a worker
+// (systemd.generator(7)), by the file that would give them something to do; "" for none. A link to /dev/null masks one.
+var idleGenerators = map[string]string{
+	"systemd-bless-boot-generator":       "",             // boot counting of systemd-boot, which does not run
+	"systemd-cryptsetup-generator":       "etc/crypttab", // encrypted disks
+	"systemd-hibernate-resume-generator": "",             // hibernation
+	"systemd-integritysetup-generator":   "etc/integritytab",
+	"systemd-ssh-generator":              "", // SSH by vsock: a worker's sshd is there for its one address
+	"systemd-tpm2-generator":             "", // a TPM
+	"systemd-veritysetup-generator":      "etc/veritytab",
+}
+
 // shortenBoot leaves at boot what a job needs. Nothing is removed.
 func (s *sealer) shortenBoot() error {
 	var errs []error
@@ -98,6 +110,11 @@ func (s *sealer) shortenBoot() error {
 		errs = append(errs, s.write("etc/cloud/cloud-init.disabled", "by fleetingd: the guest part applies a worker's seed\n"))
 		for unit := range slowStatics {
 			errs = append(errs, s.mask(unit))
+		}
+		for name, tab := range idleGenerators {
+			if _, err := os.Stat(s.path(tab)); tab == "" || errors.Is(err, os.ErrNotExist) {
+				errs = append(errs, s.link("/dev/null", "etc/systemd/system-generators/"+name))
+			}
 		}
 		// The kernel's name for the one interface. Else udev renames it while the guest part sets it up.
 		errs = append(errs, s.write("etc/systemd/network/10-fleetingd.link",

@@ -80,7 +80,7 @@ func BenchmarkBoot(b *testing.B) {
 	})
 	b.Run("cloud-hypervisor", func(b *testing.B) {
 		binary := need.CloudHypervisor(b)
-		spec := writeSpec(b, l.dir, fmt.Sprintf(bootSpec, "/var/lib/fleetingd", `"cloud-hypervisor" {}`, "/srv/base"))
+		spec := writeSpec(b, l.dir, fmt.Sprintf(bootSpec, "/srv/fleetingd", `"cloud-hypervisor" {}`, "/srv/base"))
 		host := hostlab.ForTest(b, hostlab.Options{Memory: labMemory, Files: map[string]string{
 			"/usr/bin/fleetingd": l.bin, "/usr/bin/cloud-hypervisor": binary, "/srv/base": base, "/root/host.hcl": spec,
 		}})
