@@ -19,8 +19,8 @@ JOB      ?= 'echo "hello from $$(hostname), up $$(cut -d" " -f1 /proc/uptime) s"
 
 .PHONY: build demo test check lint cross bench hostlab deps clean
 
-build: ## the static binary
-	$(GOBUILD) -o $(BIN) ./cmd/fleetingd
+build: ## the static binaries
+	$(GOBUILD) -o bin/ ./cmd/...
 
 demo: deps build ## a job in a VM that did not exist a minute ago
 	$(BIN) run --var egress_interface=$(EGRESS) packaging/examples/quickstart/host.hcl -- $(JOB)
@@ -46,7 +46,7 @@ $(TOOLS)/staticcheck-$(STATICCHECK):
 	mv $(TOOLS)/staticcheck $@
 
 cross: ## the other architectures build, too
-	for arch in amd64 arm64 riscv64; do GOARCH=$$arch $(GOBUILD) -o bin/fleetingd-$$arch ./cmd/fleetingd; done
+	for arch in amd64 arm64 riscv64; do GOARCH=$$arch $(GOBUILD) -o bin/$$arch/ ./cmd/...; done
 
 bench: deps ## the figures that README quotes; the boots, of real VMs, take half an hour
 	FLEETINGD_TEST=full go test -p 1 -run '^$$' -bench . -skip '^BenchmarkBoot$$' ./...

@@ -54,7 +54,7 @@ func TestRealWorker(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", filepath.Join(dir, "fleetingd"), "../../cmd/fleetingd")
+	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", filepath.Join(dir, "fleetingd"), "../../cmd/fleetingd-guest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the guest part: %v\n%s", err, out)

@@ -25,6 +25,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
@@ -34,7 +36,8 @@ type Options struct {
 	Log *slog.Logger // nil: slog.Default()
 	// Driver boots the prebuild VMs. A Store without one gives bases, and sealed images that are there already.
 	Driver vm.Driver
-	// GuestBinary is the static fleetingd that is put into the image. Empty: this program (os.Executable).
+	// GuestBinary is the static program that is put into the image, and run there as `fleetingd guest`. Empty: GuestName
+	// beside this program, or where there is none (or this user may not read it) this program itself.
 	GuestBinary string
 	// Progress may be nil. It is called from the goroutine that builds, and must not block.
 	Progress func(Progress)
@@ -104,6 +107,19 @@ type Sealed struct {
 	Cached  bool // it was there: this call built nothing
 }
 
+// GuestName is the guest part as a program of its own, with nothing else in it.
+const GuestName = "fleetingd-guest"
+
+func thisGuest() string {
+	if self, err := os.Executable(); err == nil {
+		small := filepath.Join(filepath.Dir(self), GuestName)
+		if unix.Access(small, unix.R_OK) == nil {
+			return small
+		}
+	}
+	return "/proc/self/exe" // also where its path is in a folder that this user may not enter
+}
+
 // Open makes what is missing of the folders for images. Root opens the Plan of
 // another user for Prepare and Prune only: root does not write where that user could put a link in its way.
 func Open(p *plan.Plan, o Options) (*Store, error) {
@@ -111,11 +127,7 @@ func Open(p *plan.Plan, o Options) (*Store, error) {
 		o.Log = slog.Default()
 	}
 	if o.GuestBinary == "" {
-		self, err := os.Executable()
-		if err != nil {
-			return nil, fmt.Errorf("find the fleetingd that goes into images: %w", err)
-		}
-		o.GuestBinary = self
+		o.GuestBinary = thisGuest()
 	}
 	s := &Store{
 		plan: p, opts: o, net: newFetcher(), arch: runtime.GOARCH, ubuntuKeys: ubuntuKeys,

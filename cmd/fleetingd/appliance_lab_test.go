@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/fleetingd/fleetingd/appliance/hostlab"
+	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
@@ -130,7 +131,8 @@ func TestApplianceInLab(t *testing.T) {
 		}
 	}
 	host := hostlab.ForTest(t, hostlab.Options{Memory: labMemory, Files: map[string]string{
-		"/usr/bin/fleetingd": l.bin, "/usr/bin/cloud-hypervisor": binary, "/usr/lib/fleetingd-test/fleetingd.test": test,
+		"/usr/bin/fleetingd": l.bin, "/usr/bin/fleetingd-guest": filepath.Join(l.dir, image.GuestName),
+		"/usr/bin/cloud-hypervisor": binary, "/usr/lib/fleetingd-test/fleetingd.test": test,
 		"/srv/base": l.baseFiles(), "/root/host.hcl": spec,
 		"/etc/systemd/system/gitlab-runner.service":                unit,
 		"/etc/systemd/system/gitlab-runner.service.d/90-test.conf": dropIn,
@@ -143,7 +145,7 @@ func TestApplianceInLab(t *testing.T) {
 		}
 		return out
 	}
-	sh("chmod 755 /usr/bin/fleetingd /usr/bin/cloud-hypervisor /usr/lib/fleetingd-test/*; chmod -R a+rX /srv/base\n" +
+	sh("chmod 755 /usr/bin/fleetingd* /usr/bin/cloud-hypervisor /usr/lib/fleetingd-test/*; chmod -R a+rX /srv/base\n" +
 		"mkdir -m 700 /run/secrets; echo glrt-of-nobody > /run/secrets/gitlab-token")
 	t.Log(sh("cloud-hypervisor --version; cd /root; ln -s fleetingd /usr/bin/fleeting-plugin-fleetingd\n" + readmeBlock(t, "fleetingd compile")))
 	t.Logf("the unit's own units:\n%s", sh("systemctl --no-pager --no-legend list-units 'fleetingd*' '*fleetingd*.mount'"))

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/fleetingd/fleetingd/appliance/hostlab"
+	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
@@ -82,9 +83,10 @@ func BenchmarkBoot(b *testing.B) {
 		binary := need.CloudHypervisor(b)
 		spec := writeSpec(b, l.dir, fmt.Sprintf(bootSpec, "/srv/fleetingd", `"cloud-hypervisor" {}`, "/srv/base"))
 		host := hostlab.ForTest(b, hostlab.Options{Memory: labMemory, Files: map[string]string{
-			"/usr/bin/fleetingd": l.bin, "/usr/bin/cloud-hypervisor": binary, "/srv/base": base, "/root/host.hcl": spec,
+			"/usr/bin/fleetingd": l.bin, "/usr/bin/fleetingd-guest": filepath.Join(l.dir, image.GuestName),
+			"/usr/bin/cloud-hypervisor": binary, "/srv/base": base, "/root/host.hcl": spec,
 		}})
-		out, err := host.Sh(b.Context(), "chmod 755 /usr/bin/fleetingd /usr/bin/cloud-hypervisor; cloud-hypervisor --version")
+		out, err := host.Sh(b.Context(), "chmod 755 /usr/bin/fleetingd* /usr/bin/cloud-hypervisor; cloud-hypervisor --version")
 		if err != nil {
 			b.Fatal(err)
 		}

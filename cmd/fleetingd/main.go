@@ -7,11 +7,14 @@ import (
 	"os"
 
 	"github.com/urfave/cli/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/guest"
 )
 
 func main() {
-	if isGuest(os.Args) {
-		os.Exit(guestMain(os.Args))
+	// Before the CLI is built: where there is no fleetingd-guest beside it, each millisecond here is one of every worker's boot.
+	if guest.IsCommand(os.Args) {
+		os.Exit(guest.Command(os.Args, version))
 	}
 	if isPlugin(os.Args) {
 		servePlugin()

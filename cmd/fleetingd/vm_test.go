@@ -89,7 +89,7 @@ func newLab(t testing.TB) *lab {
 	l.bin = filepath.Join(l.dir, "fleetingd")
 	l.plug = filepath.Join(l.dir, pluginName)
 	// As `make build` does: the guest part is this binary, and its size is a part of each boot.
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", l.bin, ".")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", l.dir+"/", ".", "../fleetingd-guest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0") // it runs in the guest, too
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the binary: %v\n%s", err, out)

@@ -1,4 +1,4 @@
-package main
+package guest
 
 import (
 	"context"
@@ -7,26 +7,23 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-
-	"github.com/fleetingd/fleetingd/appliance/guest"
 )
 
-// isGuest reports a start inside of a VM: as the guest part, or as /init of its initrd. It is looked for before the CLI
-// is built, since each millisecond here is one of every worker's boot.
-func isGuest(args []string) bool {
+// IsCommand reports a start inside of a VM: as the guest part, or as /init of its initrd.
+func IsCommand(args []string) bool {
 	return isInit(args) || len(args) > 1 && args[1] == "guest"
 }
 
 func isInit(args []string) bool { return os.Getpid() == 1 && len(args) > 0 && args[0] == "/init" }
 
-// guestMain is `fleetingd guest [--prebuild]`. People have no use for it, so it is in no help text.
-func guestMain(args []string) int {
+// Command is `fleetingd guest [--prebuild]`, and returns the exit code. People have no use for it, so it is in no help text.
+func Command(args []string, version string) int {
 	if isInit(args) {
-		guest.Init(args[1:])
+		Init(args[1:])
 		return 1
 	}
 	prebuild := len(args) == 3 && args[2] == "--prebuild"
-	if len(args) > 2 && !prebuild {
+	if !IsCommand(args) || len(args) > 2 && !prebuild {
 		fmt.Fprintln(os.Stderr, "fleetingd: usage: fleetingd guest [--prebuild], inside of a VM that fleetingd started")
 		return 2
 	}
@@ -43,7 +40,7 @@ func guestMain(args []string) int {
 		}
 		return a
 	}}))
-	if err := guest.Main(ctx, guest.MainOptions{Prebuild: prebuild, Version: version, Log: log}); err != nil {
+	if err := Main(ctx, MainOptions{Prebuild: prebuild, Version: version, Log: log}); err != nil {
 		fmt.Fprintln(os.Stderr, "fleetingd: guest: "+err.Error())
 		return 1
 	}

@@ -1,0 +1,26 @@
+package image
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// What goes into images is the small program where it lies beside this one, and else this one.
+func TestThisGuest(t *testing.T) {
+	if got := thisGuest(); got != "/proc/self/exe" {
+		t.Errorf("with nothing beside this program: %s", got)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	small := filepath.Join(filepath.Dir(self), GuestName)
+	if err := os.WriteFile(small, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(small) })
+	if got := thisGuest(); got != small {
+		t.Errorf("with %s beside this program: %s", GuestName, got)
+	}
+}
