@@ -40,14 +40,14 @@ image "debian" {
 }
 pool "small" {
   image         = image.debian
-  cpus          = 2
+  cpus          = 1 # with more, QEMU's emulation of nested guests at times corrupts the lab's kernel
   memory        = "1GiB"
   disk          = "5GiB"
   start         = "cold"
   console       = true
   max_instances = 3
   limits {
-    cpu_quota    = "180%"
+    cpu_quota    = "90%"
     disk_iops    = 5000
     network_mbps = 500
   }
@@ -160,7 +160,7 @@ func TestApplianceInLab(t *testing.T) {
 	if err != nil || !strings.Contains(out, "--- PASS: TestApplianceInLab") {
 		t.Errorf("upstream's suite in the lab: %v", err)
 	}
-	for _, limit := range []string{"cpu.max: 180000 100000", "memory.max: 1", "riops=5000 wiops=5000", "pids.max: "} {
+	for _, limit := range []string{"cpu.max: 90000 100000", "memory.max: 1", "riops=5000 wiops=5000", "pids.max: "} {
 		if !strings.Contains(out, limit) {
 			t.Errorf("no VMM's cgroup has %q", limit)
 		}

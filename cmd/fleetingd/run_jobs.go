@@ -282,8 +282,10 @@ func pluginLog(v *view, verbose bool, ending *atomic.Bool) hclog.Logger {
 		level = hclog.Debug
 	}
 	return hclog.New(&hclog.LoggerOptions{Level: level, Output: viewWriter{v}, DisableTime: true,
-		// The Provisioner's Shutdown cancels its own loop, which then reports that as an error.
-		Exclude: func(_ hclog.Level, msg string, _ ...any) bool { return msg == "reconcile" && ending.Load() },
+		// The Provisioner's Shutdown cancels its own loop, which then reports that as an error, and asks again itself.
+		Exclude: func(_ hclog.Level, msg string, _ ...any) bool {
+			return ending.Load() && (msg == "reconcile" || msg == "decreasing instances")
+		},
 	})
 }
 
