@@ -10,7 +10,7 @@ packages=(
   xfsprogs                   # a file system that can clone
   nftables iproute2 iputils-ping
   openssh-client
-  procps util-linux fdisk xz-utils cpio
+  procps util-linux fdisk xz-utils cpio strace
   systemd # the tests have its own tools read the units that are written; it need not be running
 )
 

@@ -1,4 +1,4 @@
-package state
+package state_test
 
 import (
 	"os"
@@ -6,20 +6,21 @@ import (
 	"path/filepath"
 	"regexp"
 	"testing"
+
+	"github.com/fleetingd/fleetingd/appliance/need"
+	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
 // TestWriteFileIsFlushed looks at the system calls: what a power cut would take, no test can.
 func TestWriteFileIsFlushed(t *testing.T) {
 	const asked = "FLEETINGD_TEST_WRITE_FILE"
 	if path := os.Getenv(asked); path != "" {
-		if err := WriteFile(path, []byte("new"), 0o640); err != nil {
+		if err := state.WriteFile(path, []byte("new"), 0o640); err != nil {
 			t.Fatal(err)
 		}
 		return
 	}
-	if _, err := exec.LookPath("strace"); err != nil {
-		t.Skip("skipped: there is no strace here")
-	}
+	need.Tools(t, "strace")
 	dir := t.TempDir()
 	path, trace := filepath.Join(dir, "file"), filepath.Join(dir, "trace")
 	if err := os.WriteFile(path, []byte("old, and longer"), 0o600); err != nil {
@@ -29,6 +30,9 @@ func TestWriteFileIsFlushed(t *testing.T) {
 		os.Args[0], "-test.run=^TestWriteFileIsFlushed$")
 	cmd.Env = append(os.Environ(), asked+"="+path)
 	if out, err := cmd.CombinedOutput(); err != nil {
+		if need.Full() {
+			t.Fatalf("FLEETINGD_TEST=full, but strace cannot trace here: %v: %s", err, out)
+		}
 		t.Skipf("skipped: strace cannot trace here: %v: %s", err, out)
 	}
 	text, err := os.ReadFile(path)
