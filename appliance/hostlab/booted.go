@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -25,12 +24,12 @@ func (b booted) disk(i int) string { return (&Lab{Dir: b.dir}).disk(i) }
 // bootOnce returns the booted host for the options from the cache, after booting it where it is not there.
 func bootOnce(ctx context.Context, cache string, base base, opts Options) (booted, error) {
 	// A memory image fits one machine of one QEMU alone.
-	version, err := exec.CommandContext(ctx, "qemu-system-x86_64", "--version").Output()
+	version, err := base.qemuVersion()
 	if err != nil {
-		return booted{}, fmt.Errorf("hostlab: qemu-system-x86_64 --version (packaging/deps.sh installs it): %w", err)
+		return booted{}, err
 	}
 	h := sha256.New()
-	fmt.Fprintln(h, string(version), base.dir, opts.Disks, (&Lab{opts: opts, base: base}).qemuArgs())
+	fmt.Fprintln(h, version, base.dir, opts.Disks, (&Lab{opts: opts, base: base}).qemuArgs())
 	b := booted{filepath.Join(cache, "booted-"+hex.EncodeToString(h.Sum(nil))[:16])}
 	lock, err := waitLock(ctx, filepath.Join(cache, "build.lock"))
 	if err != nil {

@@ -41,7 +41,7 @@ func (b base) initrd() string          { return b.path("initrd") }
 // their updates.
 func recipeDigest() (string, error) {
 	h := sha256.New()
-	fmt.Fprintln(h, suite, diskSize, mke2fsOptions)
+	fmt.Fprintln(h, suite, diskSize, mke2fsOptions, emulatorSuite)
 	err := fs.WalkDir(recipe, ".", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
@@ -124,20 +124,15 @@ func build(ctx context.Context, b base, log io.Writer) error {
 		return err
 	}
 	root := b.path("root")
-	cmd := exec.CommandContext(ctx, "mmdebstrap", "--mode=root", "--variant=minbase", "--components=main",
-		"--include="+strings.Join(packages, ","),
+	err = mmdebstrap(ctx, b.dir, log, "--variant=minbase", "--include="+strings.Join(packages, ","),
 		"--essential-hook=cp -a --no-preserve=ownership recipe/files/. \"$1\"",
 		"--customize-hook=recipe/setup.sh \"$1\" . recipe",
 		suite, root, mirror(ctx))
-	cmd.Dir = b.dir
-	// On its own: killed alone, mmdebstrap would leave apt and dpkg at work.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
-	cmd.WaitDelay = 10 * time.Second
-	said := &lastLines{to: log}
-	cmd.Stdout, cmd.Stderr = said, said
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("hostlab: mmdebstrap: %w\n%s", err, tail(said.String(), 30))
+	if err != nil {
+		return err
+	}
+	if err := unpackQEMU(ctx, b, log); err != nil {
+		return err
 	}
 	f, err := os.Create(b.disk())
 	if err != nil {
@@ -154,6 +149,22 @@ func build(ctx context.Context, b base, log io.Writer) error {
 		return fmt.Errorf("hostlab: %w", err)
 	}
 	return errors.Join(os.RemoveAll(root), os.RemoveAll(b.path("recipe")))
+}
+
+// mmdebstrap makes a root file system of Debian's packages, working in dir.
+func mmdebstrap(ctx context.Context, dir string, log io.Writer, args ...string) error {
+	cmd := exec.CommandContext(ctx, "mmdebstrap", append([]string{"--mode=root", "--components=main"}, args...)...)
+	cmd.Dir = dir
+	// On its own: killed alone, mmdebstrap would leave apt and dpkg at work.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
+	cmd.WaitDelay = 10 * time.Second
+	said := &lastLines{to: log}
+	cmd.Stdout, cmd.Stderr = said, said
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("hostlab: mmdebstrap: %w\n%s", err, tail(said.String(), 30))
+	}
+	return nil
 }
 
 func unpackRecipe(dir string) error {

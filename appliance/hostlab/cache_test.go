@@ -95,6 +95,22 @@ func TestTail(t *testing.T) {
 	}
 }
 
+func TestNewEnough(t *testing.T) {
+	for version, want := range map[string]string{
+		"QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)":   "",
+		"QEMU emulator version 10.2.0":                                  "",
+		"QEMU emulator version 10.0.13 (Debian 1:10.0.13+ds-0+deb13u1)": "has QEMU 10.0, which loses interrupts",
+		"QEMU emulator version 9.2.1":                                   "has QEMU 9.2",
+		"":                                                              `version is ""`,
+		"version 99999999999999999999.1":                                "out of range",
+	} {
+		err := newEnough(version)
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", version, err, want)
+		}
+	}
+}
+
 // TestRecipe: all packages are named, in order, once.
 func TestRecipe(t *testing.T) {
 	all, err := packages()

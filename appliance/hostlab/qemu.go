@@ -80,7 +80,7 @@ func (l *Lab) startQEMU(ctx context.Context, args []string) error {
 		return fmt.Errorf("hostlab: %w", err)
 	}
 	defer log.Close()
-	cmd := exec.Command("qemu-system-x86_64", append(l.qemuArgs(), args...)...)
+	cmd := l.base.qemu(append(l.qemuArgs(), args...)...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = l.Dir, log, log
 	if slices.Contains(args, "-monitor") {
 		if l.monitor, err = cmd.StdinPipe(); err != nil {
@@ -88,7 +88,7 @@ func (l *Lab) startQEMU(ctx context.Context, args []string) error {
 		}
 	}
 	if l.qemu, err = spawn(cmd); err != nil {
-		return fmt.Errorf("hostlab: start QEMU (packaging/deps.sh installs it): %w", err)
+		return fmt.Errorf("hostlab: start QEMU: %w", err)
 	}
 	return l.listening(ctx)
 }
