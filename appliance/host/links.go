@@ -119,33 +119,45 @@ func openKernel() (*kernel, error) {
 
 func (k *kernel) close() { k.handle.Close() }
 
-// makeTAPs makes all or none.
+// makeTAPs makes all or none: the links, then, when udev has seen them, all that hangs on them.
 func (k *kernel) makeTAPs(ctx context.Context, taps []tap) error {
+	indexes := make([]int, len(taps))
 	for i := range taps {
 		err := ctx.Err()
 		if err == nil {
-			err = k.makeTAP(&taps[i])
+			indexes[i], err = k.makeLink(&taps[i])
 		}
 		if err != nil {
 			return errors.Join(fmt.Errorf("TAP %s: %w", taps[i].TAP, err), k.deleteTAPs(taps[:i]))
 		}
 	}
+	if err := waitUdev(ctx, indexes); err != nil {
+		return errors.Join(err, k.deleteTAPs(taps))
+	}
+	for i := range taps {
+		err := ctx.Err()
+		if err == nil {
+			err = k.finishTAP(&taps[i], indexes[i])
+		}
+		if err != nil {
+			return errors.Join(fmt.Errorf("TAP %s: %w", taps[i].TAP, err), k.deleteTAPs(taps))
+		}
+	}
 	return nil
 }
 
-// makeTAP makes the link and all that hangs on it, or nothing.
-func (k *kernel) makeTAP(t *tap) error {
-	if err := k.makeLink(t); err != nil {
-		return err
-	}
-	link, err := k.handle.LinkByName(t.TAP)
-	if err == nil {
-		err = k.configure(t, link.Attrs().Index)
-	}
+// finishTAP takes back what udev did to the link, and gives it all that hangs on it.
+func (k *kernel) finishTAP(t *tap, index int) error {
+	link, err := k.handle.LinkByIndex(index)
 	if err != nil {
-		return errors.Join(err, k.deleteTAPs([]tap{*t}))
+		return fmt.Errorf("find it again: %w", err)
 	}
-	return nil
+	if link.Attrs().HardwareAddr.String() != t.net.HostMAC || link.Attrs().MTU != t.net.MTU || link.Attrs().TxQLen != queueLength {
+		if err := t.setLink(index); err != nil {
+			return fmt.Errorf("set MAC %s, MTU %d and alias: %w", t.net.HostMAC, t.net.MTU, err)
+		}
+	}
+	return k.configure(t, index)
 }
 
 // makeLink makes the bare, persistent link. It is given our mark before it is made persistent: should the process die
@@ -153,41 +165,41 @@ func (k *kernel) makeTAP(t *tap) error {
 //
 // The descriptor is closed before the link is brought up. Closing takes the carrier away, and from a link that is up the kernel
 // takes it in the background, holding the lock that all of netlink waits for: a minute for 1,000 links.
-func (k *kernel) makeLink(t *tap) error {
+func (k *kernel) makeLink(t *tap) (index int, err error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("open /dev/net/tun (modprobe tun): %w", err)
+		return 0, fmt.Errorf("open /dev/net/tun (modprobe tun): %w", err)
 	}
 	defer unix.Close(fd)
 	req, err := unix.NewIfreq(t.TAP)
 	if err != nil {
-		return fmt.Errorf("name: %w", err)
+		return 0, fmt.Errorf("name: %w", err)
 	}
 	// EXCL: never open a link that somebody made since we looked.
 	req.SetUint16(uint16(t.flags()) | unix.IFF_TAP | unix.IFF_TUN_EXCL)
 	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
-		return fmt.Errorf("TUNSETIFF: %w", err)
+		return 0, fmt.Errorf("TUNSETIFF: %w", err)
 	}
 	if err := unix.IoctlSetInt(fd, unix.TUNSETOWNER, t.uid); err != nil {
-		return fmt.Errorf("TUNSETOWNER %d: %w", t.uid, err)
+		return 0, fmt.Errorf("TUNSETOWNER %d: %w", t.uid, err)
 	}
 	if err := unix.IoctlSetInt(fd, unix.TUNSETGROUP, t.gid); err != nil {
-		return fmt.Errorf("TUNSETGROUP %d: %w", t.gid, err)
+		return 0, fmt.Errorf("TUNSETGROUP %d: %w", t.gid, err)
 	}
 	link, err := k.handle.LinkByName(t.TAP)
 	if err != nil {
-		return fmt.Errorf("find it again: %w", err)
+		return 0, fmt.Errorf("find it again: %w", err)
 	}
 	if err := k.noQueue(link.Attrs().Index); err != nil {
-		return fmt.Errorf("qdisc noqueue: %w", err)
+		return 0, fmt.Errorf("qdisc noqueue: %w", err)
 	}
 	if err := t.setLink(link.Attrs().Index); err != nil {
-		return fmt.Errorf("set MAC %s, MTU %d and alias: %w", t.net.HostMAC, t.net.MTU, err)
+		return 0, fmt.Errorf("set MAC %s, MTU %d and alias: %w", t.net.HostMAC, t.net.MTU, err)
 	}
 	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
-		return fmt.Errorf("TUNSETPERSIST: %w", err)
+		return 0, fmt.Errorf("TUNSETPERSIST: %w", err)
 	}
-	return nil
+	return link.Attrs().Index, nil
 }
 
 // repairTAPs gives existing TAPs of ours what they lack and takes what is there and not wanted: from all of them first, because

@@ -45,12 +45,7 @@ func TestDoctorCures(t *testing.T) {
 	need.VM(t)
 	need.Tools(t, "go", "mmdebstrap", "mke2fs", "ssh", "tar")
 	dir := t.TempDir()
-	binary, spec := filepath.Join(dir, "fleetingd"), filepath.Join(dir, "host.hcl")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", binary, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
+	binary, spec := buildStatic(t, dir), filepath.Join(dir, "host.hcl")
 	if err := os.WriteFile(spec, []byte(labSpec), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -112,6 +107,18 @@ func TestDoctorCures(t *testing.T) {
 		t.Error(err)
 	}
 	t.Logf("doctor in the end:\n%s", out)
+}
+
+// buildStatic builds fleetingd for another host.
+func buildStatic(t *testing.T, dir string) string {
+	t.Helper()
+	binary := filepath.Join(dir, "fleetingd")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return binary
 }
 
 func labDoctor(t *testing.T, ctx context.Context, lab *hostlab.Lab) doctorReport {

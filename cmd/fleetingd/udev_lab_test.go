@@ -1,0 +1,46 @@
+package main
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/hostlab"
+	"github.com/fleetingd/fleetingd/appliance/need"
+)
+
+// TestUdev: the network is as the plan says also when udev has done with the new links what it does. It gives a TAP a MAC
+// address, having looked before we set ours, and then the kernel forgets who is at the link's other end.
+func TestUdev(t *testing.T) {
+	need.VM(t)
+	need.Tools(t, "go", "mmdebstrap", "mke2fs", "ssh", "tar")
+	dir := t.TempDir()
+	binary, spec := buildStatic(t, dir), filepath.Join(dir, "host.hcl")
+	if err := os.WriteFile(spec, []byte(labSpec), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	lab := hostlab.ForTest(t, hostlab.Options{
+		Files: map[string]string{"/usr/local/bin/fleetingd": binary, "/root/host.hcl": spec},
+	})
+	out, err := lab.Sh(ctx, `
+		plan=/root/tree/etc/fleetingd/plan.json
+		fleetingd compile /root/host.hcl -o /root/tree
+		# Both speak netlink slowly, udev the more so: it has looked at the link when we set our address, and sets its own when we
+		# would be done.
+		timeout 60 strace -f -qq -e trace=sendto -e inject=sendto:delay_enter=3000000 -p $(pidof systemd-udevd) > /dev/null 2>&1 &
+		until grep -q '^TracerPid:.[1-9]' /proc/$(pidof systemd-udevd)/status; do sleep 0.1; done
+		timeout 60 strace -f -qq -o /dev/null -e trace=sendto -e inject=sendto:delay_enter=200000 fleetingd network up --plan $plan
+		timeout 60 udevadm settle
+		kill $!
+		fleetingd network check --plan $plan
+		ip -brief link show fleet0; ip neigh show nud permanent dev fleet0
+	`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(out)
+}
