@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -67,6 +68,7 @@ var notForWorkers = map[string]string{
 	"console-setup.service":        "a screen's font",
 	"getty@tty1.service":           "a screen's login",
 	"secureboot-db.service":        "UEFI secure boot",
+	"systemd-pstore.service":       "archives what firmware kept of a crash; it has the module for UEFI loaded",
 	"grub-common.service":          "records a good boot for GRUB, which does not run",
 	"grub-initrd-fallback.service": "the same",
 	"pollinate.service":            "asks a server on the internet for entropy",
@@ -82,17 +84,23 @@ var slowStatics = map[string]string{
 	"systemd-pcrphase.service":         "TPM measurements",
 	"systemd-pcrphase-sysinit.service": "TPM measurements",
 	"cloud-init-hotplugd.socket":       "listens for cloud-init, which does not run",
+
+	"systemd-udev-load-credentials.service": "reads udev rules out of credentials, which nobody gives a worker",
+	"systemd-random-seed.service":           "keeps entropy from one boot to the next; a worker's comes from virtio-rng, and its first boot is its last",
 }
 
 // idleGenerators are programs that systemd runs before its first unit, and that find nothing to generate in a worker
 // (systemd.generator(7)), by the file that would give them something to do; "" for none. A link to /dev/null masks one.
 var idleGenerators = map[string]string{
+	"cloud-init-generator":               "",             // a shell script that finds cloud-init disabled
 	"systemd-bless-boot-generator":       "",             // boot counting of systemd-boot, which does not run
 	"systemd-cryptsetup-generator":       "etc/crypttab", // encrypted disks
 	"systemd-hibernate-resume-generator": "",             // hibernation
 	"systemd-integritysetup-generator":   "etc/integritytab",
-	"systemd-ssh-generator":              "", // SSH by vsock: a worker's sshd is there for its one address
-	"systemd-tpm2-generator":             "", // a TPM
+	"systemd-rc-local-generator":         "etc/rc.local",
+	"systemd-ssh-generator":              "",              // SSH by vsock: a worker's sshd is there for its one address
+	"systemd-system-update-generator":    "system-update", // offline updates
+	"systemd-tpm2-generator":             "",              // a TPM
 	"systemd-veritysetup-generator":      "etc/veritytab",
 }
 
@@ -106,7 +114,7 @@ func (s *sealer) shortenBoot() error {
 	}
 	if !keepsCloudInit(s.root) {
 		// Python, four times one after the other before sshd: more than half of a plain boot. The file is cloud-init's own
-		// switch (https://docs.cloud-init.io/en/latest/howto/disable_cloud_init.html); to remove it brings all back.
+		// switch (https://docs.cloud-init.io/en/latest/howto/disable_cloud_init.html).
 		errs = append(errs, s.write("etc/cloud/cloud-init.disabled", "by fleetingd: the guest part applies a worker's seed\n"))
 		for unit := range slowStatics {
 			errs = append(errs, s.mask(unit))
@@ -115,6 +123,13 @@ func (s *sealer) shortenBoot() error {
 			if _, err := os.Stat(s.path(tab)); tab == "" || errors.Is(err, os.ErrNotExist) {
 				errs = append(errs, s.link("/dev/null", "etc/systemd/system-generators/"+name))
 			}
+		}
+		if s.rootIsDisk() {
+			// It looks for further file systems in the partition table that the root is from.
+			errs = append(errs, s.link("/dev/null", "etc/systemd/system-generators/systemd-gpt-auto-generator"))
+		}
+		if load, err := s.loadsModules(); err != nil || !load {
+			errs = append(errs, err, s.mask("systemd-modules-load.service"))
 		}
 		// The kernel's name for the one interface. Else udev renames it while the guest part sets it up.
 		errs = append(errs, s.write("etc/systemd/network/10-fleetingd.link",
@@ -125,6 +140,46 @@ func (s *sealer) shortenBoot() error {
 		}
 	}
 	return errors.Join(append(errs, s.updateDone())...)
+}
+
+// rootIsDisk tells whether the root file system has the whole disk, with no partition table.
+func (s *sealer) rootIsDisk() bool {
+	dev, _, err := rootDevice(s.root)
+	if err != nil {
+		return false
+	}
+	_, err = os.Stat("/sys/class/block/" + dev + "/partition")
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// loadsModules tells whether systemd-modules-load.service has anything to load (modules-load.d(5)). Distributions come with
+// files of comments alone.
+func (s *sealer) loadsModules() (bool, error) {
+	line, err := os.ReadFile("/proc/cmdline")
+	if err != nil || bytes.Contains(line, []byte("modules_load=")) || bytes.Contains(line, []byte("modules-load=")) {
+		return true, err
+	}
+	for _, dir := range []string{"etc", "usr/local/lib", "usr/lib", "lib"} {
+		found, err := filepath.Glob(s.path(dir + "/modules-load.d/*.conf"))
+		if err != nil {
+			return true, err
+		}
+		for _, p := range found {
+			data, err := os.ReadFile(p)
+			if errors.Is(err, os.ErrNotExist) {
+				continue // Debian's link to /etc/modules, which a step may have removed
+			}
+			if err != nil {
+				return true, err
+			}
+			for l := range strings.Lines(string(data)) {
+				if l = strings.TrimSpace(l); l != "" && l[0] != '#' && l[0] != ';' {
+					return true, nil
+				}
+			}
+		}
+	}
+	return false, nil
 }
 
 // updateDone tells systemd that /usr is as /etc and /var know it (systemd-update-done.service(8)). Packages that the

@@ -75,6 +75,12 @@ func boot(args []string) error {
 	if err := unix.Mount(dev, "/root", p.FSType, 0, flags); err != nil {
 		return fmt.Errorf("mount the root disk %s (%s): %w", dev, p.FSType, err)
 	}
+	for _, m := range p.Mounts {
+		// systemd tries again, and says what is wrong.
+		if err := os.MkdirAll(m.At, 0o755); err == nil {
+			_ = unix.Mount(m.FSType, m.At, m.FSType, m.Flags, "")
+		}
+	}
 	if err := switchRoot(); err != nil {
 		return err
 	}

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // bootPlan is what the initrd's init does, made when the image is sealed. Its modules are paths in the initrd.
@@ -19,7 +21,39 @@ type bootPlan struct {
 	FSType  string              `json:"fstype"`
 	Modules []string            `json:"modules"`           // to find the devices and mount the root
 	Devices map[string][]string `json:"devices,omitempty"` // by virtio device id: loaded where there is such a device
+	Mounts  []bootMount         `json:"mounts,omitempty"`
 	Binary  string              `json:"-"`
+}
+
+// bootMount is a file system of the kernel's own that systemd would mount.
+type bootMount struct {
+	Unit   string  `json:"-"`
+	FSType string  `json:"fstype"`
+	At     string  `json:"at"`
+	Flags  uintptr `json:"flags"` // mount(2)
+}
+
+// apiMounts are mounted by the initrd: a system call each. systemd would start a program for each, and finds them mounted.
+// The options are its units'.
+var apiMounts = []bootMount{
+	{"dev-hugepages.mount", "hugetlbfs", "/dev/hugepages", unix.MS_NOSUID | unix.MS_NODEV},
+	{"dev-mqueue.mount", "mqueue", "/dev/mqueue", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
+	{"sys-kernel-debug.mount", "debugfs", "/sys/kernel/debug", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
+	{"sys-kernel-tracing.mount", "tracefs", "/sys/kernel/tracing", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
+}
+
+// wantedMounts are those of apiMounts that this system wants, as its distribution and not its owner says.
+func (s *sealer) wantedMounts() []bootMount {
+	var wanted []bootMount
+	for _, m := range apiMounts {
+		_, stock := os.Lstat(s.path("usr/lib/systemd/system/sysinit.target.wants/" + m.Unit))
+		_, own := os.Lstat(s.path("etc/systemd/system/" + m.Unit))
+		_, dropIn := os.Lstat(s.path("etc/systemd/system/" + m.Unit + ".d"))
+		if stock == nil && own != nil && dropIn != nil {
+			wanted = append(wanted, m)
+		}
+	}
+	return wanted
 }
 
 const bootPlanName = "boot.json"
@@ -41,7 +75,7 @@ func (s *sealer) initrd(ctx context.Context, k kernel) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := bootPlan{Root: dev, FSType: fstype, Devices: map[string][]string{}}
+	p := bootPlan{Root: dev, FSType: fstype, Devices: map[string][]string{}, Mounts: s.wantedMounts()}
 	for _, name := range []string{"virtio_pci", "virtio_blk", fstype} {
 		files, err := m.closure(name, p.Modules)
 		if err != nil {

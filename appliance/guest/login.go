@@ -16,7 +16,7 @@ import (
 // /run/nologin away late in the boot, sshd may be there before).
 func waitLogin(ctx context.Context, root string) error {
 	addrs := sshAddresses(root)
-	wait := 5 * time.Millisecond
+	start := time.Now()
 	var last error
 	for {
 		last = nil
@@ -30,10 +30,10 @@ func waitLogin(ctx context.Context, root string) error {
 				return nil
 			}
 		}
-		if !pause(ctx, wait) {
+		// At most a twentieth of the wait is lost, and a slow machine's boot is not slowed down by many looks.
+		if !pause(ctx, min(max(time.Since(start)/20, 5*time.Millisecond), 200*time.Millisecond)) {
 			return fmt.Errorf("nobody can log in yet: %w", last)
 		}
-		wait = min(2*wait, 50*time.Millisecond)
 	}
 }
 

@@ -32,6 +32,7 @@ func stockTree(t *testing.T) string {
 		"etc/systemd/system/multi-user.target.wants/snapd.service":   "-> /usr/lib/systemd/system/snapd.service",
 		"etc/systemd/system/sshd-keygen.service":                     "[Unit]\n",
 		"etc/NetworkManager/system-connections/cloud-init-eth0.conf": "n",
+		"etc/modules": "# nothing\n\n", "etc/modules-load.d/modules.conf": "-> ../modules",
 	})
 }
 
@@ -61,7 +62,7 @@ func TestSealTree(t *testing.T) {
 		if to, ok := strings.CutPrefix(got[name], "-> /dev/null"); ok && to == "" && strings.HasPrefix(name, "etc/systemd/system") {
 			_, static := slowStatics[filepath.Base(name)]
 			_, generator := idleGenerators[filepath.Base(name)]
-			if !static && !generator {
+			if !static && !generator && name != "etc/systemd/system/systemd-modules-load.service" {
 				t.Errorf("%s is masked, and nobody says why", name)
 			}
 			delete(got, name)
@@ -82,6 +83,7 @@ func TestSealTree(t *testing.T) {
 		"etc/systemd/network/10-fleetingd.link":                           got["etc/systemd/network/10-fleetingd.link"],
 		"etc/NetworkManager/conf.d/10-fleetingd.conf":                     got["etc/NetworkManager/conf.d/10-fleetingd.conf"],
 		"etc/.updated": got["etc/.updated"], "var/.updated": got["var/.updated"], "etc/crypttab": "data /dev/vdc\n",
+		"etc/modules": "# nothing\n\n", "etc/modules-load.d/modules.conf": "-> ../modules",
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("(- want, + got):\n%s", d)
@@ -101,6 +103,50 @@ func TestSealTree(t *testing.T) {
 	before := listing(t, root)
 	if d := cmp.Diff(before, sealTree(t, root, stock)); d != "" {
 		t.Errorf("sealing twice (- once, + twice):\n%s", d)
+	}
+}
+
+// TestLoadsModules: the service that loads modules stays where there is one to load.
+func TestLoadsModules(t *testing.T) {
+	for name, c := range map[string]struct {
+		files map[string]string
+		want  bool
+	}{
+		"no files":          {map[string]string{"etc/": ""}, false},
+		"comments":          {map[string]string{"etc/modules-load.d/a.conf": "# a\n; b\n \n"}, false},
+		"a link to nothing": {map[string]string{"etc/modules-load.d/modules.conf": "-> ../modules"}, false},
+		"not a .conf":       {map[string]string{"etc/modules-load.d/README": "br_netfilter\n"}, false},
+		"by a step":         {map[string]string{"etc/modules-load.d/k8s.conf": "# for pods\nbr_netfilter"}, true},
+		"by a package":      {map[string]string{"usr/lib/modules-load.d/fwupd.conf": "msr\n"}, true},
+	} {
+		c.files["usr/"] = ""
+		s := sealer{root: tree(t, c.files), log: slog.New(slog.DiscardHandler)}
+		if got, err := s.loadsModules(); err != nil || got != c.want {
+			t.Errorf("%s: %t, %v", name, got, err)
+		}
+		if err := s.shortenBoot(); err != nil {
+			t.Fatal(err)
+		}
+		_, err := os.Lstat(s.path("etc/systemd/system/systemd-modules-load.service"))
+		if masked := err == nil; masked == c.want {
+			t.Errorf("%s: masked is %t", name, masked)
+		}
+	}
+}
+
+// TestWantedMounts: a file system that the owner configured otherwise is left to systemd.
+func TestWantedMounts(t *testing.T) {
+	s := sealer{root: tree(t, map[string]string{
+		"usr/lib/systemd/system/sysinit.target.wants/dev-mqueue.mount":       "-> ../dev-mqueue.mount",
+		"usr/lib/systemd/system/sysinit.target.wants/dev-hugepages.mount":    "-> ../dev-hugepages.mount",
+		"usr/lib/systemd/system/sysinit.target.wants/sys-kernel-debug.mount": "-> ../sys-kernel-debug.mount",
+		"usr/lib/systemd/system/sys-kernel-tracing.mount":                    "not wanted",
+		"etc/systemd/system/dev-hugepages.mount.d/size.conf":                 "[Mount]\nOptions=pagesize=1G\n",
+		"etc/systemd/system/sys-kernel-debug.mount":                          "-> /dev/null",
+	})}
+	got := s.wantedMounts()
+	if len(got) != 1 || got[0].At != "/dev/mqueue" {
+		t.Errorf("%+v", got)
 	}
 }
 

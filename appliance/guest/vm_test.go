@@ -332,19 +332,24 @@ func (r rig) worker(name, disk, kernel, initrd string, details bool) string {
 		return who
 	}
 	for command, want := range map[string]string{
-		"hostname; getent hosts " + name:                           name + "\n127.0.1.1 ",
-		"sudo -n head -n1 /opt/made/by/prebuild":                   "prebuilt\n",
-		"sudo -n stat -c %a-%U /opt/made/by/prebuild":              "640-root\n",
-		"cat /sys/class/net/eth0/mtu":                              "1400\n",
-		"ls /etc/ssh/ssh_host_*":                                   "/etc/ssh/ssh_host_ed25519_key\n/etc/ssh/ssh_host_ed25519_key.pub\n",
-		"resolvectl dns | grep Global":                             gateway4.String(),
-		"ip -6 addr show dev eth0":                                 address6.String() + "/128",
-		"stat -c '%a %U' ~/.ssh/authorized_keys":                   "600 debian\n",
-		"sudo -n systemctl is-system-running --wait; true":         "running\n",
-		"systemctl --failed --no-legend":                           "",
-		"ss -Htlnp | grep -v ':22 ' | grep -v 127.0.0.5 ; true":    "",
-		"sudo -n test ! -e /root/.bash_history; echo $?":           "0\n",
-		"apt-get --version >/dev/null; cloud-init --version; true": "cloud-init",
+		"hostname; getent hosts " + name:                   name + "\n127.0.1.1 ",
+		"sudo -n head -n1 /opt/made/by/prebuild":           "prebuilt\n",
+		"sudo -n stat -c %a-%U /opt/made/by/prebuild":      "640-root\n",
+		"cat /sys/class/net/eth0/mtu":                      "1400\n",
+		"ls /etc/ssh/ssh_host_*":                           "/etc/ssh/ssh_host_ed25519_key\n/etc/ssh/ssh_host_ed25519_key.pub\n",
+		"resolvectl dns | grep Global":                     gateway4.String(),
+		"ip -6 addr show dev eth0":                         address6.String() + "/128",
+		"stat -c '%a %U' ~/.ssh/authorized_keys":           "600 debian\n",
+		"sudo -n systemctl is-system-running --wait; true": "running\n",
+		"systemctl --failed --no-legend":                   "",
+		"findmnt -rno FSTYPE,OPTIONS /dev/hugepages":       "hugetlbfs rw,nosuid,nodev,relatime",
+		"findmnt -rno FSTYPE,OPTIONS /dev/mqueue":          "mqueue rw,nosuid,nodev,noexec",
+		"findmnt -rno FSTYPE,OPTIONS /sys/kernel/debug":    "debugfs rw,nosuid,nodev,noexec",
+		"findmnt -rno FSTYPE,OPTIONS /sys/kernel/tracing":  "tracefs rw,nosuid,nodev,noexec",
+		"systemctl is-active dev-mqueue.mount sys-kernel-debug.mount sys-kernel-tracing.mount dev-hugepages.mount | uniq": "active\n",
+		"ss -Htlnp | grep -v ':22 ' | grep -v 127.0.0.5 ; true":                                                           "",
+		"sudo -n test ! -e /root/.bash_history; echo $?":                                                                  "0\n",
+		"apt-get --version >/dev/null; cloud-init --version; true":                                                        "cloud-init",
 	} {
 		if got := run("debian", command); !strings.Contains(got, want) || want == "" && strings.TrimSpace(got) != "" {
 			t.Errorf("%s: %q says %q, want %q", name, command, got, want)
