@@ -9,8 +9,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/fleetingd/fleetingd/appliance/hostlab"
-	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
@@ -81,17 +79,8 @@ func BenchmarkBoot(b *testing.B) {
 	})
 	b.Run("cloud-hypervisor", func(b *testing.B) {
 		binary := need.CloudHypervisor(b)
-		// One CPU: with more, QEMU's emulation of nested guests at times corrupts the lab's kernel.
-		spec := writeSpec(b, l.dir, fmt.Sprintf(bootSpec, "/srv/fleetingd", `"cloud-hypervisor" {}`, "/srv/base", 1))
-		host := hostlab.ForTest(b, hostlab.Options{Memory: labMemory, Files: map[string]string{
-			"/usr/bin/fleetingd": l.bin, "/usr/bin/fleetingd-guest": filepath.Join(l.dir, image.GuestName),
-			"/usr/bin/cloud-hypervisor": binary, "/srv/base": base, "/root/host.hcl": spec,
-		}})
-		out, err := host.Sh(b.Context(), "chmod 755 /usr/bin/fleetingd* /usr/bin/cloud-hypervisor; cloud-hypervisor --version")
-		if err != nil {
-			b.Fatal(err)
-		}
-		b.Log(out)
+		spec := writeSpec(b, l.dir, fmt.Sprintf(bootSpec, "/srv/fleetingd", `"cloud-hypervisor" {}`, "/srv/base", labCPUs))
+		host := l.labHost(binary, base, map[string]string{"/root/host.hcl": spec})
 		bootRounds(b, func(pool string) string {
 			r, err := host.Run(b.Context(), "fleetingd", "run", "--timings", "--pool", pool, "/root/host.hcl", "--", "true")
 			b.Logf("fleetingd run --pool %s: %s", pool, r.Stderr)
