@@ -42,18 +42,9 @@ pool "small" {
 // TestDoctorCures: on a real host that lacks much, doctor finds all of it, and its cures, typed as they are, leave
 // nothing that fails.
 func TestDoctorCures(t *testing.T) {
-	need.VM(t)
-	need.Tools(t, "go", "mmdebstrap", "mke2fs", "ssh", "tar")
-	dir := t.TempDir()
-	binary, spec := buildStatic(t, dir), filepath.Join(dir, "host.hcl")
-	if err := os.WriteFile(spec, []byte(labSpec), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	lab := specLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
-	lab := hostlab.ForTest(t, hostlab.Options{
-		Files: map[string]string{"/usr/local/bin/fleetingd": binary, "/root/host.hcl": spec},
-	})
 	if _, err := lab.Sh(ctx, `
 		apt-get update -q
 		apt-get purge -y -q qemu-utils xfsprogs
@@ -109,16 +100,24 @@ func TestDoctorCures(t *testing.T) {
 	t.Logf("doctor in the end:\n%s", out)
 }
 
-// buildStatic builds fleetingd for another host.
-func buildStatic(t *testing.T, dir string) string {
+// specLab is a throw-away host with fleetingd and the labSpec.
+func specLab(t *testing.T) *hostlab.Lab {
 	t.Helper()
-	binary := filepath.Join(dir, "fleetingd")
+	need.VM(t)
+	need.Tools(t, "go", "mmdebstrap", "mke2fs", "ssh", "tar")
+	dir := t.TempDir()
+	binary, spec := filepath.Join(dir, "fleetingd"), filepath.Join(dir, "host.hcl")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", binary, ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	return binary
+	if err := os.WriteFile(spec, []byte(labSpec), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return hostlab.ForTest(t, hostlab.Options{
+		Files: map[string]string{"/usr/local/bin/fleetingd": binary, "/root/host.hcl": spec},
+	})
 }
 
 func labDoctor(t *testing.T, ctx context.Context, lab *hostlab.Lab) doctorReport {

@@ -2,30 +2,16 @@ package main
 
 import (
 	"context"
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
-
-	"github.com/fleetingd/fleetingd/appliance/hostlab"
-	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
 // TestUdev: the network is as the plan says also when udev has done with the new links what it does. It gives a TAP a MAC
 // address, having looked before we set ours, and then the kernel forgets who is at the link's other end.
 func TestUdev(t *testing.T) {
-	need.VM(t)
-	need.Tools(t, "go", "mmdebstrap", "mke2fs", "ssh", "tar")
-	dir := t.TempDir()
-	binary, spec := buildStatic(t, dir), filepath.Join(dir, "host.hcl")
-	if err := os.WriteFile(spec, []byte(labSpec), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	lab := specLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	lab := hostlab.ForTest(t, hostlab.Options{
-		Files: map[string]string{"/usr/local/bin/fleetingd": binary, "/root/host.hcl": spec},
-	})
 	out, err := lab.Sh(ctx, `
 		plan=/root/tree/etc/fleetingd/plan.json
 		fleetingd compile /root/host.hcl -o /root/tree
