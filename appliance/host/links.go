@@ -152,9 +152,9 @@ func (k *kernel) finishTAP(t *tap, index int) error {
 	if err != nil {
 		return fmt.Errorf("find it again: %w", err)
 	}
-	if link.Attrs().HardwareAddr.String() != t.net.HostMAC || link.Attrs().MTU != t.net.MTU || link.Attrs().TxQLen != queueLength {
+	if t.linkLacks(link.Attrs()) != "" {
 		if err := t.setLink(index); err != nil {
-			return fmt.Errorf("set MAC %s, MTU %d and alias: %w", t.net.HostMAC, t.net.MTU, err)
+			return err
 		}
 	}
 	return k.configure(t, index)
@@ -194,7 +194,7 @@ func (k *kernel) makeLink(t *tap) (index int, err error) {
 		return 0, fmt.Errorf("qdisc noqueue: %w", err)
 	}
 	if err := t.setLink(link.Attrs().Index); err != nil {
-		return 0, fmt.Errorf("set MAC %s, MTU %d and alias: %w", t.net.HostMAC, t.net.MTU, err)
+		return 0, err
 	}
 	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
 		return 0, fmt.Errorf("TUNSETPERSIST: %w", err)
@@ -218,7 +218,7 @@ func (k *kernel) repairTAPs(repairs []repair) error {
 	}
 	for i, r := range repairs {
 		if err := r.tap.setLink(indexes[i]); err != nil {
-			return fmt.Errorf("TAP %s: set MAC %s and MTU %d: %w", r.tap.TAP, r.tap.net.HostMAC, r.tap.net.MTU, err)
+			return fmt.Errorf("TAP %s: %w", r.tap.TAP, err)
 		}
 		if err := k.configure(&r.tap, indexes[i]); err != nil {
 			return fmt.Errorf("TAP %s: %w", r.tap.TAP, err)
@@ -320,8 +320,10 @@ func (t *tap) setLink(index int) error {
 		spec.AddRtAttr(unix.AF_INET6, nil).AddRtAttr(unix.IFLA_INET6_ADDR_GEN_MODE, []byte{addrGenNone})
 		req.AddData(spec)
 	}
-	_, err = req.Execute(unix.NETLINK_ROUTE, 0)
-	return err
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil {
+		return fmt.Errorf("set MAC %s, MTU %d and alias: %w", t.net.HostMAC, t.net.MTU, err)
+	}
+	return nil
 }
 
 // addRoute never replaces a route: one to the same address on another link is somebody else's.

@@ -377,15 +377,11 @@ func (t *tap) mustBeNew(l netlink.Link) string {
 
 // lacks says how a TAP of ours differs in what can be mended in place.
 func (t *tap) lacks(a *netlink.LinkAttrs, there hangings) string {
-	switch {
-	case a.Flags&net.FlagUp == 0:
+	if a.Flags&net.FlagUp == 0 {
 		return "is down"
-	case a.HardwareAddr.String() != t.net.HostMAC:
-		return fmt.Sprintf("has the MAC address %s instead of %s", a.HardwareAddr, t.net.HostMAC)
-	case a.MTU != t.net.MTU:
-		return fmt.Sprintf("has an MTU of %d instead of %d", a.MTU, t.net.MTU)
-	case a.TxQLen != queueLength:
-		return fmt.Sprintf("has a queue of %d packets instead of %d", a.TxQLen, queueLength)
+	}
+	if why := t.linkLacks(a); why != "" {
+		return why
 	}
 	want := t.routes(a.Index)
 	for _, r := range want {
@@ -408,6 +404,19 @@ func (t *tap) lacks(a *netlink.LinkAttrs, there hangings) string {
 		if err == nil && v != s.value || err != nil && t.Address6 != nil {
 			return fmt.Sprintf("has %s = %q instead of %q", s.path, v, s.value)
 		}
+	}
+	return ""
+}
+
+// linkLacks says how the bare link differs in what setLink sets.
+func (t *tap) linkLacks(a *netlink.LinkAttrs) string {
+	switch {
+	case a.HardwareAddr.String() != t.net.HostMAC:
+		return fmt.Sprintf("has the MAC address %s instead of %s", a.HardwareAddr, t.net.HostMAC)
+	case a.MTU != t.net.MTU:
+		return fmt.Sprintf("has an MTU of %d instead of %d", a.MTU, t.net.MTU)
+	case a.TxQLen != queueLength:
+		return fmt.Sprintf("has a queue of %d packets instead of %d", a.TxQLen, queueLength)
 	}
 	return ""
 }
