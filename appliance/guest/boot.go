@@ -128,8 +128,10 @@ func (s *sealer) shortenBoot() error {
 			// It looks for further file systems in the partition table that the root is from.
 			errs = append(errs, s.link("/dev/null", "etc/systemd/system-generators/systemd-gpt-auto-generator"))
 		}
-		if load, err := s.loadsModules(); err != nil || !load {
-			errs = append(errs, err, s.mask("systemd-modules-load.service"))
+		load, err := s.loadsModules()
+		errs = append(errs, err)
+		if !load {
+			errs = append(errs, s.mask("systemd-modules-load.service"))
 		}
 		// The kernel's name for the one interface. Else udev renames it while the guest part sets it up.
 		errs = append(errs, s.write("etc/systemd/network/10-fleetingd.link",
@@ -172,14 +174,22 @@ func (s *sealer) loadsModules() (bool, error) {
 			if err != nil {
 				return true, err
 			}
-			for l := range strings.Lines(string(data)) {
-				if l = strings.TrimSpace(l); l != "" && l[0] != '#' && l[0] != ';' {
-					return true, nil
-				}
+			if namesModule(string(data)) {
+				return true, nil
 			}
 		}
 	}
 	return false, nil
+}
+
+// namesModule tells whether a file of modules-load.d(5) has more than comments.
+func namesModule(text string) bool {
+	for l := range strings.Lines(text) {
+		if l = strings.TrimSpace(l); l != "" && l[0] != '#' && l[0] != ';' {
+			return true
+		}
+	}
+	return false
 }
 
 // updateDone tells systemd that /usr is as /etc and /var know it (systemd-update-done.service(8)). Packages that the
