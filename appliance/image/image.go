@@ -5,7 +5,7 @@
 // All that it keeps is content-addressed and lies below Paths.Images, on the file system that the clones are on:
 //
 //	base/DIGEST/      disk.raw, kernel, initrd, manifest.json: a source, fetched, verified and made raw
-//	sealed/DIGEST/    the same four: a base after its prebuild
+//	sealed/DIGEST/    the same four: a base after its prebuild, the kernel of an x86 one unpacked
 //	refs/SPEC         a link to the base or sealed image that a spec's digest stands for today
 //	locks/NAME        one builder at a time, across processes
 //

@@ -18,7 +18,7 @@ import (
 )
 
 // formatVersion is part of every digest: with another one, all is built anew.
-const formatVersion = 1
+const formatVersion = 2
 
 // The two kinds of image, and the folders they lie in.
 const (

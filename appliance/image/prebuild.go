@@ -160,6 +160,9 @@ func (b *prebuild) run(ctx context.Context) (err error) {
 	if err := b.takeExport(export); err != nil {
 		return err
 	}
+	if err := b.unpackKernel(); err != nil {
+		return err
+	}
 	b.log().Info("prebuild finished", "image", b.img.Name, "took", time.Since(began).Round(time.Millisecond))
 	return nil
 }
@@ -347,6 +350,21 @@ func (b *prebuild) keepKernel() error {
 		return err
 	}
 	return copyFile(b.base.Initrd, b.draft.path(initrdFile))
+}
+
+// unpackKernel does once what the kernel would do at every boot.
+func (b *prebuild) unpackKernel() error {
+	path := b.draft.path(kernelFile)
+	packed, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	kernel, err := vmlinux(packed)
+	if err != nil {
+		b.log().Debug("the kernel is left as it is", "image", b.img.Name, "reason", err)
+		return nil
+	}
+	return os.WriteFile(path, kernel, 0o644)
 }
 
 func guestSteps(steps []plan.Step) []guest.Step {

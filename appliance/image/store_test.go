@@ -325,7 +325,7 @@ func TestDamaged(t *testing.T) {
 		"manifest gone":    func() error { return os.Remove(filepath.Join(dir, manifestFile)) },
 		"disk cut":         func() error { return os.Truncate(img.Disk, mib) },
 		"kernel gone":      func() error { return os.Remove(img.Kernel) },
-		"another's digest": func() error { return os.WriteFile(filepath.Join(dir, manifestFile), []byte(`{"format":1}`), 0o444) },
+		"another's digest": func() error { return os.WriteFile(filepath.Join(dir, manifestFile), []byte(`{"format":2}`), 0o444) },
 		"no folder":        func() error { return os.RemoveAll(dir) },
 	} {
 		t.Run(name, func(t *testing.T) {

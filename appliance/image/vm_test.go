@@ -52,6 +52,11 @@ func TestDebianVM(t *testing.T) {
 	if text := strings.Join(lines, "\n"); !strings.Contains(text, "run[0]: size: ") || sealed.Cached || !sealed.Guest {
 		t.Errorf("%+v, output:\n%s", sealed, text)
 	}
+	if runtime.GOARCH == "amd64" {
+		if kernel, err := os.ReadFile(sealed.Kernel); err != nil || checkPVH(kernel) != nil {
+			t.Errorf("the sealed image's kernel is not unpacked: %v, %v", err, checkPVH(kernel))
+		}
+	}
 	// The step saw the grown disk, and what it wrote is in the image.
 	out, err := exec.Command("debugfs", "-R", "cat /srv/size", sealed.Disk).Output()
 	if err != nil || strings.TrimSpace(string(out)) != "4" {
