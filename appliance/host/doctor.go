@@ -30,7 +30,7 @@ type Finding struct {
 // Probes are what Doctor cannot find out itself, since it knows neither hypervisors nor images.
 type Probes struct {
 	KVM      func(context.Context) error                             // runs a guest
-	Driver   func(context.Context) (binary, version string, _ error) // the plan's hypervisor
+	Driver   func(context.Context) (binary, version string, _ error) // the plan's hypervisor; an error beside a version is KVM's
 	CanClone func(dir string) error                                  // why files in dir cannot be cloned
 }
 

@@ -193,6 +193,12 @@ func TestDoctorFaults(t *testing.T) {
 			d.machine.arch = "arm64"
 			d.probes.Driver = func(context.Context) (string, string, error) { return "", "", errors.New("not on PATH") }
 		}, "hypervisor", StatusFail, "not on PATH", "cloud-hypervisor-static-aarch64"},
+		// What ails it is the kvm check's, with a cure that helps.
+		{"a hypervisor without KVM", func(d *doctor) {
+			d.probes.Driver = func(context.Context) (string, string, error) {
+				return "/usr/bin/cloud-hypervisor", "v53.0", errors.New("needs KVM")
+			}
+		}, "hypervisor", StatusOK, "cloud-hypervisor v53.0 (/usr/bin/cloud-hypervisor)", ""},
 		{"no systemd", func(d *doctor) { without(d, "/run/systemd/system") }, "systemd", StatusFail, "does not run", "boot"},
 		{"old systemd", func(d *doctor) { answers(d, "systemctl", "systemd 252 (252.39-1~deb12u1)\n") },
 			"systemd", StatusWarn, "252 is older than 254", "backports"},

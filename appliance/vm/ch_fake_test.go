@@ -395,6 +395,16 @@ func TestFakeVersions(t *testing.T) {
 	}
 }
 
+// Where it is KVM that lacks, the answer still says which VMM is there.
+func TestFakeProbeWithoutKVM(t *testing.T) {
+	b := newFakeBench(t, "none", "none", "v53.0.0")
+	b.kvm = func() error { return errors.New("no /dev/kvm") }
+	info, err := b.Probe(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "no /dev/kvm") || info.Version != "v53.0.0" || info.Binary == "" || info.Accel != "" {
+		t.Errorf("%+v, %v", info, err)
+	}
+}
+
 // A VMM that fails at any step of the start, in any way, leaves no process, socket or record.
 func TestFakeFaults(t *testing.T) {
 	for _, call := range []string{"start", "vmm.ping", "vm.create", "vm.boot"} {

@@ -104,10 +104,12 @@ func (c *cloudHypervisor) Probe(ctx context.Context) (Info, error) {
 	if err != nil {
 		return Info{}, fmt.Errorf("%s: %w", binary, err)
 	}
+	info := Info{Binary: binary, Version: "v" + version}
 	if err := c.kvm(); err != nil {
-		return Info{}, fmt.Errorf("hypervisor \"cloud-hypervisor\" needs KVM: %w", err)
+		return info, fmt.Errorf("hypervisor \"cloud-hypervisor\" needs KVM: %w", err)
 	}
-	return Info{Binary: binary, Version: "v" + version, Accel: "kvm"}, nil
+	info.Accel = "kvm"
+	return info, nil
 }
 
 func (c *cloudHypervisor) binary() (string, error) {

@@ -120,11 +120,9 @@ func (q *qemu) Probe(ctx context.Context) (Info, error) {
 	if older(version, qemuOldest) {
 		return Info{}, fmt.Errorf("%s is version %s; %d.%d or newer is needed", binary, version, qemuOldest[0], qemuOldest[1])
 	}
-	accel, err := q.accel()
-	if err != nil {
-		return Info{}, err
-	}
-	return Info{Binary: binary, Version: version, Accel: accel}, nil
+	info := Info{Binary: binary, Version: version}
+	info.Accel, err = q.accel()
+	return info, err
 }
 
 var qemuVersionLine = regexp.MustCompile(`^QEMU emulator version (\d{1,4}\.\d{1,4}(?:\.\d{1,4})?)`)

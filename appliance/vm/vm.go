@@ -14,7 +14,8 @@ type Driver interface {
 	Name() string
 
 	// Probe says what would run here. It MUST fail, with the reason and the cure,
-	// where Start could never succeed (no binary, too old a version).
+	// where Start could never succeed (no binary, too old a version, no KVM). Where it is only
+	// KVM that lacks, Info has the binary and its version beside the error.
 	Probe(ctx context.Context) (Info, error)
 
 	// Start makes a VM and boots it; it returns when the VMM runs the guest, not
