@@ -48,7 +48,7 @@ $(TOOLS)/staticcheck-$(STATICCHECK):
 cross: ## the other architectures build, too
 	for arch in amd64 arm64 riscv64; do GOARCH=$$arch $(GOBUILD) -o bin/$$arch/ ./cmd/...; done
 
-bench: deps ## the figures that README quotes; the boots, of real VMs, take half an hour
+bench: deps ## README's figures and more; the boots, of real VMs, take half an hour
 	FLEETINGD_TEST=full go test -p 1 -run '^$$' -bench . -skip '^BenchmarkBoot$$' ./...
 	FLEETINGD_TEST=full go test -run '^$$' -bench '^BenchmarkBoot$$' -benchtime 3x -timeout 2h ./cmd/fleetingd
 
