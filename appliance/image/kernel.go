@@ -12,8 +12,11 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// maxUnpacked bounds an unpacked kernel. A distribution's has 60 MB.
-const maxUnpacked = 256 << 20
+// Bounds of an unpacked kernel, and of its notes. A distribution's has 60 MB, and some 500 bytes of notes.
+const (
+	maxUnpacked = 256 << 20
+	maxNotes    = 64 << 10
+)
 
 // vmlinux gives the ELF executable in an x86 kernel as distributions ship it, a bzImage: a program that unpacks the kernel and
 // starts it, at each boot anew. Both drivers start the executable at its PVH entry point instead
@@ -103,7 +106,7 @@ func checkPVH(kernel []byte) error {
 		return fmt.Errorf("what is packed in it is for %v, %v", f.Machine, f.Class)
 	}
 	for _, p := range f.Progs {
-		if p.Type != elf.PT_NOTE || p.Filesz > uint64(len(kernel)) {
+		if p.Type != elf.PT_NOTE || p.Filesz > maxNotes {
 			continue
 		}
 		notes := make([]byte, p.Filesz)

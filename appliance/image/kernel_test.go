@@ -111,6 +111,7 @@ func TestVmlinux(t *testing.T) {
 		"another architecture":      {image: bzImage(zstdPayload(t, elfKernel(arm64, pvhNotes()))), fail: "EM_AARCH64"},
 		"no PVH":                    {image: bzImage(zstdPayload(t, elfKernel(amd64, note("Xen", 6, []byte("linux"))))), fail: "CONFIG_PVH"},
 		"another's note 18":         {image: bzImage(zstdPayload(t, elfKernel(amd64, note("GNU", 18, make([]byte, 8))))), fail: "CONFIG_PVH"},
+		"notes without end":         {image: bzImage(zstdPayload(t, elfKernel(amd64, pvhNotes(), make([]byte, maxNotes)))), fail: "CONFIG_PVH"},
 		"notes cut off":             {image: bzImage(zstdPayload(t, elfKernel(amd64, pvhNotes()[:20]))), fail: "CONFIG_PVH"},
 	} {
 		t.Run(name, func(t *testing.T) {
