@@ -85,8 +85,8 @@ Environment=FLEETINGD_TEST_PLUGIN=/usr/bin/fleeting-plugin-fleetingd
 
 // labCPUs is what a lab of whole guests has, and what each guest has. With two in the lab, guests of one CPU reset
 // themselves (Cloud Hypervisor: "Guest likely triple-faulted") in one of some ten boots, and each second time the lab's kernel ended there with
-// "corrupted stack end detected inside scheduler". Under QEMU 10.0 and 11.1, whose emulation of SVM must be the cause. With one CPU
-// in the lab it is a third slower, and was not seen.
+// "corrupted stack end detected inside scheduler". Under QEMU 10.0 and 11.1, whose emulation of SVM is the likely cause. With one CPU
+// in the lab it is a third slower, and was not seen in 26 boots.
 const labCPUs = 1
 
 // labMemory is room for three workers, the images' page cache and the host.
