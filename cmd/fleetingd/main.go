@@ -71,5 +71,6 @@ func commands() []*cli.Command {
 		runJobsCommand(),
 		imageCommand(),
 		refreshCommand(),
+		licensesCommand(),
 	}
 }
