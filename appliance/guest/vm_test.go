@@ -38,7 +38,7 @@ const (
 )
 
 var (
-	gateway4, address4 = netip.MustParseAddr("172.30.66.1"), netip.MustParseAddr("172.30.66.2")
+	gateway4, address4 = netip.MustParseAddr("172.16.66.1"), netip.MustParseAddr("172.16.66.2")
 	gateway6, address6 = netip.MustParseAddr("fd7e:1ee7::1"), netip.MustParseAddr("fd7e:1ee7::2")
 )
 

@@ -24,7 +24,7 @@ host "hostlab" {
     size    = "20GiB"
   }
   network {
-    subnet  = "172.30.67.0/24"
+    subnet  = "172.16.67.0/24"
     subnet6 = "fd7e:1ee7::/64"
   }
   hypervisor "cloud-hypervisor" {}

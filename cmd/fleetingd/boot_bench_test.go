@@ -19,7 +19,7 @@ host "bench" {
   egress_interface = "eth0"
   state_dir        = %[1]q
   network {
-    subnet = "172.30.68.0/24"
+    subnet = "172.16.68.0/24"
   }
   hypervisor %[2]s
 }

@@ -70,7 +70,7 @@ func TestPredecessor(t *testing.T) {
 	url := l.serve(web)
 
 	keys := map[string]any{
-		"egress_interface": "eth0", "vm_disk_directory": filepath.Join(l.dir, "vms"), "vm_subnet": "172.30.66.",
+		"egress_interface": "eth0", "vm_disk_directory": filepath.Join(l.dir, "vms"), "vm_subnet": "172.16.66.",
 		"vm_num_cpu_cores": 1, "vm_memory_mb": 1024, "vm_disk_size_gb": 4,
 		"vm_prebuild_cloudinit_extra_cmds": []string{"echo prebuilt > /etc/fleetingd-test"}, "vm_enable_virtio_console": true,
 	}

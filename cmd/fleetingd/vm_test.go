@@ -36,7 +36,7 @@ host "test" {
   egress_interface = "eth0"
   state_dir        = %q
   network {
-    subnet = "172.30.65.0/24"
+    subnet = "172.16.65.0/24"
   }
   hypervisor "qemu" {
     accel = "tcg"

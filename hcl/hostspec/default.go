@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"path"
 	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/netrange"
 )
 
 // setDefaults fills in what was not given, and also what was given wrongly: a
@@ -36,7 +38,7 @@ func (l *loader) defaultHost(h *Host) {
 	deflt(l, &h.Disks, "backing", &h.Disks.Backing, "auto")
 
 	n := &h.Network
-	deflt(l, n, "subnet", &n.Subnet, netip.MustParsePrefix("172.16.120.0/22"))
+	deflt(l, n, "subnet", &n.Subnet, netrange.Workers)
 	// Cloudflare's resolvers that refuse known malware and adult content.
 	deflt(l, n, "dns", &n.DNS, []netip.Addr{netip.MustParseAddr("1.1.1.3"), netip.MustParseAddr("1.0.0.3")})
 	deflt(l, n, "mtu", &n.MTU, 1500)

@@ -75,11 +75,19 @@ func quotedList(names []string) string {
 	for i, n := range names {
 		quoted[i] = fmt.Sprintf("%q", n)
 	}
-	if more == "" && len(quoted) > 1 {
-		last := len(quoted) - 1
-		return strings.Join(quoted[:last], ", ") + " and " + quoted[last]
+	if more == "" {
+		return and(quoted)
 	}
 	return strings.Join(quoted, ", ") + more
+}
+
+// and joins the parts of a sentence: "a, b and c".
+func and(parts []string) string {
+	if len(parts) < 2 {
+		return strings.Join(parts, "")
+	}
+	last := len(parts) - 1
+	return strings.Join(parts[:last], ", ") + " and " + parts[last]
 }
 
 // quote shows a value in a message: in quotes, control characters escaped, and not too long.

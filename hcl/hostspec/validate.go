@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/hcl/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/netrange"
 )
 
 // validate finds what is wrong with values that are well-formed. It changes nothing,
@@ -343,8 +345,27 @@ func (l *loader) checkSubnet(n *Network) {
 	}
 	if !slices.ContainsFunc(private, func(p netip.Prefix) bool { return p.Contains(n.Subnet.Addr()) && p.Bits() <= n.Subnet.Bits() }) {
 		l.warnf(at, "A subnet of the internet", "%s is not private: what has these addresses on the internet cannot be reached from this host. "+
-			"Write, for example, subnet = \"172.16.120.0/22\".", n.Subnet)
+			"Write, for example, subnet = %q.", n.Subnet, netrange.Workers)
+		return
 	}
+	if by := netrange.Takers(n.Subnet); by != nil {
+		l.warnf(at, "Subnet in common use", "%s overlaps the default networks of %s. Where one of those comes up, in a worker or on the host, workers lose their network. %s",
+			n.Subnet, and(by), l.freeSubnet(n))
+	}
+}
+
+// freeSubnet is the cure for a subnet that others take.
+func (l *loader) freeSubnet(n *Network) string {
+	p, ok := netrange.Free(n.Subnet.Bits(), func(p netip.Prefix) bool {
+		return slices.ContainsFunc(n.DNS, p.Contains) || slices.ContainsFunc(n.Egress, func(e *Egress) bool {
+			_, overlaps := overlapsAny(p, e.To)
+			return overlaps
+		})
+	})
+	if !ok {
+		return "Write a smaller subnet outside of them."
+	}
+	return fmt.Sprintf("Write subnet = %q, for example: nothing uses that by default.", p)
 }
 
 func (l *loader) checkSubnet6(n *Network) {

@@ -24,7 +24,7 @@ host "lab" {
   }
 
   network {
-    subnet = "192.168.200.0/26"
+    subnet = "172.16.200.0/26"
     dns    = ["10.0.0.53"]
 
     egress "intranet" {

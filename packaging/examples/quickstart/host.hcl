@@ -13,7 +13,7 @@ host "quickstart" {
   egress_interface = var.egress_interface
 
   network {
-    subnet = "172.30.64.0/24"
+    subnet = "172.16.64.0/24"
   }
 
   hypervisor "qemu" {}

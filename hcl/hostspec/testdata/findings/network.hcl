@@ -1,17 +1,17 @@
 host "a" {
   egress_interface = "eno1"
   network {
-    subnet = "10.0.0.0/29" # ERROR: Host "a" needs 31 addresses && ERROR: has 6 for workers. Write subnet = "10.0.0.0/26", or lower max_instances
-    dns    = ["10.0.0.3"]  # ERROR: lies in the workers' own subnet
+    subnet = "10.7.0.0/29" # ERROR: Host "a" needs 31 addresses && ERROR: has 6 for workers. Write subnet = "10.7.0.0/26", or lower max_instances
+    dns    = ["10.7.0.3"]  # ERROR: lies in the workers' own subnet
     mtu    = 100           # ERROR: mtu is 100, and may be 576 to 9216
     egress "in" {
       action = "alow" # ERROR: "alow" is no action (did you mean "allow"?)
-      to     = ["10.0.0.15/24"] # ERROR: lies within 10.0.0.0/24: write "10.0.0.0/24" for the network, or "10.0.0.15/32" for the one address
+      to     = ["10.7.0.15/24"] # ERROR: lies within 10.7.0.0/24: write "10.7.0.0/24" for the network, or "10.7.0.15/32" for the one address
       ports  = ["443", "tcp:25", "tcp/0", "tcp/9-5", "icmp/1"] # ERROR: "443": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: write "tcp/25" && ERROR: port numbers go from 1 to 65535 && ERROR: runs backwards: write "tcp/5-9" && ERROR: ports are tcp or udp, not icmp
     }
     egress "in" { # ERROR: The egress block "in" is defined at
       action = "allow"
-      to     = ["10.0.0.4/32"] # ERROR: workers never reach one another
+      to     = ["10.7.0.4/32"] # ERROR: workers never reach one another
     }
     egress "no action" { # ERROR: egress "no action" needs action && ERROR: cannot be an egress block's name
       to = [] # ERROR: An empty list matches nothing
@@ -73,7 +73,41 @@ host "f" {
 host "g" {
   egress_interface = "eno1"
   network {
-    subnet = "10.0.0.0/27" # ERROR: Host "g" needs 31 addresses (the pools' max_instances, and one for each image to be built at), and 10.0.0.0/27 has 30 for workers. Write subnet = "10.0.0.0/26"
+    subnet = "10.7.0.0/27" # ERROR: Host "g" needs 31 addresses (the pools' max_instances, and one for each image to be built at), and 10.7.0.0/27 has 30 for workers. Write subnet = "10.7.0.0/26"
+  }
+}
+
+# What others take by default; the proposal leaves out what the spec itself names.
+host "h" {
+  egress_interface = "eno1"
+  network {
+    subnet = "172.17.0.0/24" # WARNING: 172.17.0.0/24 overlaps the default networks of Docker. Where one of those comes up, in a worker or on the host, workers lose their network. Write subnet = "172.16.120.0/24", for example
+  }
+}
+
+host "i" {
+  egress_interface = "eno1"
+  network {
+    subnet = "192.168.122.0/24" # WARNING: the default networks of Docker and libvirt. && WARNING: Write subnet = "172.16.0.0/24"
+    dns    = ["172.16.120.53"]
+  }
+}
+
+host "j" {
+  egress_interface = "eno1"
+  network {
+    subnet = "172.16.0.0/12" # WARNING: of Docker. && WARNING: Write subnet = "10.48.0.0/12"
+    egress "site" {
+      action = "allow"
+      to     = ["10.16.0.0/24"]
+    }
+  }
+}
+
+host "k" {
+  egress_interface = "eno1"
+  network {
+    subnet = "10.64.0.0/16"
   }
 }
 

@@ -1,7 +1,7 @@
 host "metal-01" {
   egress_interface = "eno1"
   network {
-    subnet = "10.0.0.0/12"
+    subnet = "10.16.0.0/12"
   }
 }
 

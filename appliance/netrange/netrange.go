@@ -1,0 +1,93 @@
+// Package netrange knows address ranges that software on many machines takes by
+// default, and finds a range for workers that collides with none of them.
+package netrange
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Default is a range that some software takes unless it is told otherwise.
+type Default struct {
+	Prefix netip.Prefix
+	By     string // the name of the software
+}
+
+// Defaults are ranges that a job in a worker, or a service on the host, may take
+// without asking. dockerd and the others look for a route that overlaps theirs first, but
+// a worker has only a default route and the route to its gateway, so they find none.
+//
+// 172.16.0.0/16 is in no list: Docker's pools start at 172.17. LXD, Incus and Multipass pick a random /24 of
+// 10.0.0.0/8, which makes no part of it likelier to collide than another.
+var Defaults = []Default{
+	// docker0 and the networks that Compose makes:
+	// https://docs.docker.com/engine/network/#subnet-allocation. (172.17 to 172.31, and 192.168 in /20 steps.)
+	{netip.MustParsePrefix("172.17.0.0/16"), "Docker"},
+	{netip.MustParsePrefix("172.18.0.0/15"), "Docker"},
+	{netip.MustParsePrefix("172.20.0.0/14"), "Docker"},
+	{netip.MustParsePrefix("172.24.0.0/13"), "Docker"},
+	{netip.MustParsePrefix("192.168.0.0/16"), "Docker"},
+	// Overlay networks, /24 each from the bottom of 10.0.0.0/8; the first is "ingress".
+	{netip.MustParsePrefix("10.0.0.0/16"), "Docker Swarm"},
+	// podman-network(1), and default_subnet_pools in containers.conf(5): the first pool of /24 networks.
+	{netip.MustParsePrefix("10.88.0.0/16"), "Podman"},
+	{netip.MustParsePrefix("10.89.0.0/16"), "Podman"},
+	// libvirt's network "default".
+	{netip.MustParsePrefix("192.168.122.0/24"), "libvirt"},
+	// https://docs.k3s.io/cli/server#networking, cluster-cidr and service-cidr.
+	{netip.MustParsePrefix("10.42.0.0/15"), "k3s"},
+	// kubeadm's service-cidr, and the pod network of Flannel and kind.
+	{netip.MustParsePrefix("10.96.0.0/12"), "Kubernetes (kubeadm)"},
+	{netip.MustParsePrefix("10.244.0.0/16"), "Kubernetes (Flannel, kind)"},
+	// https://microk8s.io/docs/change-cidr
+	{netip.MustParsePrefix("10.1.0.0/16"), "MicroK8s"},
+	{netip.MustParsePrefix("10.152.183.0/24"), "MicroK8s"},
+	// Tailscale's addresses, and those that carriers share (RFC 6598).
+	{netip.MustParsePrefix("100.64.0.0/10"), "Tailscale"},
+}
+
+// Takers names who takes a part of a range by default, each once, in the order of Defaults;
+// nil if nobody does.
+func Takers(p netip.Prefix) []string {
+	var by []string
+	for _, d := range Defaults {
+		if d.Prefix.Overlaps(p) && !slices.Contains(by, d.By) {
+			by = append(by, d.By)
+		}
+	}
+	return by
+}
+
+// Workers is the range that workers have unless the spec names another.
+var Workers = netip.MustParsePrefix("172.16.120.0/22")
+
+// candidates are where Free looks, in order: RFC 1918 without what Docker takes.
+var candidates = []netip.Prefix{netip.MustParsePrefix("172.16.0.0/16"), netip.MustParsePrefix("10.0.0.0/8")}
+
+// Free finds an IPv4 range with a prefix length of 8 to 32 bits that nobody takes by
+// default and for which used is false. It tries Workers' own place first, and some 300 others.
+func Free(bits int, used func(netip.Prefix) bool) (netip.Prefix, bool) {
+	free := func(p netip.Prefix) bool { return len(Takers(p)) == 0 && !used(p) }
+	if first := netip.PrefixFrom(Workers.Addr(), bits).Masked(); bits >= 16 && free(first) {
+		return first, true
+	}
+	for _, c := range candidates {
+		if bits < c.Bits() {
+			continue
+		}
+		// A range inside a taken /20 (of 172.16.0.0/16) or /16 (of 10.0.0.0/8) is not worth a try of its own.
+		step := min(bits, c.Bits()+4)
+		if c.Bits() == 8 {
+			step = min(bits, 16)
+		}
+		for i := range 1 << (step - c.Bits()) {
+			a := c.Addr().As4()
+			n := uint32(a[0])<<24 | uint32(a[1])<<16 | uint32(i)<<(32-step)
+			p := netip.PrefixFrom(netip.AddrFrom4([4]byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}), bits)
+			if free(p) {
+				return p, true
+			}
+		}
+	}
+	return netip.Prefix{}, false
+}
