@@ -59,6 +59,19 @@ func checkLinks(p *plan.Plan, slots []plan.Slot) error {
 	return nil
 }
 
+// checkRoutes asks how packets go between the pool's workers, this host and the internet: other software may have changed that since
+// the network came up.
+func (g *Group) checkRoutes(p *plan.Plan, slots []plan.Slot) error {
+	if g.opts.Routes == nil {
+		return nil
+	}
+	troubles, err := g.opts.Routes(p, slots)
+	for _, t := range troubles {
+		g.log.Warn("network", "problem", t)
+	}
+	return err
+}
+
 // mayOpen reports a TAP of the user's. Root opens any.
 func mayOpen(l netlink.Link, uid int) bool {
 	tap, ok := l.(*netlink.Tuntap)

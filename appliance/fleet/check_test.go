@@ -1,15 +1,19 @@
 package fleet
 
 import (
+	"errors"
 	"net"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
 
 	"github.com/fleetingd/fleetingd/appliance/need"
+	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
 // TestCheckLinks asks the kernel about real interfaces, in a namespace of their own.
@@ -54,5 +58,35 @@ func TestCheckLinks(t *testing.T) {
 	err = checkLinks(p, p.Slots[:3])
 	if err == nil || !strings.Contains(err.Error(), "1 of the pool's 3 interfaces are no TAPs that uid 0 may open (fltest2 is the first)") {
 		t.Errorf("a veth: %v", err)
+	}
+}
+
+// TestInitRoutes logs what keeps jobs from the internet, and refuses to serve where the host does not reach its workers.
+func TestInitRoutes(t *testing.T) {
+	h := newHost(t, 1)
+	var asked []string
+	routes := func(trouble string, err error) func(*plan.Plan, []plan.Slot) ([]string, error) {
+		return func(_ *plan.Plan, slots []plan.Slot) ([]string, error) {
+			for _, s := range slots {
+				asked = append(asked, s.TAP)
+			}
+			return []string{trouble}, err
+		}
+	}
+	g := h.group()
+	g.opts.Routes = routes("link eth0 is a port of br0", errors.New("TAP fltest0 is not reached: table 52"))
+	_, err := g.Init(t.Context(), h.logger(), provider.Settings{})
+	if err == nil || !strings.Contains(err.Error(), "TAP fltest0 is not reached: table 52") {
+		t.Errorf("Init without a way to the worker: %v", err)
+	}
+	h.shutdown(g)
+	g = h.group()
+	g.opts.Routes = routes("link eth0 is a port of br0", nil)
+	h.init(g)
+	if !strings.Contains(h.log.String(), "link eth0 is a port of br0") {
+		t.Errorf("the log does not name the trouble:\n%s", h.log)
+	}
+	if !slices.Equal(asked, []string{"fltest0", "fltest0"}) { // not the slot that prebuilds use
+		t.Errorf("asked about %q", asked)
 	}
 }

@@ -42,6 +42,9 @@ type Options struct {
 	BuildInfo string
 	// Driver makes the driver of a Plan's hypervisor.
 	Driver func(plan.Hypervisor, *slog.Logger) (vm.Driver, error)
+	// Routes says what keeps packets from the slots' workers or from the internet: troubles with which workers can still start,
+	// and an error where the host does not reach them.
+	Routes func(*plan.Plan, []plan.Slot) (troubles []string, err error)
 	// Predecessor serves a plugin_config with the predecessor's keys; nil refuses them.
 	Predecessor *Predecessor
 }
@@ -204,6 +207,9 @@ func (g *Group) init(ctx context.Context) error {
 	}
 	driver, err := g.probe(ctx, p)
 	if err := errors.Join(err, g.checkLinks(p, p.PoolSlots(g.pool)), g.makeFolders(p)); err != nil {
+		return err
+	}
+	if err := g.checkRoutes(p, p.PoolSlots(g.pool)); err != nil {
 		return err
 	}
 	progress := newProgressLog(g.log)

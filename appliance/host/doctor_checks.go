@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -219,30 +220,32 @@ func (d *doctor) nftables() {
 }
 
 func (d *doctor) links() {
-	h, err := d.machine.network()
+	h, err := d.machine.network(d.plan)
 	if err != nil {
-		d.fail("egress-interface", "ip link", "%v", err)
+		d.fail("egress-interface", "ip link; ip rule; ip route show table all", "%v", err)
 		return
 	}
-	d.egressInterface(h)
-	d.subnet(h)
+	n := &network{plan: d.plan}
+	d.egressInterface(h, n)
+	if d.plan.Network.Subnet6 != nil {
+		o := n.egress(h, true)
+		d.add("egress-ipv6", o.status, o.cure, "%s", o.detail)
+	}
+	d.subnet(h, n)
+	d.workerRoutes(h, n)
+	d.dns(h, n)
 }
 
-func (d *doctor) egressInterface(h *have) {
+func (d *doctor) egressInterface(h *have, n *network) {
 	const check = "egress-interface"
 	name := d.plan.EgressInterface
 	l, ok := h.links[name]
 	if !ok {
-		var others []string
-		for n, l := range h.links {
-			if n != loopback && !strings.HasPrefix(l.Attrs().Alias, linkMark) {
-				others = append(others, n)
-			}
-		}
-		slices.Sort(others)
+		others := slices.DeleteFunc(h.linkNames(), func(n string) bool { return n == loopback })
 		cure := "write one of them as egress_interface in the spec"
-		if way := defaultLink(h); way != "" {
-			cure = fmt.Sprintf("write egress_interface = %q in the spec: the default route goes there", way)
+		src, tap := n.guest(false)
+		if way := h.outLinks(h.lookup(flow{src: src, dst: internet4[0], in: tap}).route); len(way) > 0 {
+			cure = fmt.Sprintf("write egress_interface = %q in the spec: the default route goes there", way[0])
 		}
 		d.fail(check, cure, "%s does not exist; this host has: %s", name, strings.Join(others, ", "))
 		return
@@ -251,56 +254,142 @@ func (d *doctor) egressInterface(h *have) {
 		d.fail(check, "ip link set "+name+" up", "%s is down", name)
 		return
 	}
-	d.ok(check, "%s is up", name)
+	o := n.egress(h, false)
+	d.add(check, o.status, o.cure, "%s is up; %s", name, o.detail)
 }
 
-// defaultLink is the link of the IPv4 default route, or "".
-func defaultLink(h *have) string {
-	for _, r := range h.routes {
-		if r.Dst != nil && prefixOf(r.Dst) != netip.PrefixFrom(netip.IPv4Unspecified(), 0) {
-			continue
-		}
-		for name, l := range h.links {
-			if l.Attrs().Index == r.LinkIndex {
-				return name
-			}
-		}
-	}
-	return ""
-}
-
-func (d *doctor) subnet(h *have) {
+func (d *doctor) subnet(h *have, n *network) {
 	const check = "subnet"
-	n := &network{plan: d.plan}
 	errs := n.overlaps(h)
 	if len(errs) == 0 {
 		d.ok(check, "no route overlaps %s", d.plan.Network.Subnet)
 		return
 	}
 	cure := "write another subnet in the spec's network block"
-	if free, ok := freeSubnet(d.plan, h); ok {
-		cure = fmt.Sprintf("write subnet = %q in the spec's network block: nothing here uses it", free)
+	if free, ok := freeSubnet(d.plan, d.machine.network); ok {
+		cure = fmt.Sprintf("write subnet = %q in the spec's network block; it is free on this host", free)
 	}
 	d.fail(check, cure, "%v", errors.Join(errs...))
 }
 
-// freeSubnet is a network of the same size in 172.16.0.0/12 (RFC 1918) that no route overlaps.
-func freeSubnet(p *plan.Plan, h *have) (netip.Prefix, bool) {
-	private := netip.MustParsePrefix("172.16.0.0/12")
-	bits := max(p.Network.Subnet.Bits(), private.Bits())
+// workerRoutes looks at the routes of a network that is up.
+func (d *doctor) workerRoutes(h *have, n *network) {
+	const check = "worker-routes"
+	up := slices.DeleteFunc(slices.Clone(d.plan.Slots), func(s plan.Slot) bool {
+		l := h.links[s.TAP]
+		return l == nil || l.Attrs().Alias != n.mark()
+	})
+	if len(up) == 0 {
+		return
+	}
+	var troubles []Trouble
+	for _, six := range []bool{false, true} {
+		if six && d.plan.Network.Subnet6 == nil {
+			continue
+		}
+		lost, err := n.lost(h, up, six, d.machine.ask)
+		filtered, err1 := n.filtered(h, up, six, n.egress(h, six).status == StatusOK && lost == nil, d.machine.ask)
+		if err := errors.Join(err, err1); err != nil {
+			d.fail(check, "ip route get "+up[0].Address.String(), "%v", err)
+			return
+		}
+		troubles = append(append(troubles, lost...), filtered...)
+	}
+	for _, t := range troubles {
+		d.fail(check, t.Cure, "%s %s", t.Object, t.Problem)
+	}
+	if len(troubles) == 0 {
+		d.ok(check, "the kernel routes packets to and from all %d TAPs", len(up))
+	}
+}
+
+// dns warns where no worker can reach any of its resolvers, since they are of a family that this host has no route for.
+func (d *doctor) dns(h *have, n *network) {
+	const check = "dns"
+	resolvers := d.plan.Network.DNS
+	if len(resolvers) == 0 {
+		return
+	}
+	var without []string
+	for _, a := range resolvers {
+		if a.Is6() && d.plan.Network.Subnet6 == nil || a == d.plan.Network.Gateway ||
+			d.plan.Network.Gateway6 != nil && a == *d.plan.Network.Gateway6 {
+			continue // the first is the compiler's to refuse; the others are on this host
+		}
+		src, tap := n.guest(a.Is6())
+		if p := h.lookup(flow{src: src, dst: a, in: tap}); len(h.outLinks(p.route)) == 0 {
+			without = append(without, fmt.Sprintf("%s: %s", a, h.why(p)))
+		}
+	}
+	switch {
+	case len(without) == 0:
+		d.ok(check, "this host has routes to the workers' resolvers")
+	case len(without) < len(resolvers):
+		d.warn(check, "leave them out of dns in the spec's network block", "some of the workers' resolvers cannot be reached (%s)",
+			strings.Join(without, "; "))
+	case d.onlyIPv6(h, n):
+		cure := `write dns = ["2606:4700:4700::1113", "2606:4700:4700::1003"] in the spec's network block`
+		if d.plan.Network.Subnet6 == nil {
+			cure = `write subnet6 = "fd7e:1ee7::/64" and dns = ["2606:4700:4700::1113", "2606:4700:4700::1003"] in the spec's network block`
+		}
+		d.warn(check, cure, "no name will resolve in a worker: its resolvers are IPv4 only, and this host reaches the internet by IPv6 only (%s)",
+			strings.Join(without, "; "))
+	default:
+		d.warn(check, "write resolvers that this host reaches as dns in the spec's network block",
+			"no name will resolve in a worker: its resolvers cannot be reached (%s)", strings.Join(without, "; "))
+	}
+}
+
+// onlyIPv6 reports a host that has a route to the internet in IPv6 alone, and resolvers of IPv4 alone.
+func (d *doctor) onlyIPv6(h *have, n *network) bool {
+	if slices.ContainsFunc(d.plan.Network.DNS, netip.Addr.Is6) {
+		return false
+	}
+	reaches := func(a netip.Addr) bool {
+		return len(h.outLinks(h.lookup(flow{dst: a, in: loopback}).route)) > 0
+	}
+	return !slices.ContainsFunc(internet4, reaches) && slices.ContainsFunc(internet6, reaches)
+}
+
+// freeSubnet is a network of the plan's size in a private range (RFC 1918) that nobody takes by default and no route overlaps.
+func freeSubnet(p *plan.Plan, survey func(*plan.Plan) (*have, error)) (netip.Prefix, bool) {
+	bits := p.Network.Subnet.Bits()
 	try := *p
 	try.Network.Subnet6 = nil
-	addr := private.Addr().As4()
-	for range 1 << min(bits-private.Bits(), 8) {
-		try.Network.Subnet = netip.PrefixFrom(netip.AddrFrom4(addr), bits).Masked()
-		if len((&network{plan: &try}).overlaps(h)) == 0 {
-			return try.Network.Subnet, true
+	for _, pool := range subnetPools {
+		if bits < pool.Bits() {
+			continue
 		}
-		next := uint32(addr[0])<<24 | uint32(addr[1])<<16 | uint32(addr[2])<<8 | uint32(addr[3])
-		next += 1 << max(32-bits, 12) // every 4,096 addresses will do
-		addr = [4]byte{byte(next >> 24), byte(next >> 16), byte(next >> 8), byte(next)}
+		// One look is enough for all of the pool: what matters of a route depends on the subnet, so it is as wide as the pool here.
+		try.Network.Subnet = pool
+		h, err := survey(&try)
+		if err != nil {
+			return netip.Prefix{}, false
+		}
+		first := binary.BigEndian.Uint32(pool.Addr().AsSlice())
+		step := uint32(1) << max(32-bits, 12) // of 4,096 addresses or more: a finer search finds little more
+		for i := range min(1<<(32-pool.Bits())/step, 1024) {
+			try.Network.Subnet = netip.PrefixFrom(netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, first+i*step))), bits)
+			try.Network.Gateway = try.Network.Subnet.Addr().Next()
+			taken := slices.ContainsFunc(defaultRanges, try.Network.Subnet.Overlaps)
+			if !taken && len((&network{plan: &try}).overlaps(h)) == 0 {
+				return try.Network.Subnet, true
+			}
+		}
 	}
 	return netip.Prefix{}, false
+}
+
+// subnetPools are where freeSubnet looks, in this order.
+var subnetPools = []netip.Prefix{
+	netip.MustParsePrefix("172.16.0.0/16"), netip.MustParsePrefix("10.64.0.0/10"), netip.MustParsePrefix("10.128.0.0/9"),
+	netip.MustParsePrefix("10.0.0.0/10"),
+}
+
+// defaultRanges are taken by common software unless it is told otherwise.
+var defaultRanges = []netip.Prefix{
+	netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("192.168.0.0/16"), // Docker, libvirt, home routers
+	netip.MustParsePrefix("10.42.0.0/15"), netip.MustParsePrefix("10.88.0.0/16"), // k3s, Podman
 }
 
 func (d *doctor) sysctls() {

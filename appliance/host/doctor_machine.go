@@ -33,7 +33,8 @@ type machine struct {
 	account  func(name string) (*account, error)
 	openAs   func(a *account, path string) error
 	space    func(dir string) (free int64, err error)
-	network  func() (*have, error)
+	network  func(*plan.Plan) (*have, error)
+	ask      func(f flow, index int) (out int, err error)
 	trial    func(plan.Ruleset, []plan.Slot) error
 	landlock func() (abi int, err error)
 	synced   func() (bool, error)
@@ -71,6 +72,7 @@ func realMachine() machine {
 		openAs:   openAs,
 		space:    freeSpace,
 		network:  linksAndRoutes,
+		ask:      ask,
 		trial:    trialLoad,
 		landlock: landlockABI,
 		synced:   clockSynced,
@@ -173,21 +175,17 @@ func freeSpace(dir string) (int64, error) {
 }
 
 // linksAndRoutes is as much of the network as nobody needs root for.
-func linksAndRoutes() (*have, error) {
-	found := &have{links: map[string]netlink.Link{}}
-	links, err := netlink.LinkList()
+func linksAndRoutes(p *plan.Plan) (*have, error) {
+	found := &have{links: map[string]netlink.Link{}, uid: uint32(os.Geteuid())}
+	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
 	for _, l := range links {
 		found.links[l.Attrs().Name] = l
 	}
-	main := &netlink.Route{Table: unix.RT_TABLE_MAIN}
-	found.routes, err = netlink.RouteListFiltered(unix.AF_UNSPEC, main, netlink.RT_FILTER_TABLE)
-	if err != nil {
-		return nil, fmt.Errorf("list routes: %w", err)
-	}
-	return found, nil
+	found.policies, found.routes, err = readRoutes(p)
+	return found, err
 }
 
 // trialLoad loads the ruleset where it meets no packet: in a network namespace that ends with its thread.

@@ -45,7 +45,8 @@ func healthy() *doctor {
 			Paths:      plan.Paths{State: "/var/lib/fleetingd", Disks: "/var/lib/fleetingd/disks"},
 			Disks:      plan.Disks{Backing: "auto"},
 			Hypervisor: plan.Hypervisor{Driver: "cloud-hypervisor", Binary: "cloud-hypervisor", Sandbox: true},
-			Network:    plan.Network{Subnet: netip.MustParsePrefix("172.16.120.0/22")},
+			Network: plan.Network{Subnet: netip.MustParsePrefix("172.16.120.0/22"), Gateway: netip.MustParseAddr("172.16.120.1"),
+				DNS: []netip.Addr{netip.MustParseAddr("1.1.1.3")}},
 			Images: []plan.Image{
 				{Name: "ubuntu", Source: plan.Source{Ubuntu: &plan.UbuntuSource{Release: "noble"}}},
 				{Name: "debian", Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie"}}},
@@ -78,7 +79,8 @@ func healthy() *doctor {
 			account:  func(string) (*account, error) { return &account{uid: 990, gid: 990, groups: []int{990, 105}}, nil },
 			openAs:   func(*account, string) error { return nil },
 			space:    func(string) (int64, error) { return 200 << 30, nil },
-			network:  func() (*have, error) { return network1("10.0.2.0/24"), nil },
+			network:  func(*plan.Plan) (*have, error) { return network1("10.0.2.0/24"), nil },
+			ask:      func(flow, int) (int, error) { return 0, errors.New("no TAP is up") },
 			trial:    func(plan.Ruleset, []plan.Slot) error { return nil },
 			landlock: func() (int, error) { return 6, nil },
 			synced:   func() (bool, error) { return true, nil },
@@ -95,7 +97,7 @@ func network1(own string) *have {
 	link := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "eno1", Index: 2, Flags: net.FlagUp}}
 	return &have{
 		links:  map[string]netlink.Link{"lo": &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: 1}}, "eno1": link},
-		routes: []netlink.Route{{LinkIndex: 2, Gw: net.IPv4(10, 0, 2, 2)}, {LinkIndex: 2, Dst: dst}},
+		routes: []netlink.Route{{LinkIndex: 2, Gw: net.IPv4(10, 0, 2, 2)}, {LinkIndex: 2, Dst: dst, Protocol: unix.RTPROT_KERNEL}},
 	}
 }
 
@@ -145,7 +147,7 @@ func answers(d *doctor, program, text string) {
 
 func TestDoctorHealthy(t *testing.T) {
 	want := []string{"cpu-virtualization", "kvm", "hypervisor", "systemd", "cgroup", "landlock", "user", "tun", "nftables",
-		"egress-interface", "subnet", "ip-forwarding", "arp-ignore", "state-dir", "disks", "disk-space", "memory", "qemu-img",
+		"egress-interface", "subnet", "dns", "ip-forwarding", "arp-ignore", "state-dir", "disks", "disk-space", "memory", "qemu-img",
 		"mmdebstrap", "mke2fs", "debian-archive-keyring", "clock", "gitlab-runner"}
 	var got []string
 	for _, f := range healthy().examine(t.Context()) {
@@ -237,11 +239,15 @@ func TestDoctorFaults(t *testing.T) {
 		{"interface down", func(d *doctor) {
 			h := network1("10.0.2.0/24")
 			h.links["eno1"].Attrs().Flags = 0
-			d.machine.network = func() (*have, error) { return h, nil }
+			d.machine.network = func(*plan.Plan) (*have, error) { return h, nil }
 		}, "egress-interface", StatusFail, "down", "ip link set eno1 up"},
-		{"subnet in use", func(d *doctor) { d.machine.network = func() (*have, error) { return network1("172.16.0.0/16"), nil } },
-			"subnet", StatusFail, "overlaps the route 172.16.0.0/16 of eno1", `subnet = "172.17.0.0/22"`},
-		{"no netlink", func(d *doctor) { d.machine.network = func() (*have, error) { return nil, errors.New("no netlink") } },
+		{"subnet in use", func(d *doctor) {
+			d.machine.network = func(*plan.Plan) (*have, error) { return network1("172.16.0.0/16"), nil }
+		},
+			"subnet", StatusFail, "overlaps route 172.16.0.0/16 on eno1 in table main", `subnet = "10.64.0.0/22"`},
+		{"no netlink", func(d *doctor) {
+			d.machine.network = func(*plan.Plan) (*have, error) { return nil, errors.New("no netlink") }
+		},
 			"egress-interface", StatusFail, "no netlink", "ip link"},
 		{"forwarding is off", func(d *doctor) { withFile(d, "/proc/sys/net/ipv4/ip_forward", []byte("0\n")) },
 			"ip-forwarding", StatusWarn, "ip_forward is 0", "sysctl -w net.ipv4.ip_forward=1"},
@@ -354,7 +360,7 @@ func TestDoctorAsksOnlyWhatMatters(t *testing.T) {
 // TestDoctorMachine asks the real machine: each door answers, and the answer can be told from a constant.
 func TestDoctorMachine(t *testing.T) {
 	m := realMachine()
-	h, err := m.network()
+	h, err := m.network(&plan.Plan{})
 	if err != nil || h.links["lo"] == nil {
 		t.Errorf("links: %v, %v", h, err)
 	}

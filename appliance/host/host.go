@@ -29,13 +29,19 @@ type Options struct {
 	UID, GID int
 }
 
-// Difference is one thing of the network that is not as the plan says.
+// Difference is one part of the network that is not as the plan says.
 type Difference struct {
-	Object  string `json:"object"`  // "TAP fleet3", "table inet fleetingd"
-	Problem string `json:"problem"` // "is missing"
+	Object  string `json:"object"`         // "TAP fleet3", "table inet fleetingd"
+	Problem string `json:"problem"`        // "is missing"
+	Cure    string `json:"cure,omitempty"` // "" where NetworkUp fixes it
 }
 
-func (d Difference) String() string { return d.Object + " " + d.Problem }
+func (d Difference) String() string {
+	if d.Cure == "" {
+		return d.Object + " " + d.Problem
+	}
+	return d.Object + " " + d.Problem + "; cure: " + d.Cure
+}
 
 // NetworkUp makes the host's network equal to the plan: firewall, routing, the gateway's address, and a TAP with its
 // route for each slot. Calling it twice is calling it once. It needs root, or CAP_NET_ADMIN. It works in the network namespace

@@ -227,7 +227,7 @@ func (l *lab) state() string {
 	l.Helper()
 	return l.sh(l.host, `
 		ip -d link | sed 's/[a-z]*_timer *[0-9.]*//g'; ip addr; ip -4 route show table all; ip -6 route show table all
-		ip neigh | grep -v -e STALE -e REACHABLE -e DELAY -e PROBE -e FAILED -e INCOMPLETE || true
+		ip rule; ip -6 rule; ip neigh | grep -v -e STALE -e REACHABLE -e DELAY -e PROBE -e FAILED -e INCOMPLETE || true
 		ip neigh show proxy; nft -s list ruleset
 		for f in /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv?/conf/*/forwarding /proc/sys/net/ipv6/conf/*/accept_ra; do
 			echo $f $(cat $f)

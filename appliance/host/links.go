@@ -430,6 +430,20 @@ func (k *kernel) deleteAddress(a netip.Addr) error {
 	return nil
 }
 
+func (k *kernel) addRule(p policy) error {
+	if err := k.handle.RuleAdd(p.kernelRule()); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("rule %s: %w", p, err)
+	}
+	return nil
+}
+
+func (k *kernel) deleteRule(p policy) error {
+	if err := k.handle.RuleDel(p.kernelRule()); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("delete the rule %s: %w", p, err)
+	}
+	return nil
+}
+
 func (k *kernel) writeSysctl(s setting) error {
 	f, err := os.OpenFile(filepath.Join("/proc/sys", s.path), os.O_WRONLY, 0)
 	if err != nil {

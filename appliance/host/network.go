@@ -23,6 +23,8 @@ type door interface {
 	deleteTAPs([]tap) error
 	addAddress(netip.Addr) error
 	deleteAddress(netip.Addr) error
+	addRule(policy) error
+	deleteRule(policy) error
 	writeSysctl(setting) error
 	load(plan.Ruleset, []plan.Slot) error
 	unload([]tableID) error
@@ -42,7 +44,9 @@ type step struct {
 // have is the host's network as it is.
 type have struct {
 	links     map[string]netlink.Link
-	routes    []netlink.Route
+	policies  []policy         // none: the kernel has no policy routing
+	routes    []netlink.Route  // of all tables: see readRoutes
+	uid       uint32           // who the workers are called by
 	hangings  map[int]hangings // by the link's index
 	addresses []netip.Addr     // on lo
 	tables    map[tableID]tableState
@@ -54,20 +58,11 @@ func (n *network) survey() (*have, error) {
 		return nil, fmt.Errorf("netlink: %w", err)
 	}
 	defer h.Close()
-	found := &have{links: map[string]netlink.Link{}, hangings: map[int]hangings{}}
-	links, err := whole(h.LinkList)
+	found, err := linksAndRoutes(n.plan)
 	if err != nil {
-		return nil, fmt.Errorf("list links: %w", err)
+		return nil, err
 	}
-	for _, l := range links {
-		found.links[l.Attrs().Name] = l
-	}
-	found.routes, err = whole(func() ([]netlink.Route, error) {
-		return h.RouteListFiltered(unix.AF_UNSPEC, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("list routes: %w", err)
-	}
+	found.hangings = map[int]hangings{}
 	neighs, err := whole(func() ([]netlink.Neigh, error) { return h.NeighList(0, unix.AF_UNSPEC) })
 	if err != nil {
 		return nil, fmt.Errorf("list neighbours: %w", err)
@@ -77,6 +72,9 @@ func (n *network) survey() (*have, error) {
 		return nil, fmt.Errorf("list neighbours that this host answers for: %w", err)
 	}
 	for _, r := range found.routes {
+		if r.Table != unix.RT_TABLE_MAIN {
+			continue
+		}
 		on := found.hangings[r.LinkIndex]
 		on.routes = append(on.routes, r)
 		found.hangings[r.LinkIndex] = on
@@ -192,6 +190,7 @@ func (n *network) steps(context.Context) ([]step, error) {
 	}
 	steps = append(steps, routing...)
 	steps = append(steps, n.addressSteps(h)...)
+	steps = append(steps, n.ruleSteps(h)...)
 	if len(work.repair) > 0 {
 		steps = append(steps, n.repairStep(work.repair))
 	}
@@ -205,15 +204,8 @@ func (n *network) steps(context.Context) ([]step, error) {
 func (n *network) refuse(h *have) error {
 	var errs []error
 	if _, ok := h.links[n.plan.EgressInterface]; !ok {
-		names := make([]string, 0, len(h.links))
-		for name, l := range h.links {
-			if !strings.HasPrefix(l.Attrs().Alias, linkMark) {
-				names = append(names, name)
-			}
-		}
-		slices.Sort(names)
 		errs = append(errs, fmt.Errorf("egress_interface %q does not exist; this host has: %s", n.plan.EgressInterface,
-			strings.Join(names, ", ")))
+			strings.Join(h.linkNames(), ", ")))
 	}
 	for _, l := range h.links {
 		if a := l.Attrs().Alias; strings.HasPrefix(a, linkMark) && a != n.mark() {
@@ -233,35 +225,6 @@ func (n *network) refuse(h *have) error {
 	}
 	errs = append(errs, n.overlaps(h)...)
 	return errors.Join(append(errs, n.silent())...)
-}
-
-// overlaps finds routes that the workers' addresses would take packets from: every link's own network, and what lies
-// inside the subnet. A wider route through a router (10.0.0.0/8 over a VPN) may hold the subnet.
-func (n *network) overlaps(h *have) []error {
-	ours := map[int]bool{}
-	names := map[int]string{}
-	for name, l := range h.links {
-		names[l.Attrs().Index] = name
-		ours[l.Attrs().Index] = l.Attrs().Alias == n.mark()
-	}
-	var errs []error
-	for _, subnet := range []*netip.Prefix{&n.plan.Network.Subnet, n.plan.Network.Subnet6} {
-		if subnet == nil {
-			continue
-		}
-		for _, r := range h.routes {
-			if r.Dst == nil || ours[r.LinkIndex] || names[r.LinkIndex] == loopback {
-				continue
-			}
-			dst := prefixOf(r.Dst)
-			onLink := len(r.Gw) == 0
-			if dst.IsValid() && dst.Bits() > 0 && dst.Overlaps(*subnet) && (onLink || dst.Bits() >= subnet.Bits()) {
-				errs = append(errs, fmt.Errorf("network.subnet %s overlaps the route %s of %s: take another subnet", subnet, dst,
-					names[r.LinkIndex]))
-			}
-		}
-	}
-	return errs
 }
 
 func prefixOf(n *net.IPNet) netip.Prefix {
@@ -449,7 +412,7 @@ func (n *network) earlier(of []tap) []tap {
 func (n *network) removeStep(w *tapWork) step {
 	s := step{name: fmt.Sprintf("delete %d TAPs", len(w.remove))}
 	for _, t := range w.remove {
-		s.fixes = append(s.fixes, Difference{"TAP " + t.TAP, w.why[t.TAP]})
+		s.fixes = append(s.fixes, Difference{Object: "TAP " + t.TAP, Problem: w.why[t.TAP]})
 	}
 	before := n.earlier(w.remove)
 	s.do = func(context.Context) error { return n.door.deleteTAPs(w.remove) }
@@ -461,7 +424,7 @@ func (n *network) createStep(w *tapWork) step {
 	s := step{name: fmt.Sprintf("make %d TAPs", len(w.create))}
 	for _, t := range w.create {
 		if !slices.ContainsFunc(w.remove, func(r tap) bool { return r.TAP == t.TAP }) {
-			s.fixes = append(s.fixes, Difference{"TAP " + t.TAP, w.why[t.TAP]})
+			s.fixes = append(s.fixes, Difference{Object: "TAP " + t.TAP, Problem: w.why[t.TAP]})
 		}
 	}
 	s.do = func(ctx context.Context) error { return n.door.makeTAPs(ctx, w.create) }
@@ -474,7 +437,7 @@ func (n *network) repairStep(repairs []repair) step {
 	taps := make([]tap, len(repairs))
 	for i, r := range repairs {
 		taps[i] = r.tap
-		s.fixes = append(s.fixes, Difference{"TAP " + r.tap.TAP, r.problem})
+		s.fixes = append(s.fixes, Difference{Object: "TAP " + r.tap.TAP, Problem: r.problem})
 	}
 	s.undo = func(context.Context) error {
 		back := n.earlier(taps) // where there is no earlier plan: mended, they stay mended
@@ -508,10 +471,10 @@ func (n *network) firewallStep(h *have) []step {
 		state := h.tables[id]
 		if !state.exists {
 			added = append(added, id)
-			s.fixes = append(s.fixes, Difference{id.String(), "is missing"})
+			s.fixes = append(s.fixes, Difference{Object: id.String(), Problem: "is missing"})
 		}
 		for _, d := range state.diff {
-			s.fixes = append(s.fixes, Difference{id.String(), "differs: " + d})
+			s.fixes = append(s.fixes, Difference{Object: id.String(), Problem: "differs: " + d})
 		}
 	}
 	if len(s.fixes) == 0 {
@@ -544,7 +507,7 @@ func (n *network) routingSteps() ([]step, error) {
 		before = append(before, f.advertised()...)
 		steps = append(steps, step{
 			name:  "set " + f.all,
-			fixes: []Difference{{"sysctl " + strings.ReplaceAll(f.all, "/", "."), "is off"}},
+			fixes: []Difference{{Object: "sysctl " + strings.ReplaceAll(f.all, "/", "."), Problem: "is off"}},
 			do: func(context.Context) error {
 				if err := f.enable(n.door); err != nil {
 					return errors.Join(err, restoreSysctls(n.door, before))
@@ -565,9 +528,41 @@ func (n *network) addressSteps(h *have) []step {
 		}
 		steps = append(steps, step{
 			name:  fmt.Sprintf("add %s to %s", a, loopback),
-			fixes: []Difference{{"link " + loopback, "lacks the gateway's address " + a.String()}},
+			fixes: []Difference{{Object: "link " + loopback, Problem: "lacks the gateway's address " + a.String()}},
 			do:    func(context.Context) error { return n.door.addAddress(a) },
 			undo:  func(context.Context) error { return n.door.deleteAddress(a) },
+		})
+	}
+	return steps
+}
+
+// ruleSteps add our rules, and delete those of an earlier plan.
+func (n *network) ruleSteps(h *have) []step {
+	if h.policies == nil {
+		return nil
+	}
+	var steps []step
+	want := n.wantRules()
+	for _, w := range want {
+		if slices.ContainsFunc(h.policies, w.same) {
+			continue
+		}
+		steps = append(steps, step{
+			name:  "add the rule " + w.String(),
+			fixes: []Difference{{Object: "rule " + w.String(), Problem: "is missing"}},
+			do:    func(context.Context) error { return n.door.addRule(w) },
+			undo:  func(context.Context) error { return n.door.deleteRule(w) },
+		})
+	}
+	for _, r := range h.policies {
+		if !r.isOurs() || slices.ContainsFunc(want, r.same) {
+			continue
+		}
+		steps = append(steps, step{
+			name:  "delete the rule " + r.String(),
+			fixes: []Difference{{Object: "rule " + r.String(), Problem: "is not the plan's"}},
+			do:    func(context.Context) error { return n.door.deleteRule(r) },
+			undo:  func(context.Context) error { return n.door.addRule(r) },
 		})
 	}
 	return steps
@@ -583,7 +578,7 @@ func (n *network) formerSteps(h *have) []step {
 		}
 		steps = append(steps, step{
 			name:  fmt.Sprintf("delete %s from %s", a, loopback),
-			fixes: []Difference{{"link " + loopback, "has the former gateway's address " + a.String()}},
+			fixes: []Difference{{Object: "link " + loopback, Problem: "has the former gateway's address " + a.String()}},
 			do:    func(context.Context) error { return n.door.deleteAddress(a) },
 			undo:  func(context.Context) error { return n.door.addAddress(a) },
 		})
@@ -613,6 +608,11 @@ func (n *network) down(context.Context) error {
 		return nil // the tables, the addresses and settings in the notes are its: all plans of a host share one Paths.Run
 	}
 	var errs []error
+	for _, r := range h.policies {
+		if r.isOurs() {
+			errs = append(errs, n.door.deleteRule(r))
+		}
+	}
 	var tables []tableID
 	for id, t := range h.tables {
 		if t.exists && t.ours {

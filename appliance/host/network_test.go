@@ -146,6 +146,20 @@ func (f *faulty) deleteAddress(a netip.Addr) error {
 	return f.door.deleteAddress(a)
 }
 
+func (f *faulty) addRule(p policy) error {
+	if err := f.fails("add rule " + p.String()); err != nil {
+		return err
+	}
+	return f.door.addRule(p)
+}
+
+func (f *faulty) deleteRule(p policy) error {
+	if err := f.fails("delete rule " + p.String()); err != nil {
+		return err
+	}
+	return f.door.deleteRule(p)
+}
+
 func (f *faulty) writeSysctl(s setting) error {
 	if err := f.fails("write " + s.path); err != nil {
 		return err
@@ -269,7 +283,7 @@ func TestUpRefuses(t *testing.T) {
 		{name: "a table of our name", prepare: "nft 'add table inet fleetingd; add chain inet fleetingd prerouting'",
 			want: []string{"table inet fleetingd", "not made by fleetingd", "nft delete table inet fleetingd"}},
 		{name: "the LAN's addresses", change: func(p *plan.Plan) { p.Network.Subnet = netip.MustParsePrefix("10.20.0.0/16") },
-			want: []string{"10.20.0.0/16", "overlaps the route 10.20.0.0/24 of lan0"}},
+			want: []string{"10.20.0.0/16", "overlaps route 10.20.0.0/24 on lan0 in table main"}},
 		{name: "a route inside the subnet", prepare: "ip route add 172.16.120.128/25 via 10.20.0.15",
 			want: []string{"172.16.120.0/24", "172.16.120.128/25", "lan0"}},
 		{name: "ARP is not answered", prepare: "echo 1 > /proc/sys/net/ipv4/conf/all/arp_ignore",

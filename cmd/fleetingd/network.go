@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -27,7 +28,7 @@ func networkCommand() *cli.Command {
 					"TAP from a VM that runs.",
 				Flags: []cli.Flag{planFlag()},
 				Action: func(c *cli.Context) error {
-					return onNetwork(c, func(ctx context.Context, p *plan.Plan) error { return host.NetworkUp(ctx, p, host.Options{}) })
+					return onNetwork(c, networkUp(c))
 				},
 			},
 			{
@@ -59,11 +60,39 @@ func onNetwork(c *cli.Context, do func(context.Context, *plan.Plan) error) error
 	return do(ctx, p)
 }
 
+// networkUp also warns of what keeps the workers from the internet and is not ours to change.
+func networkUp(c *cli.Context) func(context.Context, *plan.Plan) error {
+	return func(ctx context.Context, p *plan.Plan) error {
+		if err := host.NetworkUp(ctx, p, host.Options{}); err != nil {
+			return err
+		}
+		troubles, err := host.Troubles(p, p.Slots)
+		if err != nil {
+			return err
+		}
+		for _, t := range troubles {
+			fmt.Fprintf(c.App.ErrWriter, "warning: %s\n", t)
+		}
+		return nil
+	}
+}
+
 func checkNetwork(c *cli.Context) func(context.Context, *plan.Plan) error {
 	return func(ctx context.Context, p *plan.Plan) error {
 		found, err := host.NetworkCheck(ctx, p, host.Options{})
 		if err != nil {
 			return err
+		}
+		fixable := len(found)
+		troubles, err := host.Troubles(p, p.Slots)
+		if err != nil {
+			return err
+		}
+		for _, t := range troubles {
+			if fixable > 0 && t.Lost {
+				continue // what differs explains it
+			}
+			found = append(found, t.Difference)
 		}
 		if c.Bool("json") {
 			e := json.NewEncoder(c.App.Writer)
@@ -76,9 +105,12 @@ func checkNetwork(c *cli.Context) func(context.Context, *plan.Plan) error {
 				fmt.Fprintln(c.App.Writer, d)
 			}
 		}
-		if len(found) > 0 {
-			return fmt.Errorf("the network differs from the plan in %d places: `fleetingd network up --plan %s` mends them",
-				len(found), c.String("plan"))
+		switch {
+		case fixable > 0:
+			return fmt.Errorf("the network differs from the plan in %d places; `fleetingd network up --plan %s` fixes them",
+				fixable, c.String("plan"))
+		case len(found) > 0:
+			return errors.New("the network is as planned, but other settings of this host keep it from working")
 		}
 		return nil
 	}

@@ -49,8 +49,26 @@ func servePlugin() {
 		Version:     v.String(),
 		BuildInfo:   v.BuildInfo(),
 		Driver:      vm.Open,
+		Routes:      routes,
 		Predecessor: &fleet.Predecessor{Keys: hostspec.PredecessorKeys, Plan: predecessorPlan, Up: predecessorUp},
 	}), v)
+}
+
+// routes sorts the troubles that the host's routing makes: without a way to its workers, the plugin cannot work.
+func routes(p *plan.Plan, slots []plan.Slot) (troubles []string, err error) {
+	found, err := host.Troubles(p, slots)
+	if err != nil {
+		return nil, err
+	}
+	var lost []error
+	for _, t := range found {
+		if t.Lost {
+			lost = append(lost, errors.New("network: "+t.String()))
+		} else {
+			troubles = append(troubles, t.String())
+		}
+	}
+	return troubles, errors.Join(lost...)
 }
 
 // predecessorPlan compiles the predecessor's plugin_config to a Plan. There is no other user on such a host:
