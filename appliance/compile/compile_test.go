@@ -178,7 +178,7 @@ func host(slots int) *hostspec.Host {
 			Name: "p", Image: "i", CPUs: 2, Memory: 1 << 30, Disk: 1 << 30, Start: "cold", MaxInstances: slots,
 		}},
 		Runners: []*hostspec.Runner{{
-			Name: "r", Pool: "p", URL: "https://gitlab.example.com", Token: hostspec.Secret{From: "file:/run/secrets/t"},
+			Name: "r", Pool: "p", URL: "https://gitlab.example.com", Token: hostspec.Text{{Secret: hostspec.Secret{From: "file:/run/secrets/t"}}},
 			Executor: "instance", CapacityPerInstance: 1, MaxUseCount: 1,
 		}},
 	}

@@ -68,7 +68,7 @@ func (c *compiler) prebuild(s *hostspec.Image, slot plan.Slot) *plan.Prebuild {
 	for i, f := range s.Prebuild.Files {
 		p.Steps = append(p.Steps, plan.Step{
 			Name: fmt.Sprintf("file[%d]: %s", i, short(f.Path)),
-			File: &plan.StepFile{Path: f.Path, Content: f.Content, Mode: f.Mode},
+			File: &plan.StepFile{Path: f.Path, Content: f.Content, Secret: planText(f.Secret), Mode: f.Mode},
 		})
 	}
 	if len(s.Prebuild.Packages) > 0 {

@@ -43,15 +43,14 @@ func (c *compiler) config() {
 			c.fail(r.Range, "Unknown pool", "Runner %q: %s.", r.Name, err)
 			continue
 		}
-		secret := plan.FileSecret{Placeholder: "@SECRET:runner." + r.Name + ".token@", Secret: plan.Secret{From: r.Token.From}}
-		section := c.runner(r, pool, secret.Placeholder)
-		if !c.merge(r, section, r.Settings, "settings") {
+		section := c.runner(r, pool, hold(&file, "runner."+r.Name+".token", r.Token))
+		settings, _ := withPlaceholders(&file, "runner."+r.Name, r.Settings).(table)
+		if !c.merge(r, section, settings, "settings") {
 			continue
 		}
 		runners = append(runners, section)
-		file.Secrets = append(file.Secrets, secret)
 		jobs += pool.MaxInstances * r.CapacityPerInstance
-		c.plan.Runners = append(c.plan.Runners, plan.Runner{Name: r.Name, Pool: r.Pool, Token: secret.Secret})
+		c.plan.Runners = append(c.plan.Runners, plan.Runner{Name: r.Name, Pool: r.Pool, Token: planText(r.Token)})
 		c.from(r.Range, plan.KindRunner, r.Name)
 	}
 	text, err := encode(table{"concurrent": max(jobs, 1), "runners": runners})
@@ -59,9 +58,71 @@ func (c *compiler) config() {
 		c.fail(c.host.Range, "Cannot write config.toml", "%s.", err)
 		return
 	}
+	for _, s := range file.Secrets {
+		if strings.Count(text, s.Placeholder) != 1 {
+			c.fail(c.host.Range, "Cannot write config.toml", "A runner's settings hold the text %q, which stands for a secret there. Write something else.",
+				s.Placeholder)
+			return
+		}
+	}
 	file.Content = fmt.Sprintf("# Written by fleetingd for host %q. Change the spec and apply it again: changes made here are drift.\n\n%s",
 		c.host.Name, text)
 	c.add(c.host.Range, file)
+}
+
+// planText is a text of the spec as the Plan has it.
+func planText(t hostspec.Text) plan.Text {
+	var text plan.Text
+	for _, p := range t {
+		text = append(text, plan.Piece{Literal: p.Literal, From: p.Secret.From, Op: p.Op, Of: planText(p.Of)})
+	}
+	return text
+}
+
+// hold is a text with placeholders for its secrets, which the file then has. Place is where it stands: "runner.small.token".
+func hold(file *plan.File, place string, t hostspec.Text) string {
+	// Whatever a key of the settings is called, the placeholder is a plain word in TOML.
+	place = strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._-", r) {
+			return r
+		}
+		return '_'
+	}, place)
+	var b strings.Builder
+	for _, p := range planText(t) {
+		if p.From == "" && p.Op == "" {
+			b.WriteString(p.Literal)
+			continue
+		}
+		s := plan.FileSecret{Placeholder: "@SECRET:" + place + "@", Secret: p}
+		for n := 2; slices.ContainsFunc(file.Secrets, func(o plan.FileSecret) bool { return o.Placeholder == s.Placeholder }); n++ {
+			s.Placeholder = fmt.Sprintf("@SECRET:%s:%d@", place, n)
+		}
+		file.Secrets = append(file.Secrets, s)
+		b.WriteString(s.Placeholder)
+	}
+	return b.String()
+}
+
+// withPlaceholders is a copy of a settings value, in which text that holds secrets has placeholders.
+func withPlaceholders(file *plan.File, place string, v any) any {
+	switch v := v.(type) {
+	case hostspec.Text:
+		return hold(file, place, v)
+	case table:
+		out := make(table, len(v))
+		for _, key := range slices.Sorted(maps.Keys(v)) {
+			out[key] = withPlaceholders(file, place+"."+key, v[key])
+		}
+		return out
+	case []any:
+		out := make([]any, len(v))
+		for i := range v {
+			out[i] = withPlaceholders(file, fmt.Sprintf("%s.%d", place, i), v[i])
+		}
+		return out
+	}
+	return v
 }
 
 func encode(t table) (string, error) {

@@ -45,6 +45,9 @@ type Options struct {
 	// Routes says what keeps packets from the slots' workers or from the internet: troubles with which workers can still start,
 	// and an error where the host does not reach them.
 	Routes func(*plan.Plan, []plan.Slot) (troubles []string, err error)
+
+	// Secrets gives the value of a secret of a prebuild, by its place: see image.Options.
+	Secrets func(from string) (string, error)
 	// Predecessor serves a plugin_config with the predecessor's keys; nil refuses them.
 	Predecessor *Predecessor
 }
@@ -213,7 +216,7 @@ func (g *Group) init(ctx context.Context) error {
 		return err
 	}
 	progress := newProgressLog(g.log)
-	store, err := g.openImages(p, image.Options{Log: g.slog, Driver: driver, Progress: progress.show})
+	store, err := g.openImages(p, image.Options{Log: g.slog, Driver: driver, Secrets: g.opts.Secrets, Progress: progress.show})
 	if err != nil {
 		return fmt.Errorf("images: %w", err)
 	}

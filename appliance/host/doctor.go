@@ -57,6 +57,7 @@ func (d *doctor) examine(ctx context.Context) []Finding {
 	d.cgroup()
 	d.landlock()
 	d.user()
+	d.secrets()
 	d.tun()
 	d.nftables()
 	d.links()

@@ -185,6 +185,75 @@ func (d *doctor) user() {
 	}
 }
 
+// hiddenDirs are where the units of the plugin and the refresh see nothing, or something else: ProtectHome= and PrivateTmp=.
+var hiddenDirs = []string{"/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/"}
+
+// secrets finds secrets of prebuilds that the plugin and the refresh cannot read, when they build an image.
+func (d *doctor) secrets() {
+	const check = "secrets"
+	var places []string
+	for _, im := range d.plan.Images {
+		if im.Prebuild == nil {
+			continue
+		}
+		for _, s := range im.Prebuild.Steps {
+			if s.File == nil {
+				continue
+			}
+			for from := range s.File.Secret.Places() {
+				if !slices.Contains(places, from) {
+					places = append(places, from)
+				}
+			}
+		}
+	}
+	if len(places) == 0 {
+		return // nothing to look at
+	}
+	user := d.plan.User
+	a, err := d.machine.account(user)
+	found := len(d.found)
+	for _, from := range places {
+		kind, place, _ := strings.Cut(from, ":")
+		hidden := slices.ContainsFunc(hiddenDirs, func(dir string) bool { return strings.HasPrefix(place, dir) })
+		switch {
+		case kind != "file":
+			name := place
+			if kind == "var" {
+				name = "FLEETINGD_VAR_" + place
+			}
+			d.warn(check, "systemctl edit gitlab-runner.service fleetingd-refresh.service # EnvironmentFile=… with "+name,
+				"a prebuild needs %s, and takes it from the environment of the services that build images; fleetingd run passes it on by itself", from)
+		case hidden:
+			d.fail(check, "move it to /etc/fleetingd or /run/secrets, and change the spec",
+				"a prebuild needs %s, and the services that build images do not see what lies there", place)
+		case err != nil || a == nil:
+			d.warn(check, "systemd-sysusers, and try again", "a prebuild needs %s; whether user %s may read it can be tried once that user exists", place, user)
+		case !d.machine.root:
+			d.warn(check, asRoot, "a prebuild needs %s; only root can try whether user %s may read it", place, user)
+		default:
+			d.secretFile(check, a, place)
+		}
+	}
+	if len(d.found) == found {
+		d.ok(check, "user %s may read what the prebuilds need (%d)", user, len(places))
+	}
+}
+
+func (d *doctor) secretFile(check string, a *account, file string) {
+	user := d.plan.User
+	err := d.machine.readAs(a, file)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		d.fail(check, fmt.Sprintf("chgrp %s %s && chmod g+r %s", user, file, file),
+			"a prebuild needs %s, and user %s, who builds images, may not read it", file, user)
+	case errors.Is(err, fs.ErrNotExist):
+		d.fail(check, "put the secret there", "a prebuild needs %s, which does not exist", file)
+	case err != nil:
+		d.fail(check, "ls -l "+file, "a prebuild needs %s: %v", file, err)
+	}
+}
+
 func (d *doctor) tun() {
 	const check = "tun"
 	var a *account

@@ -32,6 +32,7 @@ type machine struct {
 	stat     func(path string) (fs.FileInfo, error)
 	account  func(name string) (*account, error)
 	openAs   func(a *account, path string) error
+	readAs   func(a *account, path string) error
 	space    func(dir string) (free int64, err error)
 	network  func(*plan.Plan) (*have, error)
 	ask      func(f flow, index int) (out int, err error)
@@ -70,6 +71,7 @@ func realMachine() machine {
 		stat:     os.Stat,
 		account:  findAccount,
 		openAs:   openAs,
+		readAs:   readAs,
 		space:    freeSpace,
 		network:  linksAndRoutes,
 		ask:      ask,
@@ -121,7 +123,12 @@ func findAccount(name string) (*account, error) {
 
 // openAs opens a device for reading and writing as somebody else would, by root alone: mode bits do not tell all, there
 // are ACLs. A nil account is who we are.
-func openAs(a *account, path string) error {
+func openAs(a *account, path string) error { return openWith(a, path, unix.O_RDWR) }
+
+// readAs opens a file for reading as somebody else would.
+func readAs(a *account, path string) error { return openWith(a, path, unix.O_RDONLY) }
+
+func openWith(a *account, path string, flags int) error {
 	result := make(chan error, 1)
 	go func() {
 		// The kernel's identities are a thread's (credentials(7)); Go's wrappers would change them for all. The thread is
@@ -133,7 +140,7 @@ func openAs(a *account, path string) error {
 				return
 			}
 		}
-		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 		if err != nil {
 			result <- &fs.PathError{Op: "open", Path: path, Err: err}
 			return

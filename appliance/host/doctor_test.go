@@ -78,6 +78,7 @@ func healthy() *doctor {
 			},
 			account:  func(string) (*account, error) { return &account{uid: 990, gid: 990, groups: []int{990, 105}}, nil },
 			openAs:   func(*account, string) error { return nil },
+			readAs:   func(*account, string) error { return nil },
 			space:    func(string) (int64, error) { return 200 << 30, nil },
 			network:  func(*plan.Plan) (*have, error) { return network1("10.0.2.0/24"), nil },
 			ask:      func(flow, int) (int, error) { return 0, errors.New("no TAP is up") },
@@ -295,6 +296,27 @@ func TestDoctorFaults(t *testing.T) {
 			without(d, "/usr/lib/systemd/systemd-timesyncd")
 			withoutProgram(d, "chronyd")
 		}, "clock", StatusWarn, "not synchronised", "systemd-timesyncd"},
+		{"a prebuild's secret", func(d *doctor) { needsSecret(d, "file:/run/secrets/key") }, "secrets", StatusOK, "may read", ""},
+		{"a prebuild's secret that is root's alone", func(d *doctor) {
+			needsSecret(d, "file:/run/secrets/key")
+			d.machine.readAs = func(*account, string) error { return refused }
+		}, "secrets", StatusFail, "may not read it", "chgrp fleetingd /run/secrets/key && chmod g+r"},
+		{"a prebuild's secret that does not exist", func(d *doctor) {
+			needsSecret(d, "file:/run/secrets/key")
+			d.machine.readAs = func(*account, string) error { return fs.ErrNotExist }
+		}, "secrets", StatusFail, "does not exist", "put the secret there"},
+		{"a prebuild's secret where services see nothing", func(d *doctor) { needsSecret(d, "file:/root/key") },
+			"secrets", StatusFail, "do not see", "/etc/fleetingd"},
+		{"a prebuild's secret in the environment", func(d *doctor) { needsSecret(d, "env:KEY") }, "secrets", StatusWarn, "env:KEY", "EnvironmentFile=… with KEY"},
+		{"a prebuild's secret in a variable", func(d *doctor) { needsSecret(d, "var:key") }, "secrets", StatusWarn, "var:key", "FLEETINGD_VAR_key"},
+		{"a prebuild's secret, and no user", func(d *doctor) {
+			needsSecret(d, "file:/run/secrets/key")
+			d.machine.account = func(string) (*account, error) { return nil, nil }
+		}, "secrets", StatusWarn, "once that user exists", "systemd-sysusers"},
+		{"a prebuild's secret, and not root", func(d *doctor) {
+			needsSecret(d, "file:/run/secrets/key")
+			d.machine.root = false
+		}, "secrets", StatusWarn, "only root can try", asRoot},
 		{"no runner", func(d *doctor) { withoutProgram(d, "gitlab-runner") }, "gitlab-runner", StatusFail, "not on PATH",
 			"script.deb.sh | bash && apt-get install -y gitlab-runner"},
 		{"no runner on Fedora", func(d *doctor) { withoutProgram(d, "gitlab-runner", "apt-get") },
@@ -326,6 +348,16 @@ func TestDoctorFaults(t *testing.T) {
 			}
 		})
 	}
+}
+
+// needsSecret has the debian image's prebuild write a file with a secret.
+func needsSecret(d *doctor, from string) {
+	d.plan.Images[1].Prebuild = &plan.Prebuild{Steps: []plan.Step{
+		{Name: "run[0]", Command: "true"},
+		{Name: "file[0]", File: &plan.StepFile{Path: "/etc/key", Mode: "0600", Secret: plan.Text{
+			{Literal: "key="}, {Op: "trimspace", Of: plan.Text{{From: from}}}, {From: from},
+		}}},
+	}}
 }
 
 // privateDir adds a folder that only its owner gets through.

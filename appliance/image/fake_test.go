@@ -29,7 +29,9 @@ type fakeDriver struct {
 	failStep string // a step with this command exits with 7
 	badSeal  string // the answer to seal
 	noExport bool
-	noOff    bool // it does not power off
+	noOff    bool     // it does not power off
+	canary   string   // may be on no disk of the VM
+	files    []string // contents that came by the channel
 
 	mu      sync.Mutex
 	started []vm.Config
@@ -64,8 +66,10 @@ func (d *fakeDriver) Start(_ context.Context, cfg vm.Config) (vm.VM, error) {
 
 func (d *fakeDriver) checkConfig(cfg vm.Config) {
 	for _, disk := range cfg.Disks {
-		if _, err := os.Stat(disk.Path); err != nil {
+		if b, err := os.ReadFile(disk.Path); err != nil {
 			d.t.Errorf("a disk of the VM: %v", err)
+		} else if d.canary != "" && bytes.Contains(b, []byte(d.canary)) {
+			d.t.Errorf("a secret is on the VM's disk %s", disk.Path)
 		}
 	}
 	if entries, err := os.ReadDir(cfg.Dir); err != nil || len(entries) > 0 || len(cfg.Dir) > 80 {
@@ -170,7 +174,13 @@ func (v *fakeVM) talk(c net.Conn) {
 				d.t.Errorf("step: %v", err)
 			}
 			step = nil
-			say(line{Type: "output", Session: m.Session, ID: m.ID, Line: "did " + s.Command})
+			if s.File != nil {
+				d.files = append(d.files, s.File.Content)
+				s.Command = s.File.Content // it says too much
+			}
+			for text := range strings.Lines(s.Command) {
+				say(line{Type: "output", Session: m.Session, ID: m.ID, Line: "did " + text})
+			}
 			code := 0
 			if d.failStep != "" && s.Command == d.failStep {
 				code = 7

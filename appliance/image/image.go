@@ -39,6 +39,8 @@ type Options struct {
 	// GuestBinary is the static program that is put into the image, and run there as `fleetingd guest`. Empty: GuestName
 	// beside this program, or where there is none (or this user may not read it) this program itself.
 	GuestBinary string
+	// Secrets gives the value of a secret of a prebuild's file, by its place (plan.Piece.From). It is asked only when an image is prebuilt.
+	Secrets func(from string) (string, error)
 	// Progress may be nil. It is called from the goroutine that builds, and must not block.
 	Progress func(Progress)
 }

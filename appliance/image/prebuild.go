@@ -121,6 +121,8 @@ type prebuild struct {
 	base  *Base
 	draft *draft
 	size  int64 // bytes of the disk
+	steps []guest.Step
+	mask  *strings.Replacer // takes secrets out of the guest's output
 }
 
 // The further files of a prebuild VM, beside what becomes the image's.
@@ -143,6 +145,10 @@ func (b *prebuild) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
+	// First of all: a secret that is missing costs no boot.
+	if b.steps, b.mask, err = b.guestSteps(); err != nil {
+		return err
+	}
 	if err := b.prepare(); err != nil {
 		return err
 	}
@@ -277,10 +283,10 @@ func (b *prebuild) boot(ctx context.Context, cfg vm.Config) (_ guest.Export, err
 	session := guest.NewSession(machine.Channel, guest.Options{Log: b.log()})
 	defer session.Close()
 	out := &lines{emit: func(text string) {
-		b.report(Progress{Image: b.img.Name, Phase: PhasePrebuild, Line: text})
+		b.report(Progress{Image: b.img.Name, Phase: PhasePrebuild, Line: b.mask.Replace(text)})
 	}}
 	b.report(Progress{Image: b.img.Name, Phase: PhasePrebuild})
-	if err := session.Prebuild(ctx, guestSteps(b.img.Prebuild.Steps), out); err != nil {
+	if err := session.Prebuild(ctx, b.steps, out); err != nil {
 		return guest.Export{}, b.explain(ctx, machine, err)
 	}
 	b.report(Progress{Image: b.img.Name, Phase: PhaseSeal})
@@ -304,7 +310,11 @@ func (b *prebuild) boot(ctx context.Context, cfg vm.Config) (_ guest.Export, err
 
 // explain adds to an error what is known beside it. A step that failed says it all.
 func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error {
-	if _, ok := errors.AsType[*guest.StepError](err); ok {
+	if step, ok := errors.AsType[*guest.StepError](err); ok {
+		step.Reason = b.mask.Replace(step.Reason)
+		for i := range step.Tail {
+			step.Tail[i] = b.mask.Replace(step.Tail[i])
+		}
 		return err
 	}
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
@@ -316,7 +326,7 @@ func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error 
 	default:
 	}
 	if last := lastOfFile(b.draft.path(consoleFile)); len(last) > 0 {
-		err = fmt.Errorf("%w; the guest's console ends with:\n  %s", err, strings.Join(last, "\n  "))
+		err = fmt.Errorf("%w; the guest's console ends with:\n  %s", err, b.mask.Replace(strings.Join(last, "\n  ")))
 	}
 	return err
 }
@@ -365,17 +375,6 @@ func (b *prebuild) unpackKernel() error {
 		return nil
 	}
 	return os.WriteFile(path, kernel, 0o644)
-}
-
-func guestSteps(steps []plan.Step) []guest.Step {
-	out := make([]guest.Step, len(steps))
-	for i, s := range steps {
-		out[i] = guest.Step{Name: s.Name, Command: s.Command, Packages: s.Packages}
-		if f := s.File; f != nil {
-			out[i].File = &guest.File{Path: f.Path, Content: f.Content, Mode: f.Mode}
-		}
-	}
-	return out
 }
 
 // lastOfFile gives the last lines of a file, escaped for a terminal: a console is what the guest likes to

@@ -186,6 +186,8 @@ func (p *Plan) checkImages(f *findings, used []string) {
 			f.unless(s.Name != "" && kinds == 1, "%s: prebuild.steps[%d] needs a name and one of command, packages, file", who, n)
 			if s.File != nil {
 				f.unless(cleanPath(s.File.Path), "%s: prebuild.steps[%d]: %q is not a clean absolute path", who, n, s.File.Path)
+				f.unless(s.File.Content == "" || len(s.File.Secret) == 0, "%s: prebuild.steps[%d]: it has two contents", who, n)
+				s.File.Secret.check(f, fmt.Sprintf("%s: prebuild.steps[%d]", who, n))
 				f.unless(octal(s.File.Mode), "%s: prebuild.steps[%d]: the mode %q is not octal", who, n, s.File.Mode)
 			}
 		}
@@ -238,6 +240,7 @@ func (p *Plan) checkPools(f *findings, used []string) {
 		if _, err := p.Pool(r.Pool); err != nil {
 			f.add("runners[%d]: %w", i, err)
 		}
+		r.Token.check(f, fmt.Sprintf("runners[%d].token", i))
 	}
 }
 
@@ -253,6 +256,7 @@ func (p *Plan) checkArtifacts(f *findings) {
 		for _, s := range file.Secrets {
 			f.unless(s.Placeholder != "" && strings.Contains(file.Content, s.Placeholder),
 				"%s: the placeholder %q is not in it", file.Path, s.Placeholder)
+			Text{s.Secret}.check(f, file.Path+": "+s.Placeholder)
 		}
 	}
 	for i, u := range p.Units {

@@ -177,10 +177,12 @@ type Step struct {
 	File     *StepFile `json:"file,omitempty"`
 }
 
-// StepFile is a file that the prebuild writes into the image.
+// StepFile is a file that the prebuild writes into the image. Where its content holds secrets, Secret is that content
+// and Content is empty: it is read when the step runs, and goes to the guest by the channel.
 type StepFile struct {
 	Path    string `json:"path"`
 	Content string `json:"content"`
+	Secret  Text   `json:"secret,omitempty"`
 	Mode    string `json:"mode"` // octal, "0644"
 }
 
@@ -211,12 +213,7 @@ type Limits struct {
 type Runner struct {
 	Name  string `json:"name"`
 	Pool  string `json:"pool"`
-	Token Secret `json:"token"`
-}
-
-// Secret is where a secret is to be read when it is written, never its value.
-type Secret struct {
-	From string `json:"from"` // "file:/run/secrets/x", "env:NAME" or "var:name"
+	Token Text   `json:"token"`
 }
 
 // File is a file of the host. Content may hold the Placeholder of each of its
@@ -233,7 +230,7 @@ type File struct {
 // FileSecret is a secret's place in a File.
 type FileSecret struct {
 	Placeholder string `json:"placeholder"`
-	Secret      Secret `json:"secret"`
+	Secret      Piece  `json:"secret"`
 }
 
 // Unit is a systemd unit whose text is one of the Files (or that the

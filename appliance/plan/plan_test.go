@@ -41,10 +41,10 @@ func small() *Plan {
 		Pools: []Pool{{
 			Name: "p", Image: "i", CPUs: 1, Memory: 1, Disk: 1, Start: "cold", MaxInstances: 2, StartTimeout: Duration(time.Minute),
 		}},
-		Runners: []Runner{{Name: "r", Pool: "p", Token: Secret{From: "env:T"}}},
+		Runners: []Runner{{Name: "r", Pool: "p", Token: Text{{From: "env:T"}}}},
 		Files: []File{{
 			Path: "/etc/c", Mode: "0644", Owner: "root", Group: "root", Content: "a @T@ b @T@ @U@",
-			Secrets: []FileSecret{{"@T@", Secret{"env:T"}}, {"@U@", Secret{"env:U"}}},
+			Secrets: []FileSecret{{"@T@", Piece{From: "env:T"}}, {"@U@", Piece{From: "env:U"}}},
 		}},
 		Units:   []Unit{{Name: "x.service", Enable: true}},
 		Sysctls: []Sysctl{{"net.ipv4.ip_forward", "1"}},
@@ -176,6 +176,12 @@ func TestEditedByHand(t *testing.T) {
 		{`files[1]: "/etc/c" is written twice`, func(p *Plan) { p.Files = append(p.Files, p.Files[0]) }},
 		{`/etc/c: the mode "+644" is not octal`, func(p *Plan) { p.Files[0].Mode = "+644" }},
 		{`/etc/c: root:0 0 is not an owner`, func(p *Plan) { p.Files[0].Group = "0 0" }},
+		{`"rot13" is not a function`, func(p *Plan) { p.Files[0].Secrets[0].Secret = Piece{Op: "rot13", Of: Text{{From: "env:T"}}} }},
+		{`"password" is not the place of a secret`, func(p *Plan) { p.Runners[0].Token = Text{{From: "password"}} }},
+		{`piece 0 needs one of text, from and op`, func(p *Plan) { p.Runners[0].Token = Text{{}} }},
+		{`it has two contents`, func(p *Plan) {
+			p.Images[0].Prebuild.Steps = []Step{{Name: "f", File: &StepFile{Path: "/f", Mode: "0600", Content: "a", Secret: Text{{From: "env:T"}}}}}
+		}},
 		{`/etc/c: the placeholder "@V@" is not in it`, func(p *Plan) { p.Files[0].Secrets[0].Placeholder = "@V@" }},
 		{`units[0]: "../x" is not the name of a unit`, func(p *Plan) { p.Units[0].Name = "../x" }},
 		{`sysctls[0]: "a=b" = "1" is not a setting`, func(p *Plan) { p.Sysctls[0].Key = "a=b" }},
@@ -272,13 +278,43 @@ func TestWorkerSeed(t *testing.T) {
 func TestFill(t *testing.T) {
 	f := small().Files[0]
 	values := map[string]string{"env:T": "@U@", "env:U": "u"}
-	got, err := f.Fill(func(s Secret) (string, error) { return values[s.From], nil })
+	got, err := f.Fill(func(from string) (string, error) { return values[from], nil })
 	if want := "a @U@ b @U@ u"; err != nil || got != want {
 		t.Errorf("got %q, %v; want %q: what a secret holds is no placeholder", got, err, want)
 	}
-	_, err = f.Fill(func(Secret) (string, error) { return "", os.ErrNotExist })
-	if err == nil || err.Error() != "/etc/c: secret env:T: file does not exist" {
+	_, err = f.Fill(func(string) (string, error) { return "", os.ErrNotExist })
+	if err == nil || err.Error() != "/etc/c: secret for @T@: file does not exist" {
 		t.Errorf("a secret that is not there: %v", err)
+	}
+}
+
+// TestTextRead: functions of the spec work on what is read.
+func TestTextRead(t *testing.T) {
+	values := map[string]string{"file:/x": " a\"b\n", "env:U": "u"}
+	read := func(from string) (string, error) {
+		if v, ok := values[from]; ok {
+			return v, nil
+		}
+		return "", os.ErrNotExist
+	}
+	file := Text{{From: "file:/x"}}
+	for _, tt := range []struct {
+		text Text
+		want string
+	}{
+		{Text{{Literal: "A="}, {From: "env:U"}, {Literal: ";"}}, "A=u;"},
+		{Text{{Op: "trimspace", Of: file}}, `a"b`},
+		{Text{{Op: "chomp", Of: file}}, ` a"b`},
+		{Text{{Literal: `{"a":"`}, {Op: "jsonencode", Of: file}, {Literal: `"}`}}, `{"a":" a\"b\n"}`},
+		{Text{{Op: "base64encode", Of: Text{{Literal: "user:"}, {From: "env:U"}}}}, "dXNlcjp1"},
+		{Text{{Op: "base64encode", Of: Text{{Op: "trimspace", Of: file}}}}, "YSJi"},
+	} {
+		if got, err := tt.text.Read(read); err != nil || got != tt.want {
+			t.Errorf("%+v: %q, %v; want %q", tt.text, got, err, tt.want)
+		}
+	}
+	if _, err := (Text{{Op: "chomp", Of: Text{{From: "env:V"}}}}).Read(read); err == nil {
+		t.Error("a secret that does not exist can be read")
 	}
 }
 

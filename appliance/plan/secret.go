@@ -1,27 +1,130 @@
 package plan
 
 import (
+	"encoding/base64"
+	"encoding/json"
 	"fmt"
+	"iter"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 )
 
-// Fill is the file's content with its secrets in the place of their placeholders; read gives a secret's value. Every
-// format that has a secret in it has it between double quotes, so a value that would end them is an error. No
-// error of Fill's own holds a value.
-func (f *File) Fill(read func(Secret) (string, error)) (string, error) {
+// Text is text that holds secrets, in pieces. It says where each secret is to be read, never its value.
+type Text []Piece
+
+// Piece is a part of a Text. It is either a Literal, or the secret From, or what the function Op makes of the text Of.
+type Piece struct {
+	Literal string `json:"text,omitempty"`
+	From    string `json:"from,omitempty"` // "file:/run/secrets/x", "env:NAME", "var:name", or "spec:PLACE", which only the spec's reader knows
+	Op      string `json:"op,omitempty"`   // trimspace, chomp, base64encode, or jsonencode for what stands within the quotes of a JSON string
+	Of      Text   `json:"of,omitempty"`
+}
+
+// Places yields the From of all secrets in the text, in their order.
+func (t Text) Places() iter.Seq[string] {
+	return func(yield func(string) bool) { t.each(yield) }
+}
+
+func (t Text) each(yield func(string) bool) bool {
+	for _, p := range t {
+		if p.From != "" && !yield(p.From) || !p.Of.each(yield) {
+			return false
+		}
+	}
+	return true
+}
+
+// Read puts the text together; read gives the value of the secret at a place. No error of Read's own holds a value.
+func (t Text) Read(read func(from string) (string, error)) (string, error) {
+	var b strings.Builder
+	for _, p := range t {
+		text, err := p.read(read)
+		if err != nil {
+			return "", err
+		}
+		b.WriteString(text)
+	}
+	return b.String(), nil
+}
+
+func (p Piece) read(read func(from string) (string, error)) (string, error) {
+	switch {
+	case p.From != "":
+		return read(p.From)
+	case p.Op == "":
+		return p.Literal, nil
+	}
+	of, err := p.Of.Read(read)
+	if err != nil {
+		return "", err
+	}
+	return ops[p.Op](of), nil
+}
+
+var ops = map[string]func(string) string{
+	"trimspace":    strings.TrimSpace,
+	"chomp":        func(s string) string { return strings.TrimRight(s, "\r\n") },
+	"base64encode": func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) },
+	"jsonencode": func(s string) string {
+		b, _ := json.Marshal(s) // of a string it never fails
+		return string(b[1 : len(b)-1])
+	},
+}
+
+func (t Text) check(f *findings, where string) {
+	for i, p := range t {
+		f.unless(count(p.Literal != "", p.From != "", p.Op != "") == 1, "%s: piece %d needs one of text, from and op", where, i)
+		if p.Op != "" {
+			f.unless(ops[p.Op] != nil && len(p.Of) > 0, "%s: piece %d: %q is not a function with a text", where, i, p.Op)
+		}
+		if p.From != "" {
+			kind, place, ok := strings.Cut(p.From, ":")
+			f.unless(ok && place != "" && oneOf(kind, "file", "env", "var", "spec"), "%s: piece %d: %q is not the place of a secret",
+				where, i, p.From)
+		}
+		p.Of.check(f, where)
+	}
+}
+
+// Fill is the file's content with its secrets in the place of their placeholders; read gives the value of the secret at a place.
+// Every format that has a secret in it has it in a basic string of TOML, between double quotes. No error of
+// Fill's own holds a value.
+func (f *File) Fill(read func(from string) (string, error)) (string, error) {
 	var pairs []string
 	for _, s := range f.Secrets {
-		value, err := read(s.Secret)
+		value, err := Text{s.Secret}.Read(read)
 		if err != nil {
-			return "", fmt.Errorf("%s: secret %s: %w", f.Path, s.Secret.From, err)
+			return "", fmt.Errorf("%s: secret for %s: %w", f.Path, s.Placeholder, err)
 		}
-		if strings.ContainsFunc(value, func(r rune) bool { return r == '"' || r == '\\' || !unicode.IsPrint(r) }) {
-			return "", fmt.Errorf("%s: secret %s: it has a quote, a backslash or a control character in it, "+
-				"which no GitLab token has", f.Path, s.Secret.From)
+		if !utf8.ValidString(value) {
+			return "", fmt.Errorf("%s: secret for %s: it is not text in UTF-8", f.Path, s.Placeholder)
 		}
-		pairs = append(pairs, s.Placeholder, value)
+		pairs = append(pairs, s.Placeholder, escapeTOML(value))
 	}
 	// One pass: what a secret's value holds is never taken for a placeholder.
 	return strings.NewReplacer(pairs...).Replace(f.Content), nil
+}
+
+// escapeTOML is text as it stands in a basic string (https://toml.io/en/v1.0.0#string).
+func escapeTOML(s string) string {
+	var b strings.Builder
+	for _, r := range s {
+		switch {
+		case r == '"' || r == '\\':
+			b.WriteByte('\\')
+			b.WriteRune(r)
+		case r == '\n':
+			b.WriteString(`\n`)
+		case r == '\t':
+			b.WriteString(`\t`)
+		case r == '\r':
+			b.WriteString(`\r`)
+		case unicode.IsControl(r):
+			fmt.Fprintf(&b, `\u%04X`, r)
+		default:
+			b.WriteRune(r)
+		}
+	}
+	return b.String()
 }

@@ -21,7 +21,7 @@ type TreeFile struct {
 // Tree is the host's files: those of the Plan, the Plan itself, and below State/seeds the seeds of its prebuilds and of
 // each pool's first worker (with a key that nobody has) for people to look at. With read the secrets are put in, and a file that holds
 // one can be read by its owner alone; without, the placeholders stay.
-func (p *Plan) Tree(read func(Secret) (string, error)) ([]TreeFile, error) {
+func (p *Plan) Tree(read func(from string) (string, error)) ([]TreeFile, error) {
 	own, err := p.JSON()
 	if err != nil {
 		return nil, err

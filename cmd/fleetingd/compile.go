@@ -53,9 +53,9 @@ func compileTree(c *cli.Context) error {
 		_, err = c.App.Writer.Write(text)
 		return err
 	}
-	var read func(plan.Secret) (string, error)
+	var read func(from string) (string, error)
 	if c.Bool("with-secrets") {
-		if read, err = readSecrets(c, host); err != nil {
+		if read, err = readSecrets(c, host, p); err != nil {
 			return err
 		}
 	}
@@ -89,30 +89,48 @@ func compileSpec(c *cli.Context, o compile.Options) (*hostspec.Result, *plan.Pla
 	return res, p, nil
 }
 
-// readSecrets reads all secrets of a host, so that all that cannot be read are named at once, and gives them by reference.
-func readSecrets(c *cli.Context, res *hostspec.Result) (func(plan.Secret) (string, error), error) {
-	values := map[plan.Secret]string{}
+// readSecrets reads all secrets that config.toml holds, so that all that cannot be read are named at once, and gives them
+// by their places.
+func readSecrets(c *cli.Context, res *hostspec.Result, p *plan.Plan) (func(from string) (string, error), error) {
+	values := map[string]string{}
+	read := func(from string) (string, error) {
+		value, ok := values[from]
+		if !ok {
+			return "", errors.New("no runner of the host names it")
+		}
+		return value, nil
+	}
 	var diags hcl.Diagnostics
-	for _, r := range res.Host.Runners {
-		value, err := r.Token.Read()
-		if err != nil {
+	for i, r := range res.Host.Runners {
+		fail := func(what string, err error) {
 			diags = append(diags, &hcl.Diagnostic{
 				Severity: hcl.DiagError, Summary: "Secret cannot be read", Subject: r.Range.Ptr(),
-				Detail: fmt.Sprintf("Runner %q, token: %s. Without --with-secrets it is not needed.", r.Name, err),
+				Detail: fmt.Sprintf("Runner %q, %s: %s. Without --with-secrets it is not needed.", r.Name, what, err),
 			})
+		}
+		found := len(diags)
+		for what, s := range r.Secrets() {
+			value, err := s.Read()
+			if err != nil {
+				fail(what, err)
+				continue
+			}
+			values[s.From] = value
+		}
+		if len(diags) > found {
 			continue
 		}
-		values[plan.Secret{From: r.Token.From}] = value
+		token, err := p.Runners[i].Token.Read(read)
+		if err == nil {
+			err = hostspec.CheckToken(token)
+		}
+		if err != nil {
+			fail("token", err)
+		}
 	}
 	if len(diags) > 0 {
 		printDiagnostics(c.App.ErrWriter, res.Files, diags)
 		return nil, errDiagnosed
 	}
-	return func(s plan.Secret) (string, error) {
-		value, ok := values[s]
-		if !ok {
-			return "", errors.New("no runner of the host names it")
-		}
-		return value, nil
-	}, nil
+	return read, nil
 }

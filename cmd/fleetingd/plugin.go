@@ -46,10 +46,12 @@ func isPlugin(args []string) bool {
 func servePlugin() {
 	v := plugin.VersionInfo{Name: pluginName, Version: version, Reference: version}
 	fleet.Serve(fleet.New(fleet.Options{
-		Version:     v.String(),
-		BuildInfo:   v.BuildInfo(),
-		Driver:      vm.Open,
-		Routes:      routes,
+		Version:   v.String(),
+		BuildInfo: v.BuildInfo(),
+		Driver:    vm.Open,
+		Routes:    routes,
+
+		Secrets:     readSecret,
 		Predecessor: &fleet.Predecessor{Keys: hostspec.PredecessorKeys, Plan: predecessorPlan, Up: predecessorUp},
 	}), v)
 }
@@ -70,6 +72,9 @@ func routes(p *plan.Plan, slots []plan.Slot) (troubles []string, err error) {
 	}
 	return troubles, errors.Join(lost...)
 }
+
+// readSecret reads a secret of a prebuild with this process's own rights and environment.
+func readSecret(from string) (string, error) { return hostspec.ReadSecret(from, os.Environ()) }
 
 // predecessorPlan compiles the predecessor's plugin_config to a Plan. There is no other user on such a host:
 // the plugin and the VMMs run as what the runner runs as, which was and is root.

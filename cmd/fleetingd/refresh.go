@@ -39,7 +39,7 @@ func refreshImages(c *cli.Context) error {
 	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	log := textLog(c.App.ErrWriter)
-	opts := image.Options{Log: log}
+	opts := image.Options{Log: log, Secrets: readSecret}
 	if !c.Bool("root-part") {
 		if opts.Driver, err = vm.Open(p.Hypervisor, log); err != nil {
 			return err

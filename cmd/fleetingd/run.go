@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -65,7 +66,7 @@ func runAction(c *cli.Context) error {
 	if c.Int("n") < 1 {
 		return usageErrorf("-n %d: at least one worker is needed", c.Int("n"))
 	}
-	_, p, err := compileSpec(c, compile.Options{})
+	spec, p, err := compileSpec(c, compile.Options{})
 	if err != nil {
 		return err
 	}
@@ -90,12 +91,13 @@ func runAction(c *cli.Context) error {
 	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	r := &hostRun{
-		plan: p,
-		pool: pool,
-		view: newView(os.Stderr),
+		plan:    p,
+		pool:    pool,
+		view:    newView(os.Stderr),
+		secrets: spec.Host.SecretVariables(),
 		req: jobRequest{
 			Pool: pool.Name, Instances: c.Int("n"), Command: command,
-			Keep: c.Bool("keep"), Verbose: c.Bool("verbose"),
+			Keep: c.Bool("keep"), Verbose: c.Bool("verbose"), Secrets: prebuildSecrets(spec.Host),
 		},
 	}
 	start := time.Now()
@@ -161,7 +163,9 @@ type hostRun struct {
 	view *view
 	req  jobRequest
 	user runtimeUser
-	undo []func() error // in the order they were done; run in reverse
+	// secrets are the variables of the environment that hold secrets of the spec.
+	secrets []string
+	undo    []func() error // in the order they were done; run in reverse
 	// cutOff: a run was killed on this host, so what is up is its and not the host's own.
 	cutOff bool
 }
@@ -380,6 +384,14 @@ func (r *hostRun) jobs(ctx context.Context) (jobReport, error) {
 	return r.unprivileged(ctx, r.req)
 }
 
+// withoutSecrets is an environment for processes of the runtime user, whose environment every other one of them may read.
+func withoutSecrets(environ, secrets []string) []string {
+	return slices.DeleteFunc(slices.Clone(environ), func(line string) bool {
+		name, _, _ := strings.Cut(line, "=")
+		return slices.Contains(secrets, name) || strings.HasPrefix(name, "FLEETINGD_VAR_")
+	})
+}
+
 // unprivileged starts the unprivileged half and waits for its report.
 func (r *hostRun) unprivileged(ctx context.Context, req jobRequest) (jobReport, error) {
 	var rep jobReport
@@ -396,7 +408,7 @@ func (r *hostRun) unprivileged(ctx context.Context, req jobRequest) (jobReport, 
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{request, report} // requestFD, reportFD
 	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), "HOME="+r.plan.Paths.State, "TMPDIR="+os.TempDir())
+	cmd.Env = append(withoutSecrets(os.Environ(), r.secrets), "HOME="+r.plan.Paths.State, "TMPDIR="+os.TempDir())
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Credential: r.user.credential(),
 		// A root half that is killed must not leave workers behind that nobody takes down.

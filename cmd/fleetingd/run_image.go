@@ -131,6 +131,6 @@ func openImages(req jobRequest, progress func(image.Progress)) (*image.Store, *p
 	if err != nil {
 		return nil, nil, err
 	}
-	store, err := image.Open(p, image.Options{Log: log, Driver: driver, Progress: progress})
+	store, err := image.Open(p, image.Options{Log: log, Driver: driver, Secrets: req.secret, Progress: progress})
 	return store, p, err
 }

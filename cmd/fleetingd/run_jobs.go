@@ -18,6 +18,8 @@ import (
 	"gitlab.com/gitlab-org/fleeting/fleeting"
 	"gitlab.com/gitlab-org/fleeting/fleeting/connector"
 	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
+
+	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
 // jobRequest is what the root half of `fleetingd run` tells the unprivileged
@@ -30,6 +32,39 @@ type jobRequest struct {
 	Keep      bool     `json:"keep"`
 	Verbose   bool     `json:"verbose"`
 	Sweep     bool     `json:"sweep"` // run nothing: remove the pool's workers
+	// Secrets are those of the prebuilds' files, by their places. The unprivileged half may not be able to read them itself.
+	Secrets map[string]secretValue `json:"secrets,omitempty"`
+}
+
+// secretValue is a secret, or why it cannot be read: that matters only where an image is to be built.
+type secretValue struct {
+	Value string `json:"value,omitempty"`
+	Error string `json:"error,omitempty"`
+}
+
+func (req *jobRequest) secret(from string) (string, error) {
+	s, ok := req.Secrets[from]
+	switch {
+	case !ok:
+		return "", fmt.Errorf("the spec names no secret %q", from)
+	case s.Error != "":
+		return "", errors.New(s.Error)
+	}
+	return s.Value, nil
+}
+
+// prebuildSecrets reads what the prebuilds of a spec need.
+func prebuildSecrets(h *hostspec.Host) map[string]secretValue {
+	all := map[string]secretValue{}
+	for s := range h.PrebuildSecrets() {
+		value, err := s.Read()
+		if err != nil {
+			all[s.From] = secretValue{Error: err.Error()}
+			continue
+		}
+		all[s.From] = secretValue{Value: value}
+	}
+	return all
 }
 
 // jobReport is the answer.

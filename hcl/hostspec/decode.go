@@ -5,6 +5,9 @@ import (
 	"fmt"
 	"math/big"
 	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/zclconf/go-cty/cty"
@@ -235,7 +238,7 @@ func (l *loader) decodePrebuild(b *hcl.Block) *Prebuild {
 	for _, b := range s.content.Blocks.OfType("file") {
 		f := &PrebuildFile{Path: b.Labels[0]}
 		s := l.open(b, f, []attrSpec{{"content", `"text"`, true}, {"mode", `"0644"`, false}})
-		s.text("content", &f.Content)
+		s.textOrSecret("content", &f.Content, &f.Secret)
 		parsed(s, "mode", parseMode, &f.Mode)
 		p.Files = append(p.Files, f)
 	}
@@ -335,17 +338,22 @@ func (l *loader) decodePolicy(b *hcl.Block) *Policy {
 	return p
 }
 
-// settings is a map of another program's settings, as plain Go values.
+// settings is a map of another program's settings, as plain Go values. Text that holds secrets is a Text.
 func (s *section) settings(name string, to *map[string]any) {
-	a, v := s.value(name)
+	a, v := s.valueWithSecrets(name)
 	if v == nil {
+		return
+	}
+	if err := s.l.tokens.account(*v); err != nil {
+		s.fail(a, nil, "%v", err)
 		return
 	}
 	if t := v.Type(); !t.IsObjectType() && !t.IsMapType() {
 		s.fail(a, nil, "a map is wanted, and this is %s. Write, for example: %s", t.FriendlyName(), s.example(name))
 		return
 	}
-	got, err := plain(*v)
+	p := plainer{tokens: &s.l.tokens, what: s.what}
+	got, err := p.plain(*v, name, nil)
 	if err != nil {
 		s.fail(a, nil, "%v", err)
 		return
@@ -353,6 +361,7 @@ func (s *section) settings(name string, to *map[string]any) {
 	*to = got.(map[string]any)
 	s.done(a)
 	s.noteKeys(a.Expr, name, 3)
+	s.settingSecrets(*to, name)
 }
 
 // noteKeys notes where the keys of a map are, as far as it is written out.
@@ -364,21 +373,65 @@ func (s *section) noteKeys(expr hcl.Expression, name string, depth int) {
 	for _, pair := range pairs {
 		if key, diags := s.l.value(pair.Key, nil); !diags.HasErrors() && key.Type() == cty.String && key.IsKnown() && !key.IsNull() {
 			name := name + "." + key.AsString()
-			s.l.attrs[attrKey{s.owner, name}] = attrInfo{rng: pair.Key.Range(), ok: true}
+			s.l.attrs[attrKey{s.owner, name}] = attrInfo{rng: pair.Key.Range(), ok: true, expr: pair.Value}
 			s.noteKeys(pair.Value, name, depth-1)
 		}
 	}
 }
 
-// plain is a value as string, bool, int64, float64, []any or map[string]any. What is
-// null in a map is left out; TOML has no null.
-func plain(v cty.Value) (any, error) {
+// settingSecrets refuses literals for the settings that are secrets. A variable may hold one that is not declared as
+// sensitive, if it was set from outside: as for token.
+func (s *section) settingSecrets(table map[string]any, at string) {
+	for key, v := range table {
+		place := at + "." + key
+		_, setting, _ := strings.Cut(place, ".")
+		switch v := v.(type) {
+		case map[string]any:
+			s.settingSecrets(v, place)
+		case string:
+			if !isSettingSecret(setting) {
+				continue
+			}
+			rng := s.l.settingAt(s.owner, setting)
+			var err error
+			if info, ok := s.l.attrs[attrKey{s.owner, place}]; ok && info.expr != nil {
+				var text Text
+				if text, err = s.l.secretText(info.expr); err == nil {
+					table[key] = text
+					continue
+				}
+				rng = info.expr.Range().Ptr()
+			}
+			if !errors.Is(err, errFound) {
+				s.l.errorf(rng, "Secret in the spec", "%s is a secret, and could be read here by all who can read the spec, its repository and its plan. "+
+					`Write %s = file("/run/secrets/%s"), env("NAME"), or var.NAME with a variable that is set from outside.`,
+					quote(setting), key, strings.ToLower(key))
+			}
+		}
+	}
+}
+
+// plainer turns values into plain Go values.
+type plainer struct {
+	*tokens
+	what string // `runner "small"`, for the names of secrets
+}
+
+// plain is a value as string, Text, bool, int64, float64, []any or map[string]any. What is
+// null in a map is left out; TOML has no null. Files are the marks of what the value is in.
+func (p plainer) plain(v cty.Value, at string, files []fileMark) (any, error) {
+	v, marks := v.Unmark()
+	for m := range marks {
+		if f, ok := m.(fileMark); ok {
+			files = append(slices.Clone(files), f)
+		}
+	}
 	t := v.Type()
 	switch {
 	case v.IsNull():
 		return nil, errors.New("a list in it has a null, and GitLab Runner's config.toml has no such thing; leave it out")
 	case t == cty.String:
-		return v.AsString(), nil
+		return p.text(v.AsString(), at, len(files) > 0), nil
 	case t == cty.Bool:
 		return v.True(), nil
 	case t == cty.Number:
@@ -397,7 +450,7 @@ func plain(v cty.Value) (any, error) {
 			if e.IsNull() {
 				continue
 			}
-			got, err := plain(e)
+			got, err := p.plain(e, at+"."+k, files)
 			if err != nil {
 				return nil, err
 			}
@@ -406,8 +459,8 @@ func plain(v cty.Value) (any, error) {
 		return m, nil
 	case t.IsListType() || t.IsTupleType() || t.IsSetType():
 		list := []any{}
-		for _, e := range v.AsValueSlice() {
-			got, err := plain(e)
+		for i, e := range v.AsValueSlice() {
+			got, err := p.plain(e, at+"."+strconv.Itoa(i), files)
 			if err != nil {
 				return nil, err
 			}
@@ -417,4 +470,31 @@ func plain(v cty.Value) (any, error) {
 	default:
 		return nil, fmt.Errorf("%s is no value for a setting", t.FriendlyName())
 	}
+}
+
+// text is a string, or a Text where it holds secrets or the text of a file beside the spec.
+func (p plainer) text(s, at string, file bool) any {
+	if !p.holds(s) && (!file || s == "") {
+		return s
+	}
+	text := p.split(s)
+	if !file {
+		return text
+	}
+	// Which part of it is the file's is not known: all is kept out of the plan.
+	for i, piece := range text {
+		if piece.Literal == "" {
+			continue
+		}
+		from := fmt.Sprintf("spec:%s.%s", p.what, at)
+		if len(text) > 1 {
+			from += fmt.Sprintf("[%d]", i)
+		}
+		literal := piece.Literal
+		if i == len(text)-1 {
+			literal = strings.TrimSuffix(strings.TrimSuffix(literal, "\n"), "\r")
+		}
+		text[i] = Piece{Secret: Secret{From: from, read: func() (string, error) { return literal, nil }}}
+	}
+	return text
 }

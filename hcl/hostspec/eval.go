@@ -16,13 +16,26 @@ import (
 
 // eval gives an expression's value; false after a finding, which it has added, and
 // where the value is unknown because an earlier finding left it so.
-func (l *loader) eval(expr hcl.Expression) (cty.Value, bool) {
-	if !l.guardExpr(expr) || !l.checkReferences(expr) {
+func (l *loader) eval(expr hcl.Expression) (cty.Value, bool) { return l.evalIn(expr, l.scope.ctx) }
+
+func (l *loader) evalIn(expr hcl.Expression, ctx *hcl.EvalContext) (cty.Value, bool) {
+	if !l.guardExpr(expr) || !l.checkReferences(expr) || l.decides(expr) {
 		return cty.DynamicVal, false
 	}
-	val, diags := l.value(expr, l.scope.ctx)
-	l.diags = append(l.diags, l.withhold(diags, l.mentionsSecret(expr))...)
-	if diags.HasErrors() || !val.IsWhollyKnown() {
+	val, diags := l.value(expr, ctx)
+	for _, d := range diags {
+		d.Summary, d.Detail = l.tokens.scrub(d.Summary), l.tokens.scrub(d.Detail)
+	}
+	l.diags = append(l.diags, diags...)
+	if diags.HasErrors() {
+		return cty.DynamicVal, false
+	}
+	if !val.IsWhollyKnown() {
+		// Of a sensitive variable only text is known to stand somewhere; anything else would be computed with.
+		if holdsSecret(val) || l.mentionsSecret(expr) {
+			l.errorf(expr.Range().Ptr(), "A secret that is no text", "Of a sensitive variable only text can be kept secret: "+
+				"declare it as a string. Numbers and booleans are written to the plan; take sensitive = true away from their variable.")
+		}
 		return cty.DynamicVal, false
 	}
 	return val, true
@@ -73,8 +86,7 @@ func withoutStack(d *hcl.Diagnostic) {
 	}
 }
 
-// withhold takes the details out of findings about secrets: functions put the
-// value that they did not like into their message.
+// withhold takes the details out of findings about the values of sensitive variables.
 func (l *loader) withhold(diags hcl.Diagnostics, secret bool) hcl.Diagnostics {
 	if secret {
 		for _, d := range diags {
@@ -82,28 +94,6 @@ func (l *loader) withhold(diags hcl.Diagnostics, secret bool) hcl.Diagnostics {
 		}
 	}
 	return diags
-}
-
-// mentionsSecret reports whether an expression refers to a sensitive value.
-func (l *loader) mentionsSecret(expr hcl.Expression) bool {
-	for _, t := range expr.Variables() {
-		if name, ok := member(t, "var"); ok {
-			if v := l.scope.vars[name]; v != nil && v.sensitive {
-				return true
-			}
-			continue
-		}
-		if name, ok := member(t, "local"); ok {
-			if loc := l.scope.locals[name]; loc != nil && loc.value.ContainsMarked() {
-				return true
-			}
-			continue
-		}
-		if len(t) == 1 && t.RootName() == "var" {
-			return true // all of them at once
-		}
-	}
-	return false
 }
 
 // checkReferences finds var.x and local.x that are not there, with a suggestion,

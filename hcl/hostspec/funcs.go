@@ -1,12 +1,15 @@
 package hostspec
 
 import (
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
 	"math/big"
 	"net/netip"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -24,9 +27,10 @@ const (
 	maxWidth = 128
 )
 
-// functions are HCL's usual ones, by the names that Terraform has made known, and ours.
+// functions are HCL's usual ones, by the names that Terraform has made known, and ours. Those that look into a text
+// refuse secrets; those that only put values together carry their tokens along.
 func (l *loader) functions() map[string]function.Function {
-	return map[string]function.Function{
+	all := map[string]function.Function{
 		"abs": stdlib.AbsoluteFunc, "ceil": stdlib.CeilFunc, "floor": stdlib.FloorFunc, "log": stdlib.LogFunc,
 		"max": stdlib.MaxFunc, "min": stdlib.MinFunc, "parseint": stdlib.ParseIntFunc, "pow": stdlib.PowFunc,
 		"signum": stdlib.SignumFunc,
@@ -53,11 +57,162 @@ func (l *loader) functions() map[string]function.Function {
 		"tomap":    stdlib.MakeToFunc(cty.Map(cty.DynamicPseudoType)),
 		"toset":    stdlib.MakeToFunc(cty.Set(cty.DynamicPseudoType)),
 
-		"csvdecode": stdlib.CSVDecodeFunc, "jsondecode": boundedNumbers(stdlib.JSONDecodeFunc), "jsonencode": stdlib.JSONEncodeFunc,
+		"csvdecode": decoder(stdlib.CSVDecodeFunc), "jsondecode": decoder(boundedNumbers(stdlib.JSONDecodeFunc)),
+		"jsonencode": l.jsonEncode(), "base64encode": base64Encode,
 		"can": tryfunc.CanFunc, "try": tryfunc.TryFunc,
 
 		"cidrhost": cidrHost, "cidrsubnet": cidrSubnet, "env": l.envFunc(), "file": l.fileFunc(),
 	}
+	for name, f := range all {
+		switch {
+		case name == "trimspace" || name == "chomp" || name == "base64encode":
+			all[name] = l.onSecrets(name, f)
+		case name == "format" || name == "formatlist":
+			all[name] = l.formatsSecrets(name, f)
+		case !slices.Contains(carriers, name):
+			all[name] = noSecrets(name, f)
+		}
+	}
+	return all
+}
+
+// carriers are the functions that look at no text: they work on the values around it, or put texts one after the other.
+var carriers = []string{
+	"chunklist", "coalesce", "coalescelist", "concat", "element", "flatten", "join", "jsonencode", "keys", "length", "lookup", "merge",
+	"reverse", "slice", "tolist", "tomap", "tostring", "try", "can", "values", "zipmap",
+}
+
+// checked is a function whose arguments are looked at first, with their marks.
+func checked(f function.Function, check func(args []cty.Value) error) function.Function {
+	params := slices.Clone(f.Params())
+	for i := range params {
+		params[i].AllowMarked = true
+	}
+	rest := f.VarParam()
+	if rest != nil {
+		marked := *rest
+		marked.AllowMarked = true
+		rest = &marked
+	}
+	return function.New(&function.Spec{
+		Params:   params,
+		VarParam: rest,
+		Type: func(args []cty.Value) (cty.Type, error) {
+			if err := check(args); err != nil {
+				return cty.DynamicPseudoType, err
+			}
+			return f.ReturnTypeForValues(args)
+		},
+		Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) { return f.Call(args) },
+	})
+}
+
+// noSecrets refuses secrets: what the function makes of a token would have nothing to do with the secret.
+func noSecrets(name string, f function.Function) function.Function {
+	return checked(f, func(args []cty.Value) error { return refuseSecrets(name, args) })
+}
+
+func refuseSecrets(name string, args []cty.Value) error {
+	for i, a := range args {
+		if holdsSecret(a) {
+			return function.NewArgErrorf(i, "this is a secret, which is read only when it is written, so %s cannot work on it. Secrets can be put "+
+				"into templates, lists and maps, and into join, format with %%s, trimspace, chomp, jsonencode and base64encode. "+
+				"Store the secret as it is wanted, or each part of it in a file of its own", name)
+		}
+	}
+	return nil
+}
+
+// onSecrets has a function of one text work on the secrets in it when they are read.
+func (l *loader) onSecrets(op string, f function.Function) function.Function {
+	return function.New(&function.Spec{
+		Params: []function.Parameter{{Name: "str", Type: cty.String, AllowMarked: true}},
+		Type:   function.StaticReturnType(cty.String),
+		Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) {
+			bare, marks := args[0].Unmark()
+			if text := bare.AsString(); l.tokens.holds(text) {
+				return l.tokens.apply(op, text).WithMarks(l.tokens.others(marks, text)), nil
+			}
+			return f.Call(args)
+		},
+	})
+}
+
+// formatsSecrets lets secrets through for %s and %v alone: %q, %x and widths work on the text.
+func (l *loader) formatsSecrets(name string, f function.Function) function.Function {
+	return checked(f, func(args []cty.Value) error {
+		bare, _ := args[0].UnmarkDeep()
+		if !holdsSecret(args[0]) && bare.Type() == cty.String && bare.IsKnown() && !bare.IsNull() && plainVerbs(bare.AsString()) {
+			return nil
+		}
+		return refuseSecrets(name, args)
+	})
+}
+
+var anyVerb = regexp.MustCompile(`%(\[[0-9]+\])?[^%sv]`)
+
+// plainVerbs reports whether a format has no verbs but %s, %v and %%.
+func plainVerbs(format string) bool {
+	return !anyVerb.MatchString(strings.ReplaceAll(format, "%%", ""))
+}
+
+// decoder is a function whose result is data: what jsondecode reads of a file beside the spec is as if it stood in the spec.
+func decoder(f function.Function) function.Function {
+	params := slices.Clone(f.Params())
+	params[0].AllowMarked = true
+	return function.New(&function.Spec{
+		Params: params,
+		Type: func(args []cty.Value) (cty.Type, error) {
+			bare, _ := args[0].Unmark()
+			return f.ReturnTypeForValues([]cty.Value{bare})
+		},
+		Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) {
+			bare, _ := args[0].Unmark()
+			return f.Call([]cty.Value{bare})
+		},
+	})
+}
+
+var base64Encode = function.New(&function.Spec{
+	Params: []function.Parameter{{Name: "str", Type: cty.String}},
+	Type:   function.StaticReturnType(cty.String),
+	Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) {
+		return cty.StringVal(base64.StdEncoding.EncodeToString([]byte(args[0].AsString()))), nil
+	},
+})
+
+// jsonEncode is jsonencode. A secret is escaped for JSON when it is read.
+func (l *loader) jsonEncode() function.Function {
+	std := stdlib.JSONEncodeFunc
+	params := slices.Clone(std.Params())
+	params[0].AllowMarked = true
+	return function.New(&function.Spec{
+		Params: params,
+		Type:   function.StaticReturnType(cty.String),
+		Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) {
+			bare, paths := args[0].UnmarkDeepWithPaths()
+			out, err := std.Call([]cty.Value{bare})
+			if err != nil || !out.IsKnown() || out.IsNull() {
+				return out.WithMarks(allMarks(paths)), err
+			}
+			text := out.AsString()
+			marks := []cty.ValueMarks{l.tokens.others(allMarks(paths), text)}
+			text = l.tokens.syntax.ReplaceAllStringFunc(text, func(token string) string {
+				escaped, mark := l.tokens.apply(OpJSONEncode, token).Unmark()
+				marks = append(marks, mark)
+				return escaped.AsString()
+			})
+			return cty.StringVal(text).WithMarks(marks...), nil
+		},
+	})
+}
+
+func allMarks(paths []cty.PathValueMarks) cty.ValueMarks {
+	all := cty.ValueMarks{}
+	for _, p := range paths {
+		maps.Copy(all, p.Marks)
+	}
+	return all
 }
 
 var widths = regexp.MustCompile(`[0-9]+`)
@@ -118,16 +273,19 @@ func boundedNumbers(f function.Function) function.Function {
 	})
 }
 
-// fileFunc is file(path): the text of a regular file, looked up from the spec's folder.
+// fileFunc is file(path). An absolute path is a place on the host: a secret, which is not read here. A relative one is
+// looked up from the spec's folder and is part of the spec.
 func (l *loader) fileFunc() function.Function {
 	return function.New(&function.Spec{
 		Params: []function.Parameter{{Name: "path", Type: cty.String}},
 		Type:   function.StaticReturnType(cty.String),
 		Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) {
 			path := args[0].AsString()
-			if !filepath.IsAbs(path) {
-				path = filepath.Join(l.dir, path)
+			if filepath.IsAbs(path) {
+				return l.tokens.of(fileSecret(path)), nil
 			}
+			name := path
+			path = filepath.Join(l.dir, path)
 			b, err := readRegular(path, maxFile)
 			if err != nil {
 				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "cannot read %s: %w", path, err)
@@ -135,24 +293,22 @@ func (l *loader) fileFunc() function.Function {
 			if !utf8.Valid(b) {
 				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s is not text in UTF-8", path)
 			}
-			return cty.StringVal(string(b)), nil
+			return cty.StringVal(string(b)).Mark(fileMark(name)), nil
 		},
 	})
 }
 
-// envFunc is env(name): a variable of the environment, which must be set.
+// envFunc is env(name): a secret in the environment of the command that reads it.
 func (l *loader) envFunc() function.Function {
 	return function.New(&function.Spec{
 		Params: []function.Parameter{{Name: "name", Type: cty.String}},
 		Type:   function.StaticReturnType(cty.String),
 		Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) {
 			name := args[0].AsString()
-			value, ok := l.env[name]
-			if !ok {
-				return cty.UnknownVal(cty.String), function.NewArgErrorf(0,
-					"the environment has no %s; set it, or write try(env(%q), \"a default\")", name, name)
+			if name == "" || strings.ContainsAny(name, "=\x00") {
+				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s is no name of an environment variable", quote(name))
 			}
-			return cty.StringVal(strings.ToValidUTF8(value, "\uFFFD")), nil
+			return l.tokens.of(envSecret(l.env, name)), nil
 		},
 	})
 }

@@ -52,7 +52,7 @@ func checkLoad(t *testing.T, src []byte, path string) {
 	}
 	if res.Host != nil {
 		for _, r := range res.Host.Runners {
-			if r.Token.From == "" {
+			if len(r.Token) == 0 {
 				t.Fatal("a runner without a token's place")
 			}
 		}

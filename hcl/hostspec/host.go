@@ -5,7 +5,6 @@
 package hostspec
 
 import (
-	"errors"
 	"net/netip"
 	"time"
 
@@ -106,8 +105,11 @@ type Prebuild struct {
 	Range    hcl.Range
 }
 
-// PrebuildFile is a file block of a prebuild.
-type PrebuildFile struct{ Path, Content, Mode string }
+// PrebuildFile is a file block of a prebuild. Where its content holds secrets, Secret is that content and Content is empty.
+type PrebuildFile struct {
+	Path, Content, Mode string
+	Secret              Text
+}
 
 // Pool is one pool block.
 type Pool struct {
@@ -135,13 +137,13 @@ type Runner struct {
 	Name                string
 	Pool                string
 	URL                 string
-	Token               Secret
+	Token               Text
 	Executor            string
 	CapacityPerInstance int
 	MaxUseCount         int
 	Policies            []*Policy
 	// Settings is `settings = {…}`: GitLab Runner's own keys, as plain Go values
-	// (string, bool, int64, float64, []any, map[string]any).
+	// (string, bool, int64, float64, []any, map[string]any), and a Text for a string that holds secrets.
 	Settings map[string]any
 	Range    hcl.Range
 }
@@ -156,21 +158,4 @@ type Policy struct {
 	ScaleFactorLimit int
 	PreemptiveMode   *bool // nil: not said
 	Range            hcl.Range
-}
-
-// Secret is a reference to a secret, and its reader. The value is in no field:
-// a Host can be printed.
-type Secret struct {
-	// From is "file:/run/secrets/x", "env:NAME", or "var:name".
-	From string
-	read func() (string, error)
-}
-
-// Read gives the secret's value, one line without its end. It fails where the
-// secret is not there, is empty, or has more lines; the error names the place.
-func (s Secret) Read() (string, error) {
-	if s.read == nil {
-		return "", errors.New("no secret was given")
-	}
-	return s.read()
 }

@@ -79,10 +79,11 @@ type loader struct {
 	files map[string]*hcl.File
 	diags hcl.Diagnostics
 
-	scope scope
-	attrs map[attrKey]attrInfo
-	masks []hcl.Range // literal secrets
-	work  float64     // of all expressions so far
+	scope  scope
+	tokens tokens // of secrets
+	attrs  map[attrKey]attrInfo
+	masks  []hcl.Range // literal secrets
+	work   float64     // of all expressions so far
 }
 
 func (l *loader) load() (*Host, []string) {
@@ -93,6 +94,7 @@ func (l *loader) load() (*Host, []string) {
 	content, diags := body.Content(rootSchema)
 	l.diags = append(l.diags, explain(diags, "A spec", nil, rootSchema.Blocks)...)
 
+	l.tokens = newTokens(l.files[l.opts.Path].Bytes)
 	l.defineScope(content.Blocks)
 	s := l.decode(content)
 	l.setDefaults(s)

@@ -95,10 +95,11 @@ func TestDefaults(t *testing.T) {
 
 // TestJSONIsTheSameLanguage loads one spec in both syntaxes.
 func TestJSONIsTheSameLanguage(t *testing.T) {
-	env := Options{Environ: []string{"FLEETINGD_VAR_count=7", "REGION=eu"}}
+	env := Options{Environ: []string{"FLEETINGD_VAR_count=7", "FLEETINGD_VAR_region=eu"}}
 	native := load(t, env, `
 variable "count" { type = number }
-locals { zone = "${env("REGION")}-1" }
+variable "region" { type = string }
+locals { zone = "${var.region}-1" }
 host "metal-01" {
   egress_interface = "eno1"
   refresh          = "0s"
@@ -143,8 +144,8 @@ runner "r" {
 	env.Path = "host.hcl.json"
 	json := load(t, env, `{
   "//": "a comment",
-  "variable": {"count": {"type": "number"}},
-  "locals": {"zone": "${env(\"REGION\")}-1"},
+  "variable": {"count": {"type": "number"}, "region": {"type": "string"}},
+  "locals": {"zone": "${var.region}-1"},
   "host": {"metal-01": {
     "egress_interface": "eno1",
     "refresh": "0s",

@@ -16,16 +16,12 @@ import (
 
 const envVarPrefix = "FLEETINGD_VAR_"
 
-// secretMark marks the values of sensitive variables and all that is made of them.
-const secretMark = mark("sensitive")
-
-type mark string
-
 // scope is what expressions may refer to.
 type scope struct {
 	vars   map[string]*variable
 	locals map[string]*local
 	ctx    *hcl.EvalContext // var, local and functions
+	hidden cty.Value        // var with all variables as if they were sensitive
 }
 
 type variable struct {
@@ -141,7 +137,7 @@ func (l *loader) assignVariables() {
 	for _, s := range l.opts.Vars {
 		l.readVarFlag(s, values)
 	}
-	object := map[string]cty.Value{}
+	object, hidden := map[string]cty.Value{}, map[string]cty.Value{}
 	for _, name := range slices.Sorted(maps.Keys(l.scope.vars)) {
 		v := l.scope.vars[name]
 		g, ok := values[name]
@@ -150,12 +146,14 @@ func (l *loader) assignVariables() {
 			v.setAt = v.deflt.Expr.Range().Ptr()
 		}
 		v.value = l.variableValue(v, g, ok)
+		hidden[name] = l.hide(v, v.value, "var:"+name)
 		if v.sensitive {
-			v.value = v.value.Mark(secretMark)
+			v.value = hidden[name]
 		}
 		object[name] = v.value
 	}
 	l.scope.ctx.Variables["var"] = cty.ObjectVal(object)
+	l.scope.hidden = cty.ObjectVal(hidden)
 }
 
 func (l *loader) readVarFlag(s string, values map[string]given) {

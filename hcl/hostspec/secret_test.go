@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -32,6 +33,16 @@ runner "r" {
 
 const hunter = "glrt-hunter2"
 
+// tokenOf is the one secret that the runner's token is made of.
+func tokenOf(t *testing.T, h *Host) Secret {
+	t.Helper()
+	all := slices.Collect(h.Runners[0].Token.Secrets())
+	if len(all) != 1 {
+		t.Fatalf("the token has %d secrets", len(all))
+	}
+	return all[0]
+}
+
 // TestSecretIsAReference loads specs where the secret cannot be read, and then reads it.
 func TestSecretIsAReference(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "token")
@@ -50,7 +61,7 @@ func TestSecretIsAReference(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			src := withRunner(tt.token)
-			secret := load(t, tt.opts, src).Runners[0].Token
+			secret := tokenOf(t, load(t, tt.opts, src))
 			if secret.From != tt.from {
 				t.Errorf("From is %q", secret.From)
 			}
@@ -72,7 +83,7 @@ func TestSecretIsAReference(t *testing.T) {
 		"var.tokens.a":                "var:tokens.a",
 	} {
 		h := load(t, Options{Environ: environ}, withRunner(token))
-		secret := h.Runners[0].Token
+		secret := tokenOf(t, h)
 		if v, err := secret.Read(); err != nil || v != hunter || secret.From != from {
 			t.Errorf("%s: %q from %q, %v", token, v, secret.From, err)
 		}
@@ -82,24 +93,36 @@ func TestSecretIsAReference(t *testing.T) {
 	}
 }
 
-func TestSecretThatIsNoLine(t *testing.T) {
+func TestSecretThatIsUseless(t *testing.T) {
 	for text, want := range map[string]string{
 		"":                         "is empty",
 		"\n":                       "is empty",
-		"a\nb\n":                   "more than one line",
+		"a\x00b":                   "not text",
+		"\xff":                     "not text",
 		strings.Repeat("x", 1<<17): "larger than 64 KiB",
 	} {
 		path := filepath.Join(t.TempDir(), "token")
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		secret := load(t, Options{}, withRunner(fmt.Sprintf("file(%q)", path))).Runners[0].Token
+		secret := tokenOf(t, load(t, Options{}, withRunner(fmt.Sprintf("file(%q)", path))))
 		if _, err := secret.Read(); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), path) {
 			t.Errorf("%.20q: %v", text, err)
 		}
 	}
 	if _, err := (Secret{}).Read(); err == nil {
 		t.Error("no secret can be read")
+	}
+}
+
+func TestCheckToken(t *testing.T) {
+	for token, want := range map[string]string{
+		"glrt-t3_abc.01.xyz": "", "a\nb": "more than one line", "a ": "blank", "\ta": "blank", "a\u00a0": "blank", `a"b`: "quote", `a\b`: "quote", "a\x7f": "quote",
+	} {
+		err := CheckToken(token)
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%q: %v", token, err)
+		}
 	}
 }
 

@@ -31,7 +31,8 @@ type attrKey struct {
 type attrInfo struct {
 	rng   hcl.Range
 	ok    bool
-	elems []hcl.Range // of a list's elements
+	elems []hcl.Range    // of a list's elements
+	expr  hcl.Expression // of a setting
 }
 
 // at is the place to point to for an attribute: its value, or its block where it is not there.
@@ -161,8 +162,22 @@ func (s *section) example(name string) string {
 	return name + " = " + s.attrs[i].example
 }
 
-// value evaluates an attribute; nil where it is not given, is null, or is of no use.
+// value evaluates an attribute that is written to the plan; nil where it is not given, is null, or is of no use.
 func (s *section) value(name string) (*hcl.Attribute, *cty.Value) {
+	a, v := s.valueWithSecrets(name)
+	if v == nil {
+		return a, nil
+	}
+	bare, _ := v.UnmarkDeep()
+	if holdsSecret(*v) || s.l.tokens.anyIn(bare) {
+		s.fail(a, nil, "%s", misplaced(name))
+		return a, nil
+	}
+	return a, &bare
+}
+
+// valueWithSecrets is value for an attribute that takes secrets: the value has its marks.
+func (s *section) valueWithSecrets(name string) (*hcl.Attribute, *cty.Value) {
 	a := s.content.Attributes[name]
 	if a == nil {
 		return nil, nil
@@ -171,11 +186,6 @@ func (s *section) value(name string) (*hcl.Attribute, *cty.Value) {
 	s.l.attrs[key] = attrInfo{rng: a.Expr.Range()}
 	val, ok := s.l.eval(a.Expr)
 	if !ok {
-		return a, nil
-	}
-	if val.ContainsMarked() {
-		s.fail(a, nil, "this is a sensitive value, and all but a runner's token is written to the plan, which is no secret. "+
-			"Take sensitive = true away from the variable, or give the secret to jobs as a CI/CD variable in GitLab")
 		return a, nil
 	}
 	if val.IsNull() {
@@ -219,6 +229,30 @@ func (s *section) text(name string, to *string) {
 		*to = v.AsString()
 		s.done(a)
 	}
+}
+
+// textOrSecret is a text that may hold secrets; then it is put into secret, and to is left alone.
+func (s *section) textOrSecret(name string, to *string, secret *Text) {
+	a, v := s.valueWithSecrets(name)
+	if v == nil {
+		return
+	}
+	if err := s.l.tokens.account(*v); err != nil {
+		s.fail(a, nil, "%v", err)
+		return
+	}
+	bare, _ := v.UnmarkDeep()
+	conv, err := convert.Convert(bare, cty.String)
+	if err != nil || conv.IsNull() {
+		s.fail(a, nil, "a string is wanted, and this is %s. Write, for example: %s", bare.Type().FriendlyName(), s.example(name))
+		return
+	}
+	if text := conv.AsString(); s.l.tokens.holds(text) {
+		*secret = s.l.tokens.split(text)
+	} else {
+		*to = text
+	}
+	s.done(a)
 }
 
 func (s *section) boolean(name string, to *bool) {

@@ -222,7 +222,7 @@ func (l *loader) checkKeys(r *Runner, prefix string, table map[string]any, ours 
 }
 
 // settingAt is the place of a key in settings, or of the nearest table that it is in.
-func (l *loader) settingAt(r *Runner, key string) *hcl.Range {
+func (l *loader) settingAt(r any, key string) *hcl.Range {
 	for {
 		if at, ok := l.attrs[attrKey{r, "settings." + key}]; ok {
 			return &at.rng

@@ -65,6 +65,10 @@ image "ubuntu" {
       content = jsonencode({ features = { buildkit = true, containerd-snapshotter = true } })
       mode    = "0644"
     }
+    file "/root/.netrc" { # a secret goes to the guest when the image is built; every job can read it there
+      content = "machine git.example.com login ci password ${file("/run/secrets/git-password")}"
+      mode    = "0600"
+    }
     timeout = "30m" # (default)
   }
   user = "ubuntu" # (default) the account that jobs run as
@@ -105,8 +109,10 @@ runner "small" { # one [[runners]] section of config.toml
     idle_time  = "20m"
   }
 
-  # Any other gitlab-runner setting, by its own name and place.
+  # Any other gitlab-runner setting, by its own name and place. Secrets are references here too: file(), env() and
+  # sensitive variables, alone or within a text.
   settings = {
+    environment      = ["DOCKER_AUTH_CONFIG=${file("/run/secrets/docker-auth.json")}"]
     pre_build_script = "echo $CI_REGISTRY_PASSWORD | docker login -u $CI_REGISTRY_USER --password-stdin $CI_REGISTRY"
   }
 }

@@ -63,7 +63,7 @@ image "prebuild" {
       mode = 755
     }
     file "/etc/zero" {
-      content = file("/dev/zero") # ERROR: it is a device, not a regular file
+      content = file("/dev/zero") # a place on the host, read when the file is written
     }
     file "/etc/dir" {
       content = file(".") # ERROR: it is a directory, not a regular file

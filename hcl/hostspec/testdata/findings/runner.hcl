@@ -63,9 +63,9 @@ runner "b" {
 
 runner "c" {
   pool  = pool.small # ERROR: has the pool "small" already
-  url   = var.token # ERROR: This is a sensitive value
+  url   = var.token # ERROR: The value comes from a secret
   token = var.token # ERROR: has its default, and a secret there could be read
-  settings = { environment = ["X=${local.secret}"] } # ERROR: This is a sensitive value
+  settings = { environment = ["X=${local.secret}"] } # ERROR: The variable "token" has its default
 }
 
 runner "d" { # ERROR: runner "d" needs token && ERROR: needs url
@@ -81,8 +81,8 @@ runner "e" {
 
 runner "f" {
   pool  = pool.small # ERROR: has the pool "small" already
-  url   = upper(parseint(var.token, 10)) # ERROR: The reason is not shown
-  token = "glrt-${var.token}" # ERROR: A secret is only referred to
+  url   = upper(parseint(var.token, 10)) # ERROR: so parseint cannot work on it
+  token = "glrt-${var.token}" # ERROR: The variable "token" has its default
   settings = { list = [null] } # ERROR: A list in it has a null
 }
 
@@ -125,5 +125,5 @@ host "tmp" {
 runner "i" {
   pool  = pool.small # ERROR: has the pool "small" already
   url   = "https://gitlab.example.com:70000" # ERROR: port numbers go from 1 to 65535
-  token = fil("/run/secrets/gitlab-token") # ERROR: A secret is only referred to
+  token = fil("/run/secrets/gitlab-token") # ERROR: There is no function named "fil"
 }

@@ -32,7 +32,7 @@ locals {
   all    = local # ERROR: Write local.NAME
   func   = filee("x") # ERROR: Did you mean "file"?
   root   = vra.x # ERROR: Did you mean "var"?
-  env    = env("FLEETINGD_TEST_NOT_SET") # ERROR: the environment has no FLEETINGD_TEST_NOT_SET
+  env    = env("FLEETINGD_TEST_NOT_SET") # where it is a secret, it is read later
 }
 
 locals {
