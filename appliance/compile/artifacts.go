@@ -36,6 +36,7 @@ type values struct {
 	RootPart                    bool
 	Every                       string
 	EverySeconds, SpreadSeconds int64
+	RefreshSeconds              int64 // the longest that a refresh may take
 
 	// The disks' file system.
 	Image, ImageDir, MountUnit string
@@ -142,9 +143,23 @@ func (c *compiler) refresh(v values) {
 		return
 	}
 	v.Every, v.EverySeconds, v.SpreadSeconds = every.String(), int64(every.Seconds()), int64(every.Seconds()/10)
+	v.RefreshSeconds = int64(refreshLimit(c.plan.Images).Seconds())
 	v.RootPart = slices.ContainsFunc(c.plan.Images, func(im plan.Image) bool { return im.Source.Debian != nil })
 	c.unit(c.host.Range, "fleetingd-refresh.service", "refresh.service", v, plan.Unit{})
 	c.unit(c.host.Range, "fleetingd-refresh.timer", "refresh.timer", v, plan.Unit{Enable: true, Start: true})
+}
+
+// refreshLimit is how long a refresh of all images may take: each one's prebuild has a limit of its own, and two hours are far more
+// than its source needs on a slow line.
+func refreshLimit(images []plan.Image) time.Duration {
+	var limit time.Duration
+	for _, im := range images {
+		limit += 2 * time.Hour
+		if im.Prebuild != nil {
+			limit += time.Duration(im.Prebuild.Timeout)
+		}
+	}
+	return limit
 }
 
 // sysctls are the kernel settings of the host. What concerns only our TAPs is set on the TAPs, and IPv6 forwarding by

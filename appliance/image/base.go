@@ -49,21 +49,39 @@ func (s *Store) base(ctx context.Context, img *plan.Image, fresh bool) (_ *Base,
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
+	m, cached, err := s.newestBase(ctx, img, spec, fresh)
+	if fresh && isUnreachable(err) {
+		if old, ferr := s.find(kindBase, spec); old != nil && ferr == nil {
+			s.keepsBase(img, err)
+			return s.baseOf(img, s.shelf, old, true), nil
+		}
+	}
+	return s.baseOf(img, s.shelf, m, cached), err
+}
+
+// newestBase makes the base of what the source has now, and lets the spec stand for it.
+func (s *Store) newestBase(ctx context.Context, img *plan.Image, spec string, fresh bool) (*manifest, bool, error) {
 	f, err := s.resolve(ctx, img, fresh)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	digest, inputs, err := digestOf(f.inputs())
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	m, cached, err := s.shelf.make(ctx, kindBase, digest, func(d *draft) (*manifest, error) {
 		return s.makeBase(ctx, img, f, d, inputs)
 	})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	return s.baseOf(img, s.shelf, m, cached), s.shelf.point(spec, kindBase, digest)
+	return m, cached, s.shelf.point(spec, kindBase, digest)
+}
+
+// keepsBase says that the source of an image could not be asked for a newer one. A mirror that is down for an hour is no reason for
+// a refresh to fail: the prebuild, or what else has changed, is made on the base that is there.
+func (s *Store) keepsBase(img *plan.Image, why error) {
+	s.log().Warn("the image's source does not answer; the base that is there is used", "image", img.Name, "error", why)
 }
 
 // resolve finds the parts of a source and their digests.
@@ -165,6 +183,12 @@ func (s *Store) buildDebian(ctx context.Context, img *plan.Image, fresh bool) (_
 	line := func(text string) { s.report(Progress{Image: img.Name, Phase: PhaseBuild, Line: text}) }
 	proxy := aptProxy(ctx)
 	in, err := resolveDebian(ctx, s.net.withProxy(proxy), src)
+	if fresh && isUnreachable(err) {
+		if m, ferr := s.roots.follow(kindBase, spec); ferr == nil {
+			s.keepsBase(img, err)
+			return m, true, nil
+		}
+	}
 	if err != nil {
 		return nil, false, err
 	}

@@ -31,8 +31,8 @@ func digest(b []byte) string {
 // hasty is a fetcher that does not wait between attempts.
 func hasty() *fetcher {
 	f := newFetcher()
-	f.stall, f.attempts = 5*time.Second, 3
-	f.pause = func(ctx context.Context, _ int) error { return ctx.Err() }
+	f.stall, f.attempts = time.Minute, 3
+	f.pause = func(ctx context.Context, _ int, _ time.Duration) error { return ctx.Err() }
 	return f
 }
 
@@ -118,7 +118,7 @@ func wantError(t *testing.T, err error, parts ...string) {
 
 func TestFetch(t *testing.T) {
 	var last, total int64
-	dst, sum, err := fetchFrom(t, hasty(), download{url: serve(t, modified), want: digest(content),
+	dst, sum, err := fetchFrom(t, hasty(), download{url: serve(t, modified), want: checksum(digest(content)),
 		progress: func(d, all int64) { last, total = d, all }})
 	wantFile(t, dst, err)
 	if sum != digest(content) || last != int64(len(content)) || total != last {
@@ -136,7 +136,7 @@ func TestFetchResumes(t *testing.T) {
 		}
 		modified(w, r)
 	})
-	dst, _, err := fetchFrom(t, hasty(), download{url: url, want: digest(content)})
+	dst, _, err := fetchFrom(t, hasty(), download{url: url, want: checksum(digest(content))})
 	wantFile(t, dst, err)
 	if len(ranges) != 2 || !strings.HasPrefix(ranges[1], "bytes=") || !strings.HasSuffix(ranges[1], `"v1"`) || ranges[1] == `bytes=0-"v1"` {
 		t.Errorf("asked for %q: the second is to go on where the first ended", ranges)
@@ -155,7 +155,7 @@ func TestFetchResumesWhatAnotherProcessLeft(t *testing.T) {
 		first = r.Header.Get("Range")
 		modified(w, r)
 	})
-	_, _, err := fetchFrom(t, hasty(), download{url: url, dst: dst, want: digest(content)})
+	_, _, err := fetchFrom(t, hasty(), download{url: url, dst: dst, want: checksum(digest(content))})
 	wantFile(t, dst, err)
 	if first != "bytes=1000-" {
 		t.Errorf("asked for %q", first)
@@ -196,7 +196,7 @@ func TestFetchStartsOver(t *testing.T) {
 				}
 				second(w, r)
 			})
-			dst, _, err := fetchFrom(t, hasty(), download{url: url, want: digest(content)})
+			dst, _, err := fetchFrom(t, hasty(), download{url: url, want: checksum(digest(content))})
 			wantFile(t, dst, err)
 		})
 	}
@@ -246,7 +246,7 @@ func TestFetchOddRanges(t *testing.T) {
 func TestFetchMismatch(t *testing.T) {
 	n := 0
 	url := serve(t, func(w http.ResponseWriter, r *http.Request) { n++; modified(w, r) })
-	dst, _, err := fetchFrom(t, hasty(), download{url: url, want: digest([]byte("other"))})
+	dst, _, err := fetchFrom(t, hasty(), download{url: url, want: checksum(digest([]byte("other")))})
 	wantError(t, err, url, digest(content), digest([]byte("other")))
 	if _, ok := errors.AsType[*MismatchError](err); !ok {
 		t.Errorf("%T is no *MismatchError", err)
@@ -270,28 +270,6 @@ func TestFetchStatus(t *testing.T) {
 			wantOnly(t, filepath.Dir(dst))
 		}
 	}
-}
-
-func TestFetchTruncated(t *testing.T) {
-	n := 0
-	url := serve(t, func(w http.ResponseWriter, r *http.Request) { n++; cut(w, nil) })
-	_, _, err := fetchFrom(t, hasty(), download{url: url, want: digest(content)})
-	wantError(t, err, url, "after ", "bytes")
-	if n != 3 {
-		t.Errorf("asked %d times, want 3: it gets no further", n)
-	}
-}
-
-func TestFetchStall(t *testing.T) {
-	url := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		w.Write(content[:100])
-		w.(http.Flusher).Flush()
-		<-r.Context().Done()
-	})
-	f := hasty()
-	f.stall, f.attempts = 50*time.Millisecond, 1
-	_, _, err := fetchFrom(t, f, download{url: url})
-	wantError(t, err, url, "sent nothing for 50ms", "after 100 bytes")
 }
 
 func TestFetchCancelled(t *testing.T) {
@@ -329,7 +307,7 @@ func TestFetchRedirects(t *testing.T) {
 	plain := serve(t, modified)
 	dst, _, err := fetchFrom(t, hasty(), download{url: serve(t, func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, plain, http.StatusFound)
-	}), want: digest(content)})
+	}), want: checksum(digest(content))})
 	wantFile(t, dst, err)
 
 	secure := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -342,11 +320,6 @@ func TestFetchRedirects(t *testing.T) {
 	f.client.CheckRedirect = checkRedirect
 	_, _, err = fetchFrom(t, f, download{url: secure.URL})
 	wantError(t, err, "redirected from https to http://")
-
-	loop := ""
-	loop = serve(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, loop, http.StatusFound) })
-	_, _, err = fetchFrom(t, hasty(), download{url: loop})
-	wantError(t, err, "10 redirects")
 }
 
 func TestFetchHidesPasswords(t *testing.T) {

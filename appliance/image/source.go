@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
 // files are the parts of a source. Disk and Kernel are always there.
@@ -28,7 +29,18 @@ type files struct {
 type part struct {
 	at     string // path or URL; "" for none
 	digest string // SHA-256 in hex
-	sealed bool   // it lies where only root writes: it is not looked at again
+	// vouched is what a list of checksums has for it, where digest is not known from there.
+	vouched checksum
+	limit   int64 // bytes, of a `url` source
+	sealed  bool  // it lies where only root writes: it is not looked at again
+}
+
+// wanted is the digest that a download has to have, "" where none is known.
+func (p part) wanted() checksum {
+	if p.digest != "" {
+		return checksum(p.digest)
+	}
+	return p.vouched
 }
 
 // filesInputs are what a base of three files is the digest of. Where they came from is no part
@@ -69,7 +81,7 @@ func (s *Store) resolveFile(ctx context.Context, name string, src *plan.FileSour
 // disk with sha256) is fetched for it.
 func (s *Store) resolveURL(ctx context.Context, name string, src *plan.URLSource) (*files, error) {
 	f := &files{Cmdline: src.Cmdline, Arch: s.arch}
-	var sums map[string]string
+	var sums *sumList
 	at := src.SHA256Sums
 	if at == "" && src.SHA256 == "" {
 		at = sibling(src.Disk, "SHA256SUMS")
@@ -80,6 +92,7 @@ func (s *Store) resolveURL(ctx context.Context, name string, src *plan.URLSource
 			return nil, err
 		}
 	}
+	f.Disk.limit, f.Kernel.limit, f.Initrd.limit = maxDisk, maxKernel, maxKernel
 	for _, p := range []struct {
 		to          *part
 		url, digest string
@@ -88,25 +101,68 @@ func (s *Store) resolveURL(ctx context.Context, name string, src *plan.URLSource
 			continue
 		}
 		p.to.at, p.to.digest = p.url, strings.ToLower(p.digest)
-		if p.to.digest == "" && sums != nil {
-			p.to.digest = sumOf(sums, at, p.url)
-			if p.to.digest == "" {
-				return nil, fmt.Errorf("%s names no digest for %s: it has %s", redacted(at), redacted(p.url), some(sums))
-			}
-		}
 		if p.to.digest == "" {
-			if !strings.HasPrefix(p.url, "https:") {
-				s.log().Warn("nothing vouches for this file: give its SHA256SUMS with sha256sums",
-					"image", name, "url", redacted(p.url))
-			}
-			digest, err := s.fetch(ctx, name, *p.to, maxKernel)
-			if err != nil {
+			if err := s.resolveDigest(ctx, name, p.to, sums, at); err != nil {
 				return nil, err
 			}
-			p.to.digest = digest
 		}
 	}
 	return f, nil
+}
+
+// wayOut is what helps whatever the matter with a list of checksums.
+const wayOut = `write sha256 = "…", the disk's own digest, into the url block instead`
+
+// resolveDigest finds the SHA-256 of one file of a `url` source, from a list of checksums if there is one. A file that no SHA-256 is
+// known of is fetched for it.
+func (s *Store) resolveDigest(ctx context.Context, name string, p *part, sums *sumList, list string) error {
+	if sums != nil {
+		vouched, err := sums.of(list, p.at, p.limit == maxDisk)
+		if err != nil {
+			return fmt.Errorf("%s: %w; %s", redacted(list), err, wayOut)
+		}
+		if vouched == "" && sums.bare == "" {
+			return fmt.Errorf("%s names no digest for %s: it has %s; %s", redacted(list), redacted(p.at), sums.some(), wayOut)
+		}
+		p.vouched = vouched
+		if vouched.algorithm() == "SHA-256" {
+			p.digest = string(vouched)
+		} else {
+			p.digest = s.known512(vouched)
+		}
+	}
+	if p.digest != "" {
+		return nil
+	}
+	if p.vouched == "" && !strings.HasPrefix(p.at, "https:") {
+		s.log().Warn("nothing vouches for this file; name a list of checksums that has it with sha256sums", "image", name, "url", redacted(p.at))
+	}
+	digest, err := s.fetch(ctx, name, *p, p.limit)
+	if err != nil {
+		return err
+	}
+	p.digest = digest
+	if p.vouched != "" {
+		return state.WriteFile(s.path512(p.vouched), []byte(digest+"\n"), 0o600)
+	}
+	return nil
+}
+
+// path512 is where the SHA-256 of a file is kept that only a SHA-512 was known of. Without it each refresh would fetch the file again.
+func (s *Store) path512(sum checksum) string {
+	return filepath.Join(s.plan.Paths.Cache, "sha512-"+string(sum[:64]))
+}
+
+func (s *Store) known512(sum checksum) string {
+	b, err := os.ReadFile(s.path512(sum))
+	if err != nil {
+		return ""
+	}
+	known, err := checkSHA256(strings.TrimSpace(string(b)))
+	if err != nil {
+		return ""
+	}
+	return known
 }
 
 // resolveUbuntu finds out the digests of a cloud image, and checks Canonical's signature over them. The
@@ -127,29 +183,30 @@ func (s *Store) resolveUbuntu(ctx context.Context, src *plan.UbuntuSource) (*fil
 		if err != nil {
 			return nil, err
 		}
-		*p.to = part{at: p.folder + p.name, digest: sums[p.name]}
-		if p.to.digest == "" {
-			return nil, fmt.Errorf("%sSHA256SUMS names no %s: it has %s", p.folder, p.name, some(sums))
+		sum := sums.byName[p.name]
+		if sum == "" || sum.algorithm() != "SHA-256" {
+			return nil, fmt.Errorf("%sSHA256SUMS has no SHA-256 of %s: it has %s", p.folder, p.name, sums.some())
 		}
+		*p.to = part{at: p.folder + p.name, digest: string(sum)}
 	}
 	return f, nil
 }
 
 // sums fetches a list of digests.
-func (s *Store) sums(ctx context.Context, address string) (map[string]string, error) {
+func (s *Store) sums(ctx context.Context, address string) (*sumList, error) {
 	b, err := s.net.bytes(ctx, address, maxSums)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w; %s", err, wayOut)
 	}
 	sums, err := parseSums(b)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", redacted(address), err)
+		return nil, fmt.Errorf("%s: %w; %s", redacted(address), err, wayOut)
 	}
 	return sums, nil
 }
 
 // signedSums fetches a list of digests that Canonical must have signed.
-func (s *Store) signedSums(ctx context.Context, address string) (map[string]string, error) {
+func (s *Store) signedSums(ctx context.Context, address string) (*sumList, error) {
 	signed, err := s.net.bytes(ctx, address, maxSums)
 	if err != nil {
 		return nil, err
@@ -182,30 +239,6 @@ func sibling(address, name string) string {
 	return u.String()
 }
 
-// sumOf looks a file up: by its place as seen from the list, and else by its name.
-func sumOf(sums map[string]string, list, file string) string {
-	l, err1 := url.Parse(list)
-	f, err2 := url.Parse(file)
-	if err1 != nil || err2 != nil {
-		return ""
-	}
-	if rel, ok := strings.CutPrefix(f.Path, strings.TrimSuffix(path.Dir(l.Path), "/")+"/"); ok && sums[rel] != "" {
-		return sums[rel]
-	}
-	return sums[path.Base(f.Path)]
-}
-
-// some names a few of the files in a list, for a message.
-func some(sums map[string]string) string {
-	var names []string
-	for name := range sums {
-		if names = append(names, fmt.Sprintf("%.60q", name)); len(names) == 5 {
-			break
-		}
-	}
-	return fmt.Sprintf("%d files, among them %s", len(sums), strings.Join(names, ", "))
-}
-
 // fetch downloads a part into the cache and gives its digest. What is in the cache already is taken where its
 // digest is the wanted one.
 func (s *Store) fetch(ctx context.Context, name string, p part, limit int64) (digest string, err error) {
@@ -224,7 +257,7 @@ func (s *Store) fetch(ctx context.Context, name string, p part, limit int64) (di
 		}
 	}
 	progress := s.bytesOf(name, PhaseDownload, redacted(p.at))
-	return s.net.file(ctx, download{url: p.at, dst: dst, want: p.digest, max: limit, progress: progress})
+	return s.net.file(ctx, download{url: p.at, dst: dst, want: p.wanted(), max: limit, progress: progress})
 }
 
 // cached is where a part's download lies until its base is built.

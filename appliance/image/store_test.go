@@ -3,8 +3,11 @@ package image
 import (
 	"bytes"
 	"context"
+	"crypto/sha512"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -12,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -414,6 +418,77 @@ func TestURL(t *testing.T) {
 	if now := l.ensure(); !now.Cached {
 		t.Error("the one in use was removed")
 	}
+}
+
+// TestRefreshWithoutAnswer: a source that does not answer is no reason to fail where there is a base; one that answers with
+// something else is.
+func TestRefreshWithoutAnswer(t *testing.T) {
+	l, files := webLab(t)
+	for name, c := range map[string]struct {
+		fails bool
+	}{
+		"the server is down":                  {false},
+		"the server does not have it anymore": {true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			img := l.ensure()
+			if c.fails {
+				was := files["/kernel"]
+				delete(files, "/kernel")
+				defer func() { files["/kernel"] = was }()
+				_, err := l.Refresh(t.Context(), l.img)
+				wantError(t, err, "names no digest for", "/kernel", `write sha256 = "…"`)
+				return
+			}
+			l.net.client.Transport = down{}
+			defer func() { l.net.client.Transport = http.DefaultTransport }()
+			same, err := l.Refresh(t.Context(), l.img)
+			if err != nil || !same.Cached || same.Digest != img.Digest {
+				t.Errorf("%+v, %v; want the image that is there", same, err)
+			}
+		})
+	}
+	// Where there is no base it is an error, which says what did not answer.
+	l2, _ := webLab(t)
+	l2.net.client.Transport = down{}
+	_, err := l2.Ensure(t.Context(), l2.img)
+	wantError(t, err, "SHA256SUMS", "no route to host", "tried 3 times")
+}
+
+// down is a network on which nobody is reached.
+type down struct{}
+
+func (down) RoundTrip(*http.Request) (*http.Response, error) {
+	return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.EHOSTUNREACH)}
+}
+
+// TestSHA512List: of a list without SHA-256 each file is fetched once, and not again at each refresh.
+func TestSHA512List(t *testing.T) {
+	l, files := webLab(t)
+	asked := map[string]int{}
+	l.net.client.Transport = watched{func(r *http.Request) { asked[r.URL.Path]++ }}
+	var list strings.Builder
+	for name, text := range files {
+		fmt.Fprintf(&list, "SHA512 (%s) = %x\n", name[1:], sha512.Sum512([]byte(text)))
+	}
+	files["/SHA256SUMS"] = list.String()
+	img := l.ensure()
+	for range 2 {
+		again, err := l.Refresh(t.Context(), l.img)
+		if err != nil || !again.Cached || again.Digest != img.Digest {
+			t.Errorf("%+v, %v", again, err)
+		}
+	}
+	if asked["/disk.img"] != 1 || asked["/kernel"] != 1 || asked["/SHA256SUMS"] != 3 {
+		t.Errorf("asked %v", asked)
+	}
+}
+
+type watched struct{ see func(*http.Request) }
+
+func (w watched) RoundTrip(r *http.Request) (*http.Response, error) {
+	w.see(r)
+	return http.DefaultTransport.RoundTrip(r)
 }
 
 // TestPruneWhileBuilding: an image that is finished while Prune works is not one that nothing stands for.

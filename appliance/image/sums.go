@@ -9,11 +9,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"net/url"
+	"path"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/ProtonMail/go-crypto/openpgp"
 	"github.com/ProtonMail/go-crypto/openpgp/armor"
+	"github.com/ProtonMail/go-crypto/openpgp/clearsign"
 	pgperrors "github.com/ProtonMail/go-crypto/openpgp/errors"
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
 )
@@ -24,47 +30,183 @@ var ubuntuKeys []byte
 // maxSums bounds a SHA256SUMS file and its signature, in bytes: Canonical's have some 10 KB.
 const maxSums = 1 << 20
 
-// parseSums reads what `sha256sum` writes: a digest of 64 hex digits, a space, a
-// space or a star (text or binary: the same on Linux), a name. It gives the
-// digests, in lower case, by name. Empty lines and lines that begin with # are skipped.
-func parseSums(data []byte) (map[string]string, error) {
-	sums := map[string]string{}
-	lines := bufio.NewScanner(bytes.NewReader(data))
+// sumList is a list of checksums that a publisher keeps beside its files.
+type sumList struct {
+	byName map[string]checksum // the strongest of each name
+	bare   checksum            // a list that is one digest and no name; "" for none
+}
+
+// bsdLine is the form of BSD's tools, of sha256sum --tag and of openssl dgst: "SHA256 (name) = digest".
+var bsdLine = regexp.MustCompile(`^([A-Za-z0-9/-]+) ?\((.*)\) ?= ?([0-9A-Fa-f]+)$`)
+
+// gnuLine is the form of sha256sum: a digest, a blank, a blank or a star (text or binary: the same on Linux), a name. Some lists have
+// one blank or a tab.
+var gnuLine = regexp.MustCompile(`^([0-9A-Fa-f]{32,})[ \t]+\*?(\S.*)$`)
+
+// parseSums reads a list of checksums: the lines of sha256sum and sha512sum, their BSD form, or a single digest; clear-signed or not.
+// A signature around it is taken off and not checked: what is signed by a key that the spec knows goes through verifySigned. Lines of
+// other algorithms are passed over, and so are comments.
+func parseSums(data []byte) (*sumList, error) {
+	text, err := sumText(data)
+	if err != nil {
+		return nil, err
+	}
+	list := &sumList{byName: map[string]checksum{}}
+	lines := bufio.NewScanner(strings.NewReader(text))
 	lines.Buffer(nil, 4096)
-	n := 0
+	n, weak := 0, ""
 	for lines.Scan() {
 		n++
-		line := strings.TrimSuffix(lines.Text(), "\r")
+		line := strings.TrimSpace(lines.Text())
 		if line == "" || line[0] == '#' {
 			continue
 		}
-		digest, rest, ok := strings.Cut(line, " ")
-		if !ok || len(rest) < 2 || (rest[0] != ' ' && rest[0] != '*') {
-			return nil, fmt.Errorf("line %d is not `DIGEST  NAME`: %.80q", n, line)
+		name, hex, algorithm, err := splitSum(line)
+		if err != nil {
+			return nil, fmt.Errorf("line %d %w", n, err)
 		}
-		digest, err := checkSHA256(digest)
+		if algorithm != "" {
+			weak = algorithm
+			continue
+		}
+		sum, err := parseChecksum(hex)
 		if err != nil {
 			return nil, fmt.Errorf("line %d: %w", n, err)
 		}
-		name := strings.TrimPrefix(rest[1:], "./")
-		if old, ok := sums[name]; ok && old != digest {
-			return nil, fmt.Errorf("line %d: %q has two digests, %s and %s", n, name, old, digest)
+		if err := list.add(name, sum); err != nil {
+			return nil, fmt.Errorf("line %d: %w", n, err)
 		}
-		sums[name] = digest
 	}
-	if err := lines.Err(); err != nil {
+	switch err := lines.Err(); {
+	case err != nil:
 		return nil, fmt.Errorf("after line %d: %w", n, err)
-	}
-	if len(sums) == 0 {
+	case len(list.byName) == 0 && list.bare == "" && weak != "":
+		return nil, fmt.Errorf("it has no SHA-256 and no SHA-512 digest, only %s, which can be forged", weak)
+	case len(list.byName) == 0 && list.bare == "":
 		return nil, errors.New("it names no file")
+	case len(list.byName) > 0 && list.bare != "":
+		return nil, errors.New("it has a digest without a name beside others with one")
 	}
-	return sums, nil
+	return list, nil
+}
+
+// sumText is the text of a list: without a byte order mark, and without a signature around it.
+func sumText(data []byte) (string, error) {
+	switch head := bytes.ToLower(bytes.TrimSpace(data[:min(len(data), 512)])); {
+	case bytes.HasPrefix(data, []byte{0xff, 0xfe}), bytes.HasPrefix(data, []byte{0xfe, 0xff}):
+		return "", errors.New("it is in UTF-16, and a list of checksums is ASCII")
+	case bytes.HasPrefix(head, []byte("<!doctype")), bytes.HasPrefix(head, []byte("<html")), bytes.HasPrefix(head, []byte("<?xml")):
+		return "", fmt.Errorf("it is a web page, not a list of checksums: %.80q", data)
+	case bytes.IndexByte(data, 0) >= 0:
+		return "", errors.New("it is not text")
+	}
+	data = bytes.TrimPrefix(data, []byte("\xef\xbb\xbf"))
+	if block, _ := clearsign.Decode(data); block != nil {
+		return string(block.Plaintext), nil
+	}
+	if bytes.Contains(data, []byte("-----BEGIN PGP")) {
+		return "", errors.New("its clear-signed form is damaged")
+	}
+	return string(data), nil
+}
+
+// splitSum takes a line apart. algorithm is the name of one that is not used here.
+func splitSum(line string) (name, digest, algorithm string, err error) {
+	if m := bsdLine.FindStringSubmatch(line); m != nil {
+		switch strings.NewReplacer("-", "", "/", "").Replace(strings.ToUpper(m[1])) {
+		case "SHA256", "SHA512", "SHA2256", "SHA2512":
+			return m[2], m[3], "", nil
+		default:
+			return m[2], m[3], m[1], nil
+		}
+	}
+	if m := gnuLine.FindStringSubmatch(line); m != nil {
+		// MD5, SHA-1, SHA-224, SHA-384
+		if other := map[int]string{32: "MD5", 40: "SHA-1", 56: "SHA-224", 96: "SHA-384"}[len(m[1])]; other != "" {
+			return m[2], m[1], other, nil
+		}
+		return m[2], m[1], "", nil
+	}
+	if _, err := parseChecksum(line); err == nil {
+		return "", line, "", nil
+	}
+	return "", "", "", fmt.Errorf("is neither `DIGEST  NAME` nor `SHA256 (NAME) = DIGEST`: %.80q", line)
+}
+
+// add takes a digest. A name may have one of each algorithm, the same one twice, and no two different ones.
+func (l *sumList) add(name string, sum checksum) error {
+	if name == "" {
+		if l.bare != "" && l.bare != sum {
+			return errors.New("a second digest without a name")
+		}
+		l.bare = sum
+		return nil
+	}
+	name = strings.TrimPrefix(name, "./")
+	old, ok := l.byName[name]
+	switch {
+	case ok && len(old) == len(sum) && old != sum:
+		return fmt.Errorf("%q has two digests, %s and %s", name, old, sum)
+	case !ok || len(old) == sha512Digits: // SHA-256 is what images are kept by: with it, a file that is there need not be fetched
+		l.byName[name] = sum
+	}
+	return nil
+}
+
+// of is the digest of a file: by its place as seen from the list, and else by its name alone. It is an error where two places
+// have the name, with different digests. disk: a list that is one bare digest speaks of the disk.
+func (l *sumList) of(list, file string, disk bool) (checksum, error) {
+	if l.bare != "" {
+		if disk {
+			return l.bare, nil
+		}
+		return "", nil
+	}
+	at, err1 := url.Parse(list)
+	f, err2 := url.Parse(file)
+	if err := errors.Join(err1, err2); err != nil {
+		return "", err
+	}
+	if rel, ok := strings.CutPrefix(f.Path, strings.TrimSuffix(path.Dir(at.Path), "/")+"/"); ok && l.byName[rel] != "" {
+		return l.byName[rel], nil
+	}
+	base := path.Base(f.Path)
+	if sum := l.byName[base]; sum != "" {
+		return sum, nil
+	}
+	var found checksum
+	for name, sum := range l.byName {
+		if path.Base(name) != base {
+			continue
+		}
+		if found != "" && found != sum {
+			return "", fmt.Errorf("it has several files named %q, in different folders", base)
+		}
+		found = sum
+	}
+	return found, nil
+}
+
+// some names a few of the files in the list, for a message.
+func (l *sumList) some() string {
+	if l.bare != "" {
+		return "one digest without a name"
+	}
+	names := slices.Sorted(maps.Keys(l.byName))
+	quoted := make([]string, 0, 5)
+	for _, name := range names[:min(len(names), 5)] {
+		quoted = append(quoted, fmt.Sprintf("%.60q", name))
+	}
+	if len(names) > 5 {
+		return fmt.Sprintf("%d files, among them %s", len(names), strings.Join(quoted, ", "))
+	}
+	return strings.Join(quoted, ", ")
 }
 
 // checkSHA256 gives the digest in lower case.
 func checkSHA256(s string) (string, error) {
 	if b, err := hex.DecodeString(s); err != nil || len(b) != 32 {
-		return "", fmt.Errorf("%.80q is no SHA-256 digest: 64 hex digits", s)
+		return "", fmt.Errorf("%.80q is not a SHA-256 digest: 64 hex digits", s)
 	}
 	return strings.ToLower(s), nil
 }

@@ -9,27 +9,84 @@ import (
 
 	"github.com/ProtonMail/go-crypto/openpgp"
 	"github.com/ProtonMail/go-crypto/openpgp/armor"
+	"github.com/ProtonMail/go-crypto/openpgp/clearsign"
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
+	"github.com/google/go-cmp/cmp"
 )
 
+// TestParseSums: the forms of list that publishers keep beside their images.
 func TestParseSums(t *testing.T) {
 	a, b := strings.Repeat("a", 64), strings.Repeat("B", 64)
-	sums, err := parseSums([]byte("# made by hand\n" + a + "  one.img\n" + b + " *unpacked/two\r\n\n" + a + "  ./three four\n"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]string{"one.img": a, "unpacked/two": strings.ToLower(b), "three four": a} {
-		if sums[name] != want {
-			t.Errorf("%s: %q, want %q", name, sums[name], want)
+	long := strings.Repeat("c", 128)
+	lower := strings.ToLower(b)
+	signed := func(text string) string {
+		var out bytes.Buffer
+		w, err := clearsign.Encode(&out, newKey(t, nil).PrivateKey, nil)
+		if err != nil {
+			t.Fatal(err)
 		}
+		w.Write([]byte(text))
+		w.Close()
+		return out.String()
+	}
+	for name, c := range map[string]struct {
+		text string
+		want map[string]string
+	}{
+		"coreutils":      {"# made by hand\n" + a + "  one.img\n" + b + " *unpacked/two\r\n\n" + a + "  ./three four\n", map[string]string{"one.img": a, "unpacked/two": lower, "three four": a}},
+		"one blank":      {a + " one.img\n", map[string]string{"one.img": a}},
+		"tab":            {a + "\tone.img\n", map[string]string{"one.img": a}},
+		"indented":       {"  " + a + "  one.img  \n", map[string]string{"one.img": a}},
+		"BSD":            {"# one.img: 42 bytes\nSHA256 (one.img) = " + a + "\nSHA256 (dir/two (1).img) = " + b, map[string]string{"one.img": a, "dir/two (1).img": lower}},
+		"openssl":        {"SHA2-256(one.img)= " + a + "\n", map[string]string{"one.img": a}},
+		"SHA-512":        {long + "  one.img\n", map[string]string{"one.img": long}},
+		"BSD SHA-512":    {"SHA512 (one.img) = " + long, map[string]string{"one.img": long}},
+		"both":           {"SHA512 (one.img) = " + long + "\nSHA256 (one.img) = " + a, map[string]string{"one.img": a}},
+		"with weak ones": {"MD5 (one.img) = " + a[:32] + "\nSHA1 (one.img) = " + a[:40] + "\nSHA256 (one.img) = " + a, map[string]string{"one.img": a}},
+		"BOM":            {"\xef\xbb\xbf" + a + "  one.img\n", map[string]string{"one.img": a}},
+		"clear-signed":   {signed("# Fedora\n- dash\nSHA256 (one.img) = " + a + "\n"), nil},
+		"clear-signed 2": {signed("# Fedora\nSHA256 (one.img) = " + a + "\n"), map[string]string{"one.img": a}},
+		"said twice":     {a + "  x\n" + strings.ToUpper(a) + "  x\n", map[string]string{"x": a}},
+		"bare":           {"\n" + b + "\r\n", map[string]string{"": lower}},
+		"bare SHA-512":   {long, map[string]string{"": long}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			list, err := parseSums([]byte(c.text))
+			if c.want == nil {
+				wantError(t, err, "- dash")
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := map[string]string{}
+			for name, sum := range list.byName {
+				got[name] = string(sum)
+			}
+			if list.bare != "" {
+				got[""] = string(list.bare)
+			}
+			if diff := cmp.Diff(c.want, got); diff != "" {
+				t.Error(diff)
+			}
+		})
 	}
 	for text, want := range map[string]string{
-		"":                                   "names no file",
-		"<html>404</html>":                   "line 1",
-		a + " one":                           "line 1",
-		a[:62] + "  one":                     "64 hex digits",
-		a + "  x\n" + b + "  x":              "two digests",
-		a + "  " + strings.Repeat("x", 8192): "after line 0",
+		"":                                         "names no file",
+		"<html>404</html>":                         "web page",
+		"\n<!DOCTYPE html><title>404</title>":      "web page",
+		"404 page not found":                       "line 1 is neither",
+		"\xff\xfea\x00":                            "UTF-16",
+		a + "\x00":                                 "not text",
+		a[:62] + "  one":                           "neither a SHA-256 digest",
+		a + "  x\n" + b + "  x":                    "two digests",
+		"SHA256 (x) = " + a + "\n" + b + "  x":     "two digests",
+		a + "  " + strings.Repeat("x", 8192):       "after line 0",
+		a[:32] + "  one.img":                       "only MD5",
+		"SHA1 (x) = " + a[:40]:                     "only SHA1",
+		a + "\n" + b:                               "second digest",
+		a + "\n" + b + "  x":                       "beside others",
+		"-----BEGIN PGP SIGNED MESSAGE-----\n" + a: "clear-signed form is damaged",
 	} {
 		if _, err := parseSums([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.40q: %v, want %q", text, err, want)
@@ -39,17 +96,23 @@ func TestParseSums(t *testing.T) {
 
 func FuzzParseSums(f *testing.F) {
 	a := strings.Repeat("a", 64)
-	for _, seed := range []string{"", a + "  x\n", a + " *x\r\n", "# c\n", a + "  x\n" + a + "  x", "\x00", a} {
+	for _, seed := range []string{
+		"", a + "  x\n", a + " *x\r\n", "# c\n", a + "  x\n" + a + "  x", "\x00", a, "SHA256 (x) = " + a, "SHA512 (x) = " + a + a,
+		"-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n" + a + "  x\n-----BEGIN PGP SIGNATURE-----\n\nwsBz\n-----END PGP SIGNATURE-----",
+	} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		sums, err := parseSums(data)
-		if (err == nil) == (len(sums) == 0) {
-			t.Fatalf("%d sums and error %v", len(sums), err)
+		list, err := parseSums(data)
+		if err != nil {
+			return
 		}
-		for name, digest := range sums {
-			if _, err := checkSHA256(digest); err != nil || !bytes.Contains(data, []byte(name)) {
-				t.Fatalf("%q %q: not from the input", name, digest)
+		if len(list.byName) == 0 && list.bare == "" {
+			t.Fatal("a list of nothing")
+		}
+		for name, sum := range list.byName {
+			if _, err := parseChecksum(string(sum)); err != nil || name == "" || !bytes.Contains(bytes.ToLower(data), []byte(sum)) {
+				t.Fatalf("%q %q: not from the input", name, sum)
 			}
 		}
 	})
@@ -175,12 +238,25 @@ func FuzzVerifySigned(f *testing.F) {
 }
 
 func TestSumOf(t *testing.T) {
-	sums := map[string]string{"disk.img": "1", "unpacked/vmlinuz": "2", "other": "3"}
-	for file, want := range map[string]string{
+	list := &sumList{byName: map[string]checksum{
+		"disk.img": "1", "unpacked/vmlinuz": "2", "other": "3", "a/twice": "4", "b/twice": "5", "a/same": "6", "b/same": "6", "/srv/www/abs.img": "7",
+	}}
+	for file, want := range map[string]checksum{
 		"https://h/r/disk.img": "1", "https://h/r/unpacked/vmlinuz": "2", "https://mirror/x/disk.img?a=b": "1", "https://h/r/none": "",
+		"https://h/r/b/twice": "5", "https://h/x/same": "6", "https://h/r/abs.img": "7", "https://h/x/vmlinuz": "2",
 	} {
-		if got := sumOf(sums, "https://h/r/SHA256SUMS", file); got != want {
-			t.Errorf("%s: %q, want %q", file, got, want)
+		got, err := list.of("https://h/r/SHA256SUMS", file, true)
+		if err != nil || got != want {
+			t.Errorf("%s: %q, %v, want %q", file, got, err, want)
+		}
+	}
+	if _, err := list.of("https://h/r/SHA256SUMS", "https://h/x/twice", true); err == nil {
+		t.Error("one of two different digests is taken by chance")
+	}
+	bare := &sumList{bare: "8"}
+	for disk, want := range map[bool]checksum{true: "8", false: ""} {
+		if got, err := bare.of("https://h/disk.img.sha256", "https://h/any", disk); got != want || err != nil {
+			t.Errorf("disk %t: %q, %v", disk, got, err)
 		}
 	}
 	if got := fmt.Sprint(sibling("https://h/r/disk.img?x=1", "SHA256SUMS")); got != "https://h/r/SHA256SUMS" {
