@@ -32,19 +32,30 @@ if [ "$(id -u)" != 0 ]; then
 fi
 . /etc/os-release
 export DEBIAN_FRONTEND=noninteractive
+update() {
+  # One unreachable third-party source must not stop the rest; the install below fails if it matters.
+  apt-get update -q || echo "deps.sh: apt-get update had errors; going on with the lists there are" >&2
+}
+update
 if [ "$ID" = debian ] && [ "$VERSION_ID" = 12 ]; then
-  cat > /etc/apt/sources.list.d/fleetingd-backports.sources <<EOF
+  # mirrors SUITE: the mirrors that apt takes a suite from.
+  mirrors() { apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | sed -n "s/ $1\$//p" | sort -u; }
+  if [ -z "$(mirrors bookworm-backports)" ]; then
+    mirror=$(mirrors bookworm | head -1)
+    if [ -z "$mirror" ]; then
+      echo "deps.sh: apt has no source with the suite bookworm, so it is not known which mirror has bookworm-backports; add that suite to apt's sources" >&2
+      exit 1
+    fi
+    cat > /etc/apt/sources.list.d/fleetingd-backports.sources <<END
 # QEMU for fleetingd's tests and demo: packaging/deps.sh
 Types: deb
-URIs: http://deb.debian.org/debian
+URIs: $mirror
 Suites: bookworm-backports
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-EOF
-fi
-# One unreachable third-party source must not stop the rest; the install below fails if it matters.
-apt-get update -q || echo "deps.sh: apt-get update had errors; going on with the lists there are" >&2
-if [ "$ID" = debian ] && [ "$VERSION_ID" = 12 ]; then
+END
+    update
+  fi
   # By the suite, not package by package: what QEMU 10 depends on (seabios, for one) comes from there too.
   apt-get install -y -q --no-install-recommends -t bookworm-backports qemu-system-x86 qemu-utils
 fi

@@ -123,11 +123,15 @@ func build(ctx context.Context, b base, log io.Writer) error {
 	if err != nil {
 		return err
 	}
+	mirror, err := mirror(ctx)
+	if err != nil {
+		return err
+	}
 	root := b.path("root")
 	err = mmdebstrap(ctx, b.dir, log, "--variant=minbase", "--include="+strings.Join(packages, ","),
 		"--essential-hook=cp -a --no-preserve=ownership recipe/files/. \"$1\"",
 		"--customize-hook=recipe/setup.sh \"$1\" . recipe",
-		suite, root, mirror(ctx))
+		suite, root, mirror)
 	if err != nil {
 		return err
 	}
@@ -199,20 +203,25 @@ func packages() ([]string, error) {
 	return strings.Fields(string(b)), err
 }
 
-// mirror is the Debian mirror that apt on this machine uses, which may be the only one that it can reach; on other
-// distributions it is Debian's own.
-func mirror(ctx context.Context) string {
+// MirrorVariable names the environment variable with the Debian mirror to build from, for machines whose apt has none.
+const MirrorVariable = "HOSTLAB_MIRROR"
+
+// mirror is the Debian mirror that apt on this machine uses, which may be the only one that it can reach.
+func mirror(ctx context.Context) (string, error) {
+	if m := os.Getenv(MirrorVariable); m != "" {
+		return m, nil
+	}
 	out, err := exec.CommandContext(ctx, "apt-get", "indextargets", "--format", "$(REPO_URI) $(ORIGIN)",
 		"Created-By: Packages").Output()
 	if err == nil {
 		for line := range strings.Lines(string(out)) {
 			uri, origin, _ := strings.Cut(strings.TrimSpace(line), " ")
 			if origin == "Debian" && strings.HasSuffix(strings.TrimSuffix(uri, "/"), "/debian") {
-				return uri
+				return uri, nil
 			}
 		}
 	}
-	return "http://deb.debian.org/debian"
+	return "", fmt.Errorf("hostlab: apt on this machine names no Debian mirror; set %s=https://mirror.example.com/debian", MirrorVariable)
 }
 
 // lastLines passes what is written on, and keeps it for an error.

@@ -66,9 +66,12 @@ func newEnough(version string) error {
 
 // unpackQEMU puts that QEMU and all that it needs into the base's folder.
 func unpackQEMU(ctx context.Context, b base, log io.Writer) error {
-	mirror := mirror(ctx)
+	mirror, err := mirror(ctx)
+	if err != nil {
+		return err
+	}
 	source := func(suite string) string { return fmt.Sprintf("deb %s %s main", mirror, suite) }
-	err := mmdebstrap(ctx, b.dir, log, "--variant=extract", "--include=qemu-system-x86", "--architectures=amd64",
+	err = mmdebstrap(ctx, b.dir, log, "--variant=extract", "--include=qemu-system-x86", "--architectures=amd64",
 		"--aptopt=APT::Default-Release \""+emulatorSuite+"\"", suite, b.emulator(), source(suite), source(emulatorSuite))
 	if err != nil {
 		return err

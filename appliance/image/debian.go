@@ -24,9 +24,6 @@ import (
 // debianKeyring is where debian-archive-keyring puts it, on the host and in the guest.
 const debianKeyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-// debianMirror is asked where neither the spec nor the host's apt names one.
-const debianMirror = "http://deb.debian.org/debian"
-
 // debianRecipe is part of the digest: it is counted up when what follows makes another disk of the same
 // packages.
 const debianRecipe = 1
@@ -77,7 +74,10 @@ func resolveDebian(ctx context.Context, f *fetcher, src *plan.DebianSource) (*de
 
 	mirrors, security := []string{src.Mirror}, []string{}
 	if src.Mirror == "" {
-		mirrors, security = hostMirrors(ctx)
+		var err error
+		if mirrors, security, err = hostMirrors(ctx); err != nil {
+			return nil, err
+		}
 	}
 	main, err := findSuite(ctx, f, mirrors, src.Suite)
 	if err != nil {
@@ -141,29 +141,54 @@ func releaseDate(inRelease []byte) time.Time {
 	return time.Time{}
 }
 
-// hostMirrors gives the Debian mirrors that apt here is configured with, and Debian's own as the last.
-func hostMirrors(ctx context.Context) (debian, security []string) {
-	out, err := exec.CommandContext(ctx, "apt-get", "indextargets",
-		"--format", "$(REPO_URI)", "Created-By: Packages").Output()
+// errNoMirror is a host whose apt names no Debian mirror: one of another distribution, or one without apt.
+var errNoMirror = errors.New("apt on this host names no Debian mirror; write one into the image's debian block: " +
+	`mirror = "https://mirror.example.com/debian"`)
+
+// hostMirrors returns the Debian mirrors that apt on this host is configured with.
+func hostMirrors(ctx context.Context) (debian, security []string, err error) {
+	out, err := exec.CommandContext(ctx, "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages").Output()
 	if err != nil {
-		return []string{debianMirror}, nil // no apt here
+		return nil, nil, fmt.Errorf("%w (apt-get indextargets: %w)", errNoMirror, err)
 	}
-	for uri := range strings.Lines(string(out)) {
-		uri = strings.TrimSuffix(strings.TrimSpace(uri), "/")
-		switch list := &debian; path.Base(uri) {
-		case "debian-security":
-			list = &security
-			fallthrough
-		case "debian":
-			if !slices.Contains(*list, uri) {
-				*list = append(*list, uri)
+	for source := range strings.Lines(string(out)) {
+		for _, uri := range mirrorURIs(strings.TrimSpace(source)) {
+			uri = strings.TrimSuffix(uri, "/")
+			switch list := &debian; path.Base(uri) {
+			case "debian-security":
+				list = &security
+				fallthrough
+			case "debian":
+				if !slices.Contains(*list, uri) {
+					*list = append(*list, uri)
+				}
 			}
 		}
 	}
-	if !slices.Contains(debian, debianMirror) {
-		debian = append(debian, debianMirror)
+	if len(debian) == 0 {
+		return nil, nil, errNoMirror
 	}
-	return debian, security
+	return debian, security, nil
+}
+
+// mirrorURIs are the mirrors behind an apt source: itself, or for mirror+file: (apt-transport-mirror(1), which Debian's cloud images
+// use) those that the file lists, one a line, with more words after a blank.
+func mirrorURIs(uri string) []string {
+	file, ok := strings.CutPrefix(uri, "mirror+file:")
+	if !ok {
+		return []string{uri}
+	}
+	data, err := os.ReadFile(strings.TrimSuffix(file, "/"))
+	if err != nil {
+		return nil
+	}
+	var uris []string
+	for line := range strings.Lines(string(data)) {
+		if fields := strings.Fields(line); len(fields) > 0 && !strings.HasPrefix(fields[0], "#") {
+			uris = append(uris, fields[0])
+		}
+	}
+	return uris
 }
 
 // aptProxy is the proxy that apt here is configured with, or "".

@@ -34,6 +34,44 @@ func mirror(t *testing.T, suites map[string]string) string {
 	return srv.URL + "/debian"
 }
 
+// TestHostMirrors: the mirrors are apt's own, in whatever form its sources have them; where it has none, the error says what to write.
+func TestHostMirrors(t *testing.T) {
+	dir := t.TempDir()
+	list := filepath.Join(dir, "debian.list")
+	if err := os.WriteFile(list, []byte("# ours\nhttps://one.example.com/debian\tpriority:1\nhttps://two.example.com/debian/\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	for name, c := range map[string]struct {
+		targets          string // what apt-get indextargets prints
+		debian, security []string
+	}{
+		"a mirror, by three suites": {"http://m.example.com/debian/\nhttp://m.example.com/debian/\nhttp://m.example.com/debian\n",
+			[]string{"http://m.example.com/debian"}, nil},
+		"security beside it": {"http://m.example.com/debian/\nhttp://s.example.com/debian-security/\n",
+			[]string{"http://m.example.com/debian"}, []string{"http://s.example.com/debian-security"}},
+		"a cloud image's list": {"mirror+file:" + list + "\n", []string{"https://one.example.com/debian", "https://two.example.com/debian"}, nil},
+		"a list that is gone":  {"mirror+file:/none\nhttp://m.example.com/debian\n", []string{"http://m.example.com/debian"}, nil},
+		"another distribution": {"http://m.example.com/ubuntu/\n", nil, nil},
+		"nothing":              {"", nil, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			script := "#!/bin/sh\nprintf '%s' '" + c.targets + "'\n"
+			if err := os.WriteFile(filepath.Join(dir, "apt-get"), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			debian, security, err := hostMirrors(t.Context())
+			if c.debian == nil {
+				wantError(t, err, "names no Debian mirror", `mirror = "https://`)
+				return
+			}
+			if err != nil || !slices.Equal(debian, c.debian) || !slices.Equal(security, c.security) {
+				t.Errorf("%q, %q, %v", debian, security, err)
+			}
+		})
+	}
+}
+
 func TestResolveDebian(t *testing.T) {
 	suites := map[string]string{"/debian/dists/trixie": "Origin: Debian\nDate: Sat, 21 Nov 2026 09:15:44 UTC\n"}
 	src := &plan.DebianSource{Suite: "trixie", Arch: "amd64", Packages: []string{"git", "curl"}, Mirror: mirror(t, suites)}

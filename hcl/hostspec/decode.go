@@ -214,7 +214,7 @@ func (l *loader) decodeDebianSource(b *hcl.Block) *DebianSource {
 	d := &DebianSource{}
 	s := l.open(b, d, []attrSpec{
 		{"suite", `"trixie"`, true},
-		{"mirror", `"https://deb.debian.org/debian"`, false},
+		{"mirror", `"https://mirror.example.com/debian"`, false},
 		{"packages", `["git"]`, false},
 		{"arch", `"amd64"`, false},
 	})

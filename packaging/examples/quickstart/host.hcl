@@ -9,6 +9,12 @@ variable "egress_interface" {
   description = "the interface with the default route: ip route show default"
 }
 
+variable "mirror" {
+  type        = string
+  default     = null
+  description = "a Debian mirror, where apt on this machine has none: on Ubuntu, for one"
+}
+
 host "quickstart" {
   egress_interface = var.egress_interface
 
@@ -22,6 +28,7 @@ host "quickstart" {
 image "debian" {
   debian {
     suite    = "trixie"
+    mirror   = var.mirror
     packages = ["git"]
   }
 
