@@ -15,6 +15,8 @@ GOLANGCI := v2.15.0
 STATICCHECK := v0.8.2
 # The interface of the default route, where the demo's workers reach the world.
 EGRESS   ?= $(shell ip -o route show default 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -1)
+# A Debian mirror, where apt on this machine has none.
+MIRROR   ?=
 JOB      ?= 'echo "hello from $$(hostname), up $$(cut -d" " -f1 /proc/uptime) s"; uname -srm'
 
 .PHONY: build demo test check lint cross bench hostlab deps clean
@@ -23,7 +25,7 @@ build: ## the static binaries
 	$(GOBUILD) -o bin/ ./cmd/...
 
 demo: deps build ## a job in a VM that did not exist a minute ago
-	$(BIN) run --var egress_interface=$(EGRESS) packaging/examples/quickstart/host.hcl -- $(JOB)
+	$(BIN) run --var egress_interface=$(EGRESS) $(if $(MIRROR),--var mirror=$(MIRROR)) packaging/examples/quickstart/host.hcl -- $(JOB)
 
 test: deps lint ## every test, VMs included; nothing that can run here is skipped
 	FLEETINGD_TEST=full go test -race -timeout 80m ./...

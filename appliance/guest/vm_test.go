@@ -91,11 +91,7 @@ func debianBase(t *testing.T) *image.Base {
 		Images: []plan.Image{{Name: "debian", User: "debian",
 			Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: runtime.GOARCH, Packages: []string{}}}}},
 	}
-	store, err := image.Open(p, image.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	base, err := store.EnsureBase(t.Context(), &p.Images[0])
+	base, err := image.NewBuilder(p, image.Options{}).Build(t.Context(), &p.Images[0], false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,20 +13,24 @@ import (
 // baseSpec is the digest of a source as the spec has it. For files of this host it is
 // of their content as well: whoever replaces one wants the new one at the next start.
 func (s *Store) baseSpec(ctx context.Context, img *plan.Image) (string, error) {
-	in := struct {
-		Format int
-		Source plan.Source
-		Files  *filesInputs
-	}{Format: formatVersion, Source: img.Source}
+	var inputs *filesInputs
 	if src := img.Source.File; src != nil {
 		f, err := s.resolveFile(ctx, img.Name, src)
 		if err != nil {
 			return "", err
 		}
 		files := f.inputs()
-		in.Files = &files
+		inputs = &files
 	}
-	digest, _, err := digestOf(in)
+	return sourceSpec(img.Source, inputs)
+}
+
+func sourceSpec(src plan.Source, inputs *filesInputs) (string, error) {
+	digest, _, err := digestOf(struct {
+		Format int
+		Source plan.Source
+		Files  *filesInputs
+	}{formatVersion, src, inputs})
 	return digest, err
 }
 
@@ -41,7 +45,7 @@ func (s *Store) base(ctx context.Context, img *plan.Image, fresh bool) (_ *Base,
 			return s.baseOf(img, s.shelf, m, true), err
 		}
 	}
-	if err := s.mine(); err != nil {
+	if err := s.own(); err != nil {
 		return nil, err
 	}
 	lock, err := s.shelf.lock(ctx, spec)
@@ -49,7 +53,7 @@ func (s *Store) base(ctx context.Context, img *plan.Image, fresh bool) (_ *Base,
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
-	m, cached, err := s.newestBase(ctx, img, spec, fresh)
+	m, cached, err := s.newestBase(ctx, img, spec)
 	if fresh && isUnreachable(err) {
 		if old, ferr := s.find(kindBase, spec); old != nil && ferr == nil {
 			s.keepsBase(img, err)
@@ -60,8 +64,8 @@ func (s *Store) base(ctx context.Context, img *plan.Image, fresh bool) (_ *Base,
 }
 
 // newestBase makes the base of what the source has now, and lets the spec stand for it.
-func (s *Store) newestBase(ctx context.Context, img *plan.Image, spec string, fresh bool) (*manifest, bool, error) {
-	f, err := s.resolve(ctx, img, fresh)
+func (s *Store) newestBase(ctx context.Context, img *plan.Image, spec string) (*manifest, bool, error) {
+	f, err := s.resolve(ctx, img)
 	if err != nil {
 		return nil, false, err
 	}
@@ -78,14 +82,8 @@ func (s *Store) newestBase(ctx context.Context, img *plan.Image, spec string, fr
 	return m, cached, s.shelf.point(spec, kindBase, digest)
 }
 
-// keepsBase says that the source of an image could not be asked for a newer one. A mirror that is down for an hour is no reason for
-// a refresh to fail: the prebuild, or what else has changed, is made on the base that is there.
-func (s *Store) keepsBase(img *plan.Image, why error) {
-	s.log().Warn("the image's source does not answer; the base that is there is used", "image", img.Name, "error", why)
-}
-
 // resolve finds the parts of a source and their digests.
-func (s *Store) resolve(ctx context.Context, img *plan.Image, fresh bool) (*files, error) {
+func (s *Store) resolve(ctx context.Context, img *plan.Image) (*files, error) {
 	switch src := img.Source; {
 	case src.File != nil:
 		return s.resolveFile(ctx, img.Name, src.File)
@@ -94,7 +92,7 @@ func (s *Store) resolve(ctx context.Context, img *plan.Image, fresh bool) (*file
 	case src.Ubuntu != nil:
 		return s.resolveUbuntu(ctx, src.Ubuntu)
 	case src.Debian != nil:
-		return s.resolveDebian(ctx, img, fresh)
+		return s.resolveDebian(img)
 	}
 	return nil, errors.New("it has no source: the plan is damaged")
 }
@@ -119,29 +117,16 @@ func (s *Store) makeBase(ctx context.Context, img *plan.Image, f *files, d *draf
 	return &manifest{Image: img.Name, Cmdline: line, Inputs: inputs}, nil
 }
 
-// Prepare does the part of an image that only root can do: it builds a debian source from packages. For the
-// other sources there is none. Where it was built before nothing is done, unless fresh asks the mirror for
-// newer packages.
-func (s *Store) Prepare(ctx context.Context, img *plan.Image, fresh bool) error {
-	if img.Source.Debian == nil {
-		return nil
-	}
-	m, cached, err := s.buildDebian(ctx, img, fresh)
-	s.baseOf(img, s.roots, m, cached)
-	return named(img, err)
-}
-
-// resolveDebian gives the parts of what root built.
-func (s *Store) resolveDebian(ctx context.Context, img *plan.Image, fresh bool) (*files, error) {
-	var m *manifest
-	spec, err := s.baseSpec(ctx, img)
+// resolveDebian gives the parts of what a Builder made of packages. A Store builds none: that takes root.
+func (s *Store) resolveDebian(img *plan.Image) (*files, error) {
+	spec, err := s.baseSpec(context.Background(), img)
 	if err != nil {
 		return nil, err
 	}
-	if os.Geteuid() == 0 {
-		m, _, err = s.buildDebian(ctx, img, fresh)
-	} else if m, err = s.roots.follow(kindBase, spec); errors.Is(err, errMissing) {
-		err = checkDebian(img.Source.Debian, s.arch)
+	m, err := s.built.follow(kindBase, spec)
+	if errors.Is(err, errMissing) {
+		return nil, errors.New("its `debian` source is not built yet, and only root can build it (mmdebstrap): `fleetingd run` and " +
+			"`fleetingd refresh --root-part` do so when root starts them")
 	}
 	if err != nil {
 		return nil, err
@@ -152,58 +137,7 @@ func (s *Store) resolveDebian(ctx context.Context, img *plan.Image, fresh bool) 
 		name string
 	}{{&f.Disk, diskFile}, {&f.Kernel, kernelFile}, {&f.Initrd, initrdFile}} {
 		// The build's digest stands for each of its files: root sealed them.
-		*p.to = part{at: s.roots.file(m, p.name), digest: m.Digest, sealed: true}
+		*p.to = part{at: s.built.file(m, p.name), digest: m.Digest, sealed: true}
 	}
 	return f, nil
-}
-
-// buildDebian makes the disk of a debian source. Root only.
-func (s *Store) buildDebian(ctx context.Context, img *plan.Image, fresh bool) (_ *manifest, cached bool, err error) {
-	spec, err := s.baseSpec(ctx, img)
-	if err != nil {
-		return nil, false, err
-	}
-	if !fresh {
-		if m, err := s.roots.follow(kindBase, spec); !errors.Is(err, errMissing) {
-			return m, true, err
-		}
-	}
-	src := img.Source.Debian
-	if err := checkDebian(src, s.arch); err != nil {
-		return nil, false, err
-	}
-	if err := s.roots.open(); err != nil {
-		return nil, false, err
-	}
-	lock, err := s.roots.lock(ctx, spec)
-	if err != nil {
-		return nil, false, err
-	}
-	defer func() { err = errors.Join(err, lock.Unlock()) }()
-	line := func(text string) { s.report(Progress{Image: img.Name, Phase: PhaseBuild, Line: text}) }
-	proxy := aptProxy(ctx)
-	in, err := resolveDebian(ctx, s.net.withProxy(proxy), src)
-	if fresh && isUnreachable(err) {
-		if m, ferr := s.roots.follow(kindBase, spec); ferr == nil {
-			s.keepsBase(img, err)
-			return m, true, nil
-		}
-	}
-	if err != nil {
-		return nil, false, err
-	}
-	digest, inputs, err := digestOf(in)
-	if err != nil {
-		return nil, false, err
-	}
-	m, cached, err := s.roots.make(ctx, kindBase, digest, func(d *draft) (*manifest, error) {
-		s.log().Info("building from packages", "image", img.Name, "suite", src.Suite, "mirror", in.Repos[0].URI)
-		b := &debianBuilder{inputs: in, digest: digest, proxy: proxy, line: line}
-		args, err := b.build(ctx, d)
-		return &manifest{Image: img.Name, Cmdline: args, Inputs: inputs}, err
-	})
-	if err != nil {
-		return nil, false, err
-	}
-	return m, cached, s.roots.point(spec, kindBase, digest)
 }

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -123,49 +122,35 @@ func TestCheckDebian(t *testing.T) {
 	wantError(t, checkDebian(&plan.DebianSource{Arch: "amd64"}, "amd64"), "apt-get install mmdebstrap")
 }
 
-// Only root builds from packages: another user is told so.
-func TestDebianNeedsRoot(t *testing.T) {
-	if os.Geteuid() == 0 {
-		need.Tools(t, "setpriv")
-		self, err := os.Executable()
-		if err != nil {
-			t.Fatal(err)
-		}
-		copied := filepath.Join(os.TempDir(), fmt.Sprintf("image-test-%d", os.Getpid())) // where nobody can read it
-		if err := copyFile(self, copied); err != nil {
-			t.Fatal(err)
-		}
-		defer os.Remove(copied)
-		if err := os.Chmod(copied, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.Command("setpriv", "--reuid=65534", "--clear-groups", copied, "-test.run=^TestDebianNeedsRoot$", "-test.v")
-		cmd.Dir = os.TempDir()
-		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestDebianNeedsRoot") {
-			t.Errorf("as nobody: %v\n%s", err, out)
-		}
-		return
-	}
+// A Store builds nothing from packages, whoever it is opened by: it takes what a Builder made, and says who makes it.
+func TestDebianIsBuiltApart(t *testing.T) {
 	dir := t.TempDir()
 	img := &plan.Image{Name: "d", Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: "amd64"}}}
 	s, err := Open(&plan.Plan{Paths: plan.Paths{State: dir, Images: dir + "/images", Cache: dir + "/cache"}}, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = s.EnsureBase(t.Context(), img)
-	wantError(t, err, `image "d"`, "only root", "mmdebstrap")
+	wantOnly(t, dir)
+	_, err = s.Ensure(t.Context(), img)
+	wantError(t, err, `image "d"`, "only root", "mmdebstrap", "refresh --root-part")
 }
 
-// Root writes nothing where another user could have put a link, and takes what is there.
-func TestRootInAnothersFolder(t *testing.T) {
+// Nobody writes where another user could have put a link, not even root; reading is no matter.
+func TestAnothersFolder(t *testing.T) {
 	need.Root(t)
 	l := labIn(t, t.TempDir())
-	if err := os.Chown(l.plan.Paths.Images, 65534, 65534); err != nil {
+	if err := errors.Join(os.MkdirAll(l.plan.Paths.Images, 0o755), os.Chown(l.plan.Paths.Images, 65534, 65534)); err != nil {
 		t.Fatal(err)
 	}
-	_, err := l.open(l.plan).EnsureBase(t.Context(), l.img)
+	_, err := l.open(l.plan).Ensure(t.Context(), l.img)
 	wantError(t, err, l.plan.Paths.Images, "belongs to another user")
-	wantOnly(t, filepath.Join(l.plan.Paths.Images, kindBase))
+	wantOnly(t, l.plan.Paths.Images)
+	if _, err := l.open(l.plan).Prune(t.Context(), nil); err == nil {
+		t.Error("pruned in another user's folder")
+	}
+	if _, err := l.open(l.plan).List(t.Context()); err != nil {
+		t.Error(err)
+	}
 }
 
 // A build that is cut off leaves no process, no mount and no file.
@@ -176,16 +161,14 @@ func TestDebianCancelled(t *testing.T) {
 	dir := t.TempDir()
 	p := &plan.Plan{Paths: plan.Paths{State: dir, Images: dir + "/images", Cache: dir + "/cache"}}
 	ctx, cancel := context.WithCancelCause(t.Context())
-	s, err := Open(p, Options{Progress: func(e Progress) {
+	b := NewBuilder(p, Options{Progress: func(e Progress) {
 		if strings.Contains(e.Line, "installing essential packages") {
 			cancel(errors.New("interrupted"))
 		}
 	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	img := &plan.Image{Name: "d", Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: s.arch}}}
-	wantError(t, s.Prepare(ctx, img, false), "interrupted")
+	img := &plan.Image{Name: "d", Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: b.arch}}}
+	_, err := b.Build(ctx, img, false)
+	wantError(t, err, "interrupted")
 	wantOnly(t, filepath.Join(dir, "debian", kindBase))
 	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), dir) {
 		t.Errorf("something is mounted below %s still (%v)", dir, err)

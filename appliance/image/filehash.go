@@ -79,7 +79,8 @@ func hashFile(ctx context.Context, path, cache string, progress func(done, total
 		return "", errors.Join(err, fmt.Errorf("%s changed while it was read: is something writing it?", path))
 	}
 	before.Digest = hex.EncodeToString(digest.Sum(nil))
-	if kept != "" {
+	// Not in a folder that is missing, or somebody else's: who only looks at images leaves nothing there.
+	if kept != "" && ownFolder(filepath.Dir(kept)) {
 		b, err := json.Marshal(before)
 		if err := errors.Join(err, state.WriteFile(kept, b, 0o600)); err != nil {
 			return "", fmt.Errorf("keep the digest of %s: %w", path, err)
@@ -113,4 +114,14 @@ func allocated(fi os.FileInfo) int64 {
 		return st.Blocks * 512
 	}
 	return fi.Size()
+}
+
+// ownFolder reports whether a folder is there and belongs to this process's user.
+func ownFolder(dir string) bool {
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return false
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	return ok && int(st.Uid) == os.Geteuid()
 }

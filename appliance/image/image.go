@@ -10,8 +10,8 @@
 //	locks/NAME        one builder at a time, across processes
 //
 // What has a name there is whole and read-only: it is built under another name beside it, flushed and
-// renamed. Downloads lie below Paths.Cache until they have become a base. What only root can build
-// (the debian source) lies in the same layout below Paths.State/debian, where the runtime user cannot write.
+// renamed. Downloads lie below Paths.Cache until they have become a base. What only root can build (the debian source) is a Builder's,
+// and lies in the same layout below Paths.State/debian, where the runtime user cannot write.
 package image
 
 import (
@@ -21,8 +21,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -72,15 +70,12 @@ type Progress struct {
 	Cached bool
 }
 
-// Store makes and keeps the images of one Plan. All methods may be called at the
+// Store makes and keeps the images of one Plan, for the Plan's user. All methods may be called at the
 // same time, by several processes too.
 type Store struct {
-	plan  *plan.Plan
-	opts  Options
+	kit
 	shelf *shelf // below Paths.Images
-	roots *shelf // below Paths.State: what root built
-	net   *fetcher
-	arch  string
+	built *shelf // below Paths.State: a Builder's, and only read
 
 	ubuntuKeys []byte
 }
@@ -122,45 +117,32 @@ func thisGuest() string {
 	return "/proc/self/exe" // also where its path is in a folder that this user may not enter
 }
 
-// Open makes what is missing of the folders for images. Root opens the Plan of
-// another user for Prepare and Prune only: root does not write where that user could put a link in its way.
+// Open opens the images of a Plan. It changes nothing yet.
 func Open(p *plan.Plan, o Options) (*Store, error) {
-	if o.Log == nil {
-		o.Log = slog.Default()
-	}
 	if o.GuestBinary == "" {
 		o.GuestBinary = thisGuest()
 	}
-	s := &Store{
-		plan: p, opts: o, net: newFetcher(), arch: runtime.GOARCH, ubuntuKeys: ubuntuKeys,
-		shelf: &shelf{dir: p.Paths.Images, log: o.Log},
-		roots: &shelf{dir: filepath.Join(p.Paths.State, "debian"), log: o.Log},
-	}
-	if !s.mayWrite() {
-		return s, nil
-	}
-	if err := errors.Join(s.shelf.open(), os.MkdirAll(p.Paths.Cache, 0o750)); err != nil {
-		return nil, fmt.Errorf("make the folders for images: %w", err)
-	}
-	return s, nil
+	k := newKit(p, o)
+	return &Store{kit: k, ubuntuKeys: ubuntuKeys, shelf: &shelf{dir: p.Paths.Images, log: k.opts.Log}, built: builtShelf(p, k.opts.Log)}, nil
 }
 
-// mayWrite reports that the folder for images is this process's own, or not there yet.
-func (s *Store) mayWrite() bool {
-	fi, err := os.Stat(s.plan.Paths.Images)
-	if err != nil {
-		return true // whatever it is, making it will say
-	}
-	st, ok := fi.Sys().(*syscall.Stat_t)
-	return ok && (os.Geteuid() != 0 || st.Uid == 0)
+// OwnerError is a folder for images that belongs to another user than the one who wants to write there. Whoever it is could put a
+// link into that user's way, or have one put into their own.
+type OwnerError struct{ Dir, User string }
+
+func (e *OwnerError) Error() string {
+	return fmt.Sprintf("%s belongs to another user, and only that one builds there: start this as user %q", e.Dir, e.User)
 }
 
-func (s *Store) log() *slog.Logger { return s.opts.Log }
-
-func (s *Store) report(p Progress) {
-	if s.opts.Progress != nil {
-		s.opts.Progress(p)
+// own makes what is missing of the folders for images, and refuses one that is not this process's own.
+func (s *Store) own() error {
+	if _, err := os.Stat(s.plan.Paths.Images); err == nil && !ownFolder(s.plan.Paths.Images) {
+		return &OwnerError{s.plan.Paths.Images, s.plan.User}
 	}
+	if err := errors.Join(s.shelf.open(), os.MkdirAll(s.plan.Paths.Cache, 0o750)); err != nil {
+		return fmt.Errorf("make the folders for images: %w", err)
+	}
+	return nil
 }
 
 // bytesOf reports a phase's bytes, ten times a second at most.
@@ -190,17 +172,6 @@ func (s *Store) Refresh(ctx context.Context, img *plan.Image) (*Sealed, error) {
 	return s.sealed(ctx, img, true)
 }
 
-// EnsureBase gives the base of an image, and makes it where there is none. Started by
-// root for another user it does Prepare, and gives what that built.
-func (s *Store) EnsureBase(ctx context.Context, img *plan.Image) (*Base, error) {
-	if !s.mayWrite() && img.Source.Debian != nil {
-		m, cached, err := s.buildDebian(ctx, img, false)
-		return s.baseOf(img, s.roots, m, cached), named(img, err)
-	}
-	b, err := s.base(ctx, img, false)
-	return b, named(img, err)
-}
-
 // named says which image an error is about.
 func named(img *plan.Image, err error) error {
 	if err != nil {
@@ -223,7 +194,7 @@ func (s *Store) sealed(ctx context.Context, img *plan.Image, fresh bool) (_ *Sea
 			return s.sealedOf(img, m, true), err
 		}
 	}
-	if err := s.mine(); err != nil {
+	if err := s.own(); err != nil {
 		return nil, err
 	}
 	lock, err := s.shelf.lock(ctx, spec)
@@ -258,15 +229,6 @@ func (s *Store) unbuilt(ctx context.Context, img *plan.Image, fresh bool) (*Seal
 		Size: b.Size, User: img.User, Cached: b.Cached}, nil
 }
 
-// mine refuses root's work in another user's folder: a link there could turn it against the host.
-func (s *Store) mine() error {
-	if s.mayWrite() {
-		return nil
-	}
-	return fmt.Errorf("%s belongs to another user, and root does not build there: start this as user %q",
-		s.plan.Paths.Images, s.plan.User)
-}
-
 // find gives the image that a spec stands for, and nil where it has to be made. What is damaged is made anew.
 func (s *Store) find(kind, spec string) (*manifest, error) {
 	m, err := s.shelf.follow(kind, spec)
@@ -277,19 +239,6 @@ func (s *Store) find(kind, spec string) (*manifest, error) {
 		return nil, nil
 	}
 	return m, err
-}
-
-func (s *Store) baseOf(img *plan.Image, on *shelf, m *manifest, cached bool) *Base {
-	if m == nil {
-		return nil
-	}
-	s.report(Progress{Image: img.Name, Phase: PhaseBase, Cached: cached})
-	b := &Base{Digest: m.Digest, Cmdline: m.Cmdline, Size: m.Size, Cached: cached,
-		Disk: on.file(m, diskFile), Kernel: on.file(m, kernelFile)}
-	if m.Initrd {
-		b.Initrd = on.file(m, initrdFile)
-	}
-	return b
 }
 
 func (s *Store) sealedOf(img *plan.Image, m *manifest, cached bool) *Sealed {

@@ -229,7 +229,7 @@ func (s *Store) endCutOff(ctx context.Context, dir string) error {
 // EndPrebuilds ends what prebuilds of this Plan left whose fleetingd was killed. The next prebuild would do it, but there may be
 // none. One that is under way is left alone.
 func (s *Store) EndPrebuilds(ctx context.Context) error {
-	if err := s.mine(); err != nil {
+	if err := s.own(); err != nil {
 		return err
 	}
 	var errs []error

@@ -55,32 +55,32 @@ func (s *Store) List(ctx context.Context) ([]Item, error) {
 // image, so inUse matters only for what a VM is about to boot. What is being built stays, and where that is an image of the Plan
 // all of its folder does: what a build ends with is not known to be current before it is done.
 func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (removed []string, err error) {
+	if err := s.own(); err != nil {
+		return nil, err
+	}
 	specs, err := s.specs(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var errs []error
-	prune := func(on *shelf) {
-		unlock, err := on.quiet(specs)
-		if errors.Is(err, state.ErrLocked) {
-			s.log().Info("an image is being built: old ones are removed the next time", "images", on.dir)
-			return
-		}
-		if err != nil {
-			errs = append(errs, err)
-			return
-		}
+	return s.shelf.pruneAll(specs, func() func(string) bool {
 		current := s.current(specs)
-		more, err := on.prune(func(digest string) bool { return current[digest] || (inUse != nil && inUse(digest)) })
-		removed, errs = append(removed, more...), append(errs, err, unlock())
+		return func(digest string) bool { return current[digest] || inUse != nil && inUse(digest) }
+	})
+}
+
+// pruneAll removes what keep does not name, once no builder of these specs is at work; keep is asked for only then. Where one is,
+// nothing is removed.
+func (s *shelf) pruneAll(specs map[string]string, keep func() func(digest string) bool) (removed []string, err error) {
+	unlock, err := s.quiet(specs)
+	if errors.Is(err, state.ErrLocked) {
+		s.log.Info("an image is being built: old ones are removed the next time", "images", s.dir)
+		return nil, nil
 	}
-	if s.mayWrite() {
-		prune(s.shelf)
+	if err != nil {
+		return nil, err
 	}
-	if os.Geteuid() == 0 {
-		prune(s.roots)
-	}
-	return removed, errors.Join(errs...)
+	removed, err = s.prune(keep())
+	return removed, errors.Join(err, unlock())
 }
 
 // specs gives the digests of the Plan's specs, each with its kind.
@@ -105,18 +105,23 @@ func (s *Store) specs(ctx context.Context) (map[string]string, error) {
 	return specs, nil
 }
 
-// current gives the digests that specs stand for, on both shelves, and those of the specs themselves.
+// current gives the digests that specs stand for, here and among what a Builder made, and those of the specs themselves.
 func (s *Store) current(specs map[string]string) map[string]bool {
 	current := map[string]bool{}
-	for spec, kind := range specs {
-		current[spec] = true
-		for _, shelf := range []*shelf{s.shelf, s.roots} {
-			if m, err := shelf.follow(kind, spec); err == nil {
-				current[m.Digest] = true
-			}
-		}
+	for _, on := range []*shelf{s.shelf, s.built} {
+		on.current(specs, current)
 	}
 	return current
+}
+
+// current adds the digests that specs stand for, and those of the specs themselves.
+func (s *shelf) current(specs map[string]string, to map[string]bool) {
+	for spec, kind := range specs {
+		to[spec] = true
+		if m, err := s.follow(kind, spec); err == nil {
+			to[m.Digest] = true
+		}
+	}
 }
 
 // quiet keeps all builders of these specs out until unlock is called: between an image's end and the reference to it, it

@@ -266,6 +266,9 @@ func TestPrebuildAfterACrash(t *testing.T) {
 // The same where no other prebuild comes.
 func TestEndPrebuilds(t *testing.T) {
 	l := labIn(t, t.TempDir())
+	if err := l.own(); err != nil {
+		t.Fatal(err)
+	}
 	left := &fakeVM{driver: l.driver, done: make(chan struct{})}
 	l.driver.left, l.driver.running = left, 1
 	dir := filepath.Join(l.plan.Paths.Run, "prebuild-fd0")

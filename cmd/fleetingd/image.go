@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -32,7 +33,7 @@ func imageCommand() *cli.Command {
 				Name:  "prune",
 				Usage: "remove images that the plan does not use",
 				Description: "Removes images that no image of the plan stands for any more, and what builds that were cut off left.\n" +
-					"Workers that run keep their disks. As root it removes what root built, too.",
+					"Workers that run keep their disks. As root it removes what root built, and as the plan's user the rest.",
 				Flags:  []cli.Flag{planFlag()},
 				Action: pruneImages,
 			},
@@ -115,6 +116,14 @@ func pruneImages(c *cli.Context) error {
 		return err
 	}
 	removed, err := store.Prune(ctx, nil)
+	if os.Getuid() == 0 {
+		built, berr := image.NewBuilder(p, image.Options{Log: textLog(c.App.ErrWriter)}).Prune(ctx)
+		// The runtime user's folder is that user's to prune.
+		if _, theirs := errors.AsType[*image.OwnerError](err); theirs {
+			err = nil
+		}
+		removed, err = append(removed, built...), errors.Join(err, berr)
+	}
 	for _, digest := range removed {
 		fmt.Fprintln(c.App.Writer, "removed", digest[:12])
 	}

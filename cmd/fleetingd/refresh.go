@@ -39,16 +39,16 @@ func refreshImages(c *cli.Context) error {
 	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	log := textLog(c.App.ErrWriter)
-	opts := image.Options{Log: log, Secrets: readSecret}
-	if !c.Bool("root-part") {
-		if opts.Driver, err = vm.Open(p.Hypervisor, log); err != nil {
-			return err
-		}
-	}
-	opts.Progress = func(e image.Progress) {
+	opts := image.Options{Log: log, Secrets: readSecret, Progress: func(e image.Progress) {
 		if e.Line != "" {
 			log.Info(e.Line, "image", e.Image, "phase", string(e.Phase))
 		}
+	}}
+	if c.Bool("root-part") {
+		return refreshBuilt(ctx, image.NewBuilder(p, opts), p, log)
+	}
+	if opts.Driver, err = vm.Open(p.Hypervisor, log); err != nil {
+		return err
 	}
 	store, err := image.Open(p, opts)
 	if err != nil {
@@ -57,15 +57,32 @@ func refreshImages(c *cli.Context) error {
 	return refreshAll(ctx, c, store, p, log)
 }
 
+// refreshBuilt is root's part: what is built from packages.
+func refreshBuilt(ctx context.Context, b *image.Builder, p *plan.Plan, log *slog.Logger) error {
+	var errs []error
+	for i := range p.Images {
+		_, err := b.Build(ctx, &p.Images[i], true)
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err // what is in use stays: nothing is pruned after a failure
+	}
+	removed, err := b.Prune(ctx)
+	logPruned(log, removed)
+	return err
+}
+
+func logPruned(log *slog.Logger, removed []string) {
+	if len(removed) > 0 {
+		log.Info("removed unreferenced images", "number", len(removed))
+	}
+}
+
 // refreshAll goes on after an image that cannot be built: the others may.
 func refreshAll(ctx context.Context, c *cli.Context, store *image.Store, p *plan.Plan, log *slog.Logger) error {
 	var errs []error
 	for i := range p.Images {
 		img := &p.Images[i]
-		if c.Bool("root-part") {
-			errs = append(errs, store.Prepare(ctx, img, true))
-			continue
-		}
 		sealed, err := store.Refresh(ctx, img)
 		if err != nil {
 			errs = append(errs, err)
@@ -81,8 +98,6 @@ func refreshAll(ctx context.Context, c *cli.Context, store *image.Store, p *plan
 		return err // what is in use stays: nothing is pruned after a failure
 	}
 	removed, err := store.Prune(ctx, nil)
-	if len(removed) > 0 {
-		log.Info("removed images that nothing stands for any more", "number", len(removed))
-	}
+	logPruned(log, removed)
 	return err
 }

@@ -358,24 +358,17 @@ func (r *hostRun) network(ctx context.Context) error {
 	return nil
 }
 
-// base makes the base images that only root can make, and gives them to the runtime user.
+// base makes the base images that only root can make.
 func (r *hostRun) base(ctx context.Context) error {
 	img, err := r.plan.Image(r.pool.Image)
 	if err != nil {
 		return err
 	}
-	if img.Source.Debian == nil {
-		return nil
-	}
 	ip := newImageProgress(r.view)
 	ip.new = true // the unprivileged half says it of all images
-	store, err := image.Open(r.plan, image.Options{Log: slog.New(slog.DiscardHandler), Progress: ip.show})
-	if err != nil {
-		return err
-	}
-	_, err = store.EnsureBase(ctx, img)
+	_, err = image.NewBuilder(r.plan, image.Options{Log: slog.New(slog.DiscardHandler), Progress: ip.show}).Build(ctx, img, false)
 	ip.end(err == nil)
-	return errors.Join(err, chownTree(r.plan.Paths.Images, r.user), chownTree(r.plan.Paths.Cache, r.user))
+	return err
 }
 
 // jobs runs the jobs, and sees to it that no worker stays when the half that does so is killed.

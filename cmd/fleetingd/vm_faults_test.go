@@ -28,11 +28,7 @@ import (
 // base is the Debian base image of the lab's spec.
 func (l *lab) base(r *hostRun) *image.Base {
 	l.t.Helper()
-	store, err := image.Open(r.plan, image.Options{})
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	b, err := store.EnsureBase(l.t.Context(), &r.plan.Images[0])
+	b, err := image.NewBuilder(r.plan, image.Options{}).Build(l.t.Context(), &r.plan.Images[0], false)
 	if err != nil {
 		l.t.Fatal(err)
 	}

@@ -1,0 +1,150 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"runtime"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
+)
+
+// kit is what a Store and a Builder both work with.
+type kit struct {
+	plan *plan.Plan
+	opts Options
+	net  *fetcher
+	arch string
+}
+
+func newKit(p *plan.Plan, o Options) kit {
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	return kit{plan: p, opts: o, net: newFetcher(), arch: runtime.GOARCH}
+}
+
+func (k *kit) log() *slog.Logger { return k.opts.Log }
+
+func (k *kit) report(p Progress) {
+	if k.opts.Progress != nil {
+		k.opts.Progress(p)
+	}
+}
+
+// keepsBase says that the source of an image could not be asked for a newer one. A mirror that is down for an hour is no reason for
+// a refresh to fail: the prebuild, or what else has changed, is made on the base that is there.
+func (k *kit) keepsBase(img *plan.Image, why error) {
+	k.log().Warn("the image's source does not answer; the base that is there is used", "image", img.Name, "error", why)
+}
+
+// baseOf is a manifest's base, and reports it. m may be nil.
+func (k *kit) baseOf(img *plan.Image, on *shelf, m *manifest, cached bool) *Base {
+	if m == nil {
+		return nil
+	}
+	k.report(Progress{Image: img.Name, Phase: PhaseBase, Cached: cached})
+	b := &Base{Digest: m.Digest, Cmdline: m.Cmdline, Size: m.Size, Cached: cached,
+		Disk: on.file(m, diskFile), Kernel: on.file(m, kernelFile)}
+	if m.Initrd {
+		b.Initrd = on.file(m, initrdFile)
+	}
+	return b
+}
+
+// builtShelf is where a Builder keeps what it made.
+func builtShelf(p *plan.Plan, log *slog.Logger) *shelf {
+	return &shelf{dir: filepath.Join(p.Paths.State, "debian"), log: log}
+}
+
+// Builder makes what only root can make: the bases of `debian` sources. They lie below Paths.State, where the user of a Store
+// cannot write, and a Store takes them from there. A Builder starts no VM and touches nothing of the Store's.
+type Builder struct {
+	kit
+	shelf *shelf
+}
+
+// NewBuilder makes a Builder; it changes nothing yet.
+func NewBuilder(p *plan.Plan, o Options) *Builder {
+	k := newKit(p, o)
+	return &Builder{kit: k, shelf: builtShelf(p, k.opts.Log)}
+}
+
+// Build makes the base of an image with a debian source, and returns nil for any other. Where it was built before nothing is done,
+// unless fresh asks the mirror for newer packages.
+func (b *Builder) Build(ctx context.Context, img *plan.Image, fresh bool) (*Base, error) {
+	if img.Source.Debian == nil {
+		return nil, nil
+	}
+	m, cached, err := b.build(ctx, img, fresh)
+	return b.baseOf(img, b.shelf, m, cached), named(img, err)
+}
+
+func (b *Builder) build(ctx context.Context, img *plan.Image, fresh bool) (_ *manifest, cached bool, err error) {
+	spec, err := sourceSpec(img.Source, nil)
+	if err != nil {
+		return nil, false, err
+	}
+	if !fresh {
+		if m, err := b.shelf.follow(kindBase, spec); !errors.Is(err, errMissing) {
+			return m, true, err
+		}
+	}
+	src := img.Source.Debian
+	if err := checkDebian(src, b.arch); err != nil {
+		return nil, false, err
+	}
+	if err := b.shelf.open(); err != nil {
+		return nil, false, err
+	}
+	lock, err := b.shelf.lock(ctx, spec)
+	if err != nil {
+		return nil, false, err
+	}
+	defer func() { err = errors.Join(err, lock.Unlock()) }()
+	proxy := aptProxy(ctx)
+	in, err := resolveDebian(ctx, b.net.withProxy(proxy), src)
+	if fresh && isUnreachable(err) {
+		if m, ferr := b.shelf.follow(kindBase, spec); ferr == nil {
+			b.keepsBase(img, err)
+			return m, true, nil
+		}
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	digest, inputs, err := digestOf(in)
+	if err != nil {
+		return nil, false, err
+	}
+	m, cached, err := b.shelf.make(ctx, kindBase, digest, func(d *draft) (*manifest, error) {
+		b.log().Info("building from packages", "image", img.Name, "suite", src.Suite, "mirror", in.Repos[0].URI)
+		line := func(text string) { b.report(Progress{Image: img.Name, Phase: PhaseBuild, Line: text}) }
+		args, err := (&debianBuilder{inputs: in, digest: digest, proxy: proxy, line: line}).build(ctx, d)
+		return &manifest{Image: img.Name, Cmdline: args, Inputs: inputs}, err
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	return m, cached, b.shelf.point(spec, kindBase, digest)
+}
+
+// Prune removes what no debian source of the Plan stands for any more. It returns the digests that it removed.
+func (b *Builder) Prune(context.Context) ([]string, error) {
+	specs := map[string]string{}
+	for i := range b.plan.Images {
+		if img := &b.plan.Images[i]; img.Source.Debian != nil {
+			spec, err := sourceSpec(img.Source, nil)
+			if err != nil {
+				return nil, named(img, err)
+			}
+			specs[spec] = kindBase
+		}
+	}
+	return b.shelf.pruneAll(specs, func() func(string) bool {
+		current := map[string]bool{}
+		b.shelf.current(specs, current)
+		return func(digest string) bool { return current[digest] }
+	})
+}
