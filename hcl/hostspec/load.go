@@ -55,13 +55,7 @@ type Result struct {
 // Load reads, decodes, defaults and validates a host spec. All findings are
 // returned at once; Result is never nil and its Files serve to print them.
 func Load(opts Options) (*Result, hcl.Diagnostics) {
-	l := &loader{
-		opts:  opts,
-		dir:   filepath.Dir(opts.Path),
-		env:   environ(opts.Environ),
-		files: map[string]*hcl.File{},
-		attrs: map[attrKey]attrInfo{},
-	}
+	l := newLoader(opts)
 	host, hosts := l.load()
 	l.maskSecrets()
 	sortByPlace(l.diags)
@@ -69,6 +63,16 @@ func Load(opts Options) (*Result, hcl.Diagnostics) {
 		host = nil
 	}
 	return &Result{Host: host, Hosts: hosts, Files: l.files}, l.diags
+}
+
+func newLoader(opts Options) *loader {
+	return &loader{
+		opts:  opts,
+		dir:   filepath.Dir(opts.Path),
+		env:   environ(opts.Environ),
+		files: map[string]*hcl.File{},
+		attrs: map[attrKey]attrInfo{},
+	}
 }
 
 // loader is one Load: what was read and what was found.
@@ -83,7 +87,9 @@ type loader struct {
 	tokens tokens // of secrets
 	attrs  map[attrKey]attrInfo
 	masks  []hcl.Range // literal secrets
-	work   float64     // of all expressions so far
+	// opened, if not nil, is told what each block may hold: tests learn the language from it.
+	opened func(b *hcl.Block, attrs []attrSpec, blocks []hcl.BlockHeaderSchema)
+	work   float64 // of all expressions so far
 }
 
 func (l *loader) load() (*Host, []string) {

@@ -69,6 +69,9 @@ type section struct {
 // open reads a block by its attributes and the blocks within.
 func (l *loader) open(b *hcl.Block, owner any, attrs []attrSpec, blocks ...hcl.BlockHeaderSchema) *section {
 	s := &section{l: l, owner: owner, what: blockName(b), attrs: attrs}
+	if l.opened != nil {
+		l.opened(b, attrs, blocks)
+	}
 	content, diags := b.Body.Content(schemaOf(attrs, blocks...))
 	l.diags = append(l.diags, explain(diags, s.what, attrs, blocks)...)
 	s.content = content
