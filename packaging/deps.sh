@@ -8,6 +8,7 @@ packages=(
   mmdebstrap e2fsprogs zstd  # guest images from a package mirror
   debian-archive-keyring     # signs the mirror; ubuntu hosts lack it
   xfsprogs                   # a file system that can clone
+  iptables                   # another firewall, which doctor has to find
   nftables iproute2 iputils-ping
   openssh-client
   procps util-linux fdisk xz-utils cpio strace

@@ -60,7 +60,7 @@ func (d *doctor) examine(ctx context.Context) []Finding {
 	d.secrets()
 	d.tun()
 	d.nftables()
-	d.links()
+	d.links(ctx)
 	d.sysctls()
 	d.stateDir()
 	d.disks()

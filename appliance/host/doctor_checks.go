@@ -288,7 +288,7 @@ func (d *doctor) nftables() {
 	d.ok(check, "the kernel takes the plan's ruleset (tried in a network namespace of its own)")
 }
 
-func (d *doctor) links() {
+func (d *doctor) links(ctx context.Context) {
 	h, err := d.machine.network(d.plan)
 	if err != nil {
 		d.fail("egress-interface", "ip link; ip rule; ip route show table all", "%v", err)
@@ -303,6 +303,7 @@ func (d *doctor) links() {
 	d.subnet(h, n)
 	d.workerRoutes(h, n)
 	d.dns(h, n)
+	d.foreignFirewall(ctx, h, n)
 }
 
 func (d *doctor) egressInterface(h *have, n *network) {

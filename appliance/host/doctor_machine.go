@@ -37,6 +37,8 @@ type machine struct {
 	network  func(*plan.Plan) (*have, error)
 	ask      func(f flow, index int) (out int, err error)
 	trial    func(plan.Ruleset, []plan.Slot) error
+	// dropper says what stops a worker's packets of one family on their way through the host; nil is nothing.
+	dropper  func(p *plan.Plan, six bool) (*blockade, error)
 	landlock func() (abi int, err error)
 	synced   func() (bool, error)
 }
@@ -76,6 +78,7 @@ func realMachine() machine {
 		network:  linksAndRoutes,
 		ask:      ask,
 		trial:    trialLoad,
+		dropper:  tryPackets,
 		landlock: landlockABI,
 		synced:   clockSynced,
 	}

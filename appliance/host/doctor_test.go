@@ -83,6 +83,7 @@ func healthy() *doctor {
 			network:  func(*plan.Plan) (*have, error) { return network1("10.0.2.0/24"), nil },
 			ask:      func(flow, int) (int, error) { return 0, errors.New("no TAP is up") },
 			trial:    func(plan.Ruleset, []plan.Slot) error { return nil },
+			dropper:  func(*plan.Plan, bool) (*blockade, error) { return nil, nil },
 			landlock: func() (int, error) { return 6, nil },
 			synced:   func() (bool, error) { return true, nil },
 		},
@@ -148,7 +149,7 @@ func answers(d *doctor, program, text string) {
 
 func TestDoctorHealthy(t *testing.T) {
 	want := []string{"cpu-virtualization", "kvm", "hypervisor", "systemd", "cgroup", "landlock", "user", "tun", "nftables",
-		"egress-interface", "subnet", "dns", "ip-forwarding", "arp-ignore", "state-dir", "disks", "disk-space", "memory", "qemu-img",
+		"egress-interface", "subnet", "dns", "foreign-firewall", "ip-forwarding", "arp-ignore", "state-dir", "disks", "disk-space", "memory", "qemu-img",
 		"mmdebstrap", "mke2fs", "debian-archive-keyring", "clock", "gitlab-runner"}
 	var got []string
 	for _, f := range healthy().examine(t.Context()) {

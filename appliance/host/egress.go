@@ -238,13 +238,12 @@ func (h *have) onLink(r *netlink.Route) string {
 	return strings.Replace(h.describe(r), " dev ", " on ", 1)
 }
 
-// ours reports a route that NetworkUp made.
+// ours reports a route that NetworkUp or Doctor made.
 func (n *network) ours(h *have, r *netlink.Route) bool {
 	if r.Table == unix.RT_TABLE_LOCAL { // the kernel makes one for each address
 		return routeDst(r).IsSingleIP() && slices.Contains(append(n.gateways(), n.notedAddresses()...), routeDst(r).Addr())
 	}
-	l := h.link(r.LinkIndex)
-	return l != nil && l.Attrs().Alias == n.mark()
+	return r.Protocol == routeProtocol // another plan's TAPs are refused by name, and a doctor's are gone in a moment
 }
 
 func (n *network) notedAddresses() []netip.Addr {

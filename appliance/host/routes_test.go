@@ -272,7 +272,7 @@ func TestTopologies(t *testing.T) {
 func (l *lab) doctor(p *plan.Plan) []Finding {
 	l.Helper()
 	d := &doctor{plan: p, machine: realMachine()}
-	if err := l.in(l.host, func() error { d.links(); return nil }); err != nil {
+	if err := l.in(l.host, func() error { d.links(l.Context()); return nil }); err != nil {
 		l.Fatal(err)
 	}
 	return d.found
