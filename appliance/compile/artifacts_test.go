@@ -131,6 +131,8 @@ var documented = []string{
 	"runners[].pre_build_script", "runners[].post_build_script", "runners[].clone_url", "runners[].debug_trace_disabled",
 	"runners[].clean_git_config", "runners[].referees", "runners[].unhealthy_requests_limit",
 	"runners[].unhealthy_interval", "runners[].job_status_final_update_retry_limit",
+	"session_server.listen_address", "session_server.advertise_address",
+	"runners[].id", "runners[].feature_flags.FF_USE_FASTZIP", "runners[].cache.s3.SecretKey",
 	"runners[].docker.image", "runners[].docker.privileged", "runners[].cache.Type", "runners[].cache.s3.BucketName",
 
 	"runners[].autoscaler.capacity_per_instance", "runners[].autoscaler.max_use_count",

@@ -215,9 +215,6 @@ func TestRefused(t *testing.T) {
 		change     func(*hostspec.Host)
 	}{
 		{"no pool", `host "h" has no pool "q": it has p`, func(h *hostspec.Host) { h.Runners[0].Pool = "q" }},
-		{"setting no table", "settings.autoscaler is a table", func(h *hostspec.Host) {
-			h.Runners[0].Settings = map[string]any{"autoscaler": "x"}
-		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := host(1)

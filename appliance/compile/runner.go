@@ -45,22 +45,23 @@ func (c *compiler) config() {
 		}
 		section := c.runner(r, pool, hold(&file, "runner."+r.Name+".token", r.Token))
 		settings, _ := withPlaceholders(&file, "runner."+r.Name, r.Settings).(table)
-		if !c.merge(r, section, settings, "settings") {
-			continue
-		}
+		merge(section, settings)
 		runners = append(runners, section)
 		jobs += pool.MaxInstances * r.CapacityPerInstance
 		c.plan.Runners = append(c.plan.Runners, plan.Runner{Name: r.Name, Pool: r.Pool, Token: planText(r.Token)})
 		c.from(r.Range, plan.KindRunner, r.Name)
 	}
-	text, err := encode(table{"concurrent": max(jobs, 1), "runners": runners})
+	top := table{"concurrent": max(jobs, 1), "runners": runners}
+	global, _ := withPlaceholders(&file, "gitlab_runner", c.host.GitLabRunner).(table)
+	merge(top, global)
+	text, err := encode(top)
 	if err != nil {
 		c.fail(c.host.Range, "Cannot write config.toml", "%s.", err)
 		return
 	}
 	for _, s := range file.Secrets {
 		if strings.Count(text, s.Placeholder) != 1 {
-			c.fail(c.host.Range, "Cannot write config.toml", "A runner's settings hold the text %q, which stands for a secret there. Write something else.",
+			c.fail(c.host.Range, "Cannot write config.toml", "The settings of GitLab Runner hold the text %q, which stands for a secret there. Write something else.",
 				s.Placeholder)
 			return
 		}
@@ -226,27 +227,22 @@ func policies(blocks []*hostspec.Policy) []table {
 	return all
 }
 
-// merge puts a runner's settings into its section, each by its own name and at its own place; a value of ours (an
-// interval, the docker executor's image) gives way. hostspec has refused those that the spec says elsewhere.
-func (c *compiler) merge(r *hostspec.Runner, into table, settings map[string]any, at string) bool {
-	ok := true
-	for _, key := range slices.Sorted(maps.Keys(settings)) {
-		place := at + "." + key
+// merge puts the spec's settings into a table, each by its own name and at its own place; a value of ours (an
+// interval, the docker executor's image) gives way. hostspec has refused those that the spec says elsewhere, and
+// whatever is a table in one and a value in the other.
+func merge(into, settings table) {
+	for key, value := range settings {
 		ours, haveTable := into[key].(table)
-		theirs, isTable := settings[key].(map[string]any)
+		theirs, isTable := value.(table)
 		switch {
 		case haveTable && isTable:
-			ok = c.merge(r, ours, theirs, place) && ok
-		case haveTable:
-			c.fail(r.Range, "Setting of a wrong type", "Runner %q: %s is a table ({ … }) in config.toml.", r.Name, place)
-			ok = false
+			merge(ours, theirs)
 		case isTable:
 			own := table{} // the spec's own map stays as it is
 			into[key] = own
-			ok = c.merge(r, own, theirs, place) && ok
+			merge(own, theirs)
 		default:
-			into[key] = settings[key]
+			into[key] = value
 		}
 	}
-	return ok
 }

@@ -96,18 +96,27 @@ func readSecrets(c *cli.Context, res *hostspec.Result, p *plan.Plan) (func(from 
 	read := func(from string) (string, error) {
 		value, ok := values[from]
 		if !ok {
-			return "", errors.New("no runner of the host names it")
+			return "", errors.New("nothing in the spec names it")
 		}
 		return value, nil
 	}
 	var diags hcl.Diagnostics
-	for i, r := range res.Host.Runners {
-		fail := func(what string, err error) {
-			diags = append(diags, &hcl.Diagnostic{
-				Severity: hcl.DiagError, Summary: "Secret cannot be read", Subject: r.Range.Ptr(),
-				Detail: fmt.Sprintf("Runner %q, %s: %s. Without --with-secrets it is not needed.", r.Name, what, err),
-			})
+	cannot := func(at hcl.Range, what string, err error) {
+		diags = append(diags, &hcl.Diagnostic{
+			Severity: hcl.DiagError, Summary: "Secret cannot be read", Subject: &at,
+			Detail: fmt.Sprintf("%s: %s. Without --with-secrets it is not needed.", what, err),
+		})
+	}
+	for what, s := range res.Host.GitLabRunnerSecrets() {
+		value, err := s.Read()
+		if err != nil {
+			cannot(res.Host.Range, fmt.Sprintf("Host %q, %s", res.Host.Name, what), err)
+			continue
 		}
+		values[s.From] = value
+	}
+	for i, r := range res.Host.Runners {
+		fail := func(what string, err error) { cannot(r.Range, fmt.Sprintf("Runner %q, %s", r.Name, what), err) }
 		found := len(diags)
 		for what, s := range r.Secrets() {
 			value, err := s.Read()

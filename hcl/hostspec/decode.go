@@ -3,6 +3,7 @@ package hostspec
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math/big"
 	"net/netip"
 	"slices"
@@ -10,6 +11,8 @@ import (
 	"strings"
 
 	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/hclsyntax"
+	"github.com/hashicorp/hcl/v2/json"
 	"github.com/zclconf/go-cty/cty"
 )
 
@@ -54,12 +57,21 @@ func (l *loader) decode(content *hcl.BodyContent) *spec {
 
 func (l *loader) decodeHost(b *hcl.Block) *Host {
 	h := &Host{Name: b.Labels[0], Range: b.DefRange}
-	s := l.open(b, h, []attrSpec{
+	attrs := []attrSpec{
 		{"egress_interface", `"eno1"`, true},
 		{"state_dir", `"/var/lib/fleetingd"`, false},
 		{"refresh", `"24h"`, false},
-	}, hcl.BlockHeaderSchema{Type: "disks"}, hcl.BlockHeaderSchema{Type: "network"},
-		hcl.BlockHeaderSchema{Type: "hypervisor", LabelNames: []string{"driver"}})
+	}
+	blocks := []hcl.BlockHeaderSchema{
+		{Type: "disks"}, {Type: "network"}, {Type: "hypervisor", LabelNames: []string{"driver"}},
+	}
+	// The keys of gitlab_runner are GitLab Runner's. In JSON it is an object like settings.
+	if json.IsJSONBody(b.Body) {
+		attrs = append(attrs, attrSpec{"gitlab_runner", `{ listen_address = "127.0.0.1:9252" }`, false})
+	} else {
+		blocks = append(blocks, hcl.BlockHeaderSchema{Type: "gitlab_runner"})
+	}
+	s := l.open(b, h, attrs, blocks...)
 	s.text("egress_interface", &h.EgressInterface)
 	s.text("state_dir", &h.StateDir)
 	s.duration("refresh", &h.Refresh)
@@ -78,7 +90,26 @@ func (l *loader) decodeHost(b *hcl.Block) *Host {
 	if b := s.one("hypervisor"); b != nil {
 		l.decodeHypervisor(b, &h.Hypervisor)
 	}
+	if b := s.one("gitlab_runner"); b != nil {
+		s.content.Attributes["gitlab_runner"] = l.asObject(b)
+	}
+	s.settings("gitlab_runner", &h.GitLabRunner)
 	return h
+}
+
+// asObject is a block as the attribute that it would be in JSON: a map of its attributes.
+func (l *loader) asObject(b *hcl.Block) *hcl.Attribute {
+	body := b.Body.(*hclsyntax.Body)
+	for _, inner := range body.Blocks {
+		l.errorf(inner.DefRange().Ptr(), "Unexpected block", "Settings of %s are written with an equals sign. Write %s = { … }.", b.Type, inner.Type)
+	}
+	object := &hclsyntax.ObjectConsExpr{SrcRange: b.DefRange, OpenRange: b.DefRange}
+	for _, name := range slices.Sorted(maps.Keys(body.Attributes)) {
+		a := body.Attributes[name]
+		key := &hclsyntax.ScopeTraversalExpr{SrcRange: a.NameRange, Traversal: hcl.Traversal{hcl.TraverseRoot{Name: name, SrcRange: a.NameRange}}}
+		object.Items = append(object.Items, hclsyntax.ObjectConsItem{KeyExpr: &hclsyntax.ObjectConsKeyExpr{Wrapped: key}, ValueExpr: a.Expr})
+	}
+	return &hcl.Attribute{Name: b.Type, Expr: object, Range: b.DefRange, NameRange: b.TypeRange}
 }
 
 func (l *loader) decodeDisks(b *hcl.Block, d *Disks) {
@@ -360,41 +391,47 @@ func (s *section) settings(name string, to *map[string]any) {
 	}
 	*to = got.(map[string]any)
 	s.done(a)
-	s.noteKeys(a.Expr, name, 3)
-	s.settingSecrets(*to, name)
+	s.noteKeys(a.Expr, name)
+	s.settingSecrets(*to, settingPath{name})
 }
 
-// noteKeys notes where the keys of a map are, as far as it is written out.
-func (s *section) noteKeys(expr hcl.Expression, name string, depth int) {
+// noteKeys notes where the keys of a map are, and the elements of its lists, as far as they are written out.
+func (s *section) noteKeys(expr hcl.Expression, name string) {
+	if elems, diags := hcl.ExprList(expr); !diags.HasErrors() {
+		for i, e := range elems {
+			name := fmt.Sprintf("%s[%d]", name, i)
+			s.l.attrs[attrKey{s.owner, name}] = attrInfo{rng: e.Range(), ok: true}
+			s.noteKeys(e, name)
+		}
+	}
 	pairs, diags := hcl.ExprMap(expr)
-	if diags.HasErrors() || depth == 0 {
+	if diags.HasErrors() {
 		return
 	}
 	for _, pair := range pairs {
 		if key, diags := s.l.value(pair.Key, nil); !diags.HasErrors() && key.Type() == cty.String && key.IsKnown() && !key.IsNull() {
 			name := name + "." + key.AsString()
 			s.l.attrs[attrKey{s.owner, name}] = attrInfo{rng: pair.Key.Range(), ok: true, expr: pair.Value}
-			s.noteKeys(pair.Value, name, depth-1)
+			s.noteKeys(pair.Value, name)
 		}
 	}
 }
 
 // settingSecrets refuses literals for the settings that are secrets. A variable may hold one that is not declared as
 // sensitive, if it was set from outside: as for token.
-func (s *section) settingSecrets(table map[string]any, at string) {
+func (s *section) settingSecrets(table map[string]any, at settingPath) {
 	for key, v := range table {
-		place := at + "." + key
-		_, setting, _ := strings.Cut(place, ".")
+		place := at.to(key)
 		switch v := v.(type) {
 		case map[string]any:
 			s.settingSecrets(v, place)
 		case string:
-			if !isSettingSecret(setting) {
+			if !isSecretSetting(place[1:]) {
 				continue
 			}
-			rng := s.l.settingAt(s.owner, setting)
+			rng := s.l.placeOf(s.owner, place)
 			var err error
-			if info, ok := s.l.attrs[attrKey{s.owner, place}]; ok && info.expr != nil {
+			if info, ok := s.l.attrs[attrKey{s.owner, place.String()}]; ok && info.expr != nil {
 				var text Text
 				if text, err = s.l.secretText(info.expr); err == nil {
 					table[key] = text
@@ -405,7 +442,7 @@ func (s *section) settingSecrets(table map[string]any, at string) {
 			if !errors.Is(err, errFound) {
 				s.l.errorf(rng, "Secret in the spec", "%s is a secret, and could be read here by all who can read the spec, its repository and its plan. "+
 					`Write %s = file("/run/secrets/%s"), env("NAME"), or var.NAME with a variable that is set from outside.`,
-					quote(setting), key, strings.ToLower(key))
+					quote(place[1:].String()), key, strings.ToLower(key))
 			}
 		}
 	}

@@ -20,10 +20,12 @@ type Host struct {
 	Network         Network
 	Hypervisor      Hypervisor
 	Refresh         time.Duration // 0: never
-	Images          []*Image      // in the order of the source
-	Pools           []*Pool
-	Runners         []*Runner
-	Range           hcl.Range
+	// GitLabRunner is the gitlab_runner block: the global settings of GitLab Runner's config.toml, as Runner.Settings are a section's.
+	GitLabRunner map[string]any
+	Images       []*Image // in the order of the source
+	Pools        []*Pool
+	Runners      []*Runner
+	Range        hcl.Range
 }
 
 // Disks is the disks block. Size is bytes, 0 where not given.

@@ -103,6 +103,10 @@ locals { zone = "${var.region}-1" }
 host "metal-01" {
   egress_interface = "eno1"
   refresh          = "0s"
+  gitlab_runner {
+    log_format     = "json"
+    session_server = { listen_address = ":8093" }
+  }
   network {
     dns = ["9.9.9.9"]
     egress "a" {
@@ -132,6 +136,7 @@ runner "r" {
   pool     = pool.small
   url      = "https://gitlab.example.com"
   token    = file("/run/secrets/token")
+  executor = "docker-autoscaler"
   settings = { limit = 3, docker = { image = "alpine", privileged = true }, environment = ["A=b"] }
   policy { idle_count = 1 }
   policy {
@@ -149,6 +154,7 @@ runner "r" {
   "host": {"metal-01": {
     "egress_interface": "eno1",
     "refresh": "0s",
+    "gitlab_runner": {"log_format": "json", "session_server": {"listen_address": ":8093"}},
     "network": {
       "dns": ["9.9.9.9"],
       "egress": [
@@ -172,7 +178,7 @@ runner "r" {
     "pool": "pool.small",
     "url": "https://gitlab.example.com",
     "token": "${file(\"/run/secrets/token\")}",
-    "settings": {"limit": 3, "docker": {"image": "alpine", "privileged": true}, "environment": ["A=b"]},
+    "executor": "docker-autoscaler", "settings": {"limit": 3, "docker": {"image": "alpine", "privileged": true}, "environment": ["A=b"]},
     "policy": [
       {"idle_count": 1},
       {"periods": ["* 8-18 * * mon-fri"], "preemptive_mode": false, "scale_factor": 1.5}

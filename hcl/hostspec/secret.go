@@ -91,6 +91,11 @@ func (r *Runner) Secrets() iter.Seq2[string, Secret] {
 	}
 }
 
+// GitLabRunnerSecrets yields the secrets of the gitlab_runner block, each with where it stands.
+func (h *Host) GitLabRunnerSecrets() iter.Seq2[string, Secret] {
+	return func(yield func(string, Secret) bool) { eachSecret("gitlab_runner", h.GitLabRunner, yield) }
+}
+
 // PrebuildSecrets yields the secrets of the prebuilds' files.
 func (h *Host) PrebuildSecrets() iter.Seq[Secret] {
 	return func(yield func(Secret) bool) {
@@ -114,6 +119,9 @@ func (h *Host) SecretVariables() []string {
 		if name, ok := strings.CutPrefix(s.From, "env:"); ok && !slices.Contains(names, name) {
 			names = append(names, name)
 		}
+	}
+	for _, s := range h.GitLabRunnerSecrets() {
+		add(s)
 	}
 	for _, r := range h.Runners {
 		for _, s := range r.Secrets() {
@@ -689,16 +697,4 @@ func (l *loader) maskSecrets() {
 		}
 		l.files[r.Filename] = &hcl.File{Body: f.Body, Bytes: masked, Nav: f.Nav}
 	}
-}
-
-// settingSecrets are the keys of a [[runners]] section whose value is a secret: a literal there is refused, as it is for token.
-var settingSecrets = []string{
-	"cache.s3.SecretKey", "cache.s3.SessionToken", "cache.gcs.PrivateKey", "cache.azure.AccountKey",
-	"autoscaler.connector_config.password", "kubernetes.bearer_token",
-	"ssh.password", "parallels.ssh.password", "virtualbox.ssh.password",
-}
-
-// isSettingSecret reports whether a place in settings holds a secret. GitLab Runner takes keys in any case.
-func isSettingSecret(place string) bool {
-	return slices.ContainsFunc(settingSecrets, func(s string) bool { return strings.EqualFold(s, place) })
 }

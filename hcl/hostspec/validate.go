@@ -157,6 +157,7 @@ func (l *loader) validateHost(h *Host) {
 	l.validateHypervisor(h)
 	l.validateNetwork(&h.Network)
 	l.checkCapacity(h)
+	l.checkGlobalSettings(h)
 }
 
 var interfaceSyntax = regexp.MustCompile(`^[A-Za-z0-9_.@+-]+$`)

@@ -2,13 +2,10 @@ package hostspec
 
 import (
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
 	_ "time/tzdata" // the same zones on every machine, also where none are installed
-
-	"github.com/hashicorp/hcl/v2"
 )
 
 func (l *loader) validateRunners(s *spec) {
@@ -19,6 +16,14 @@ func (l *loader) validateRunners(s *spec) {
 		size[p.Name] = p.MaxInstances
 	}
 	users := map[string]*Runner{}
+	imageUser := map[string]string{} // of each pool
+	for _, p := range s.pools {
+		for _, i := range s.images {
+			if i.Name == p.Image {
+				imageUser[p.Name] = i.User
+			}
+		}
+	}
 	for _, r := range s.runners {
 		l.validateRunner(r)
 		if !l.ok(r, "pool") {
@@ -34,6 +39,7 @@ func (l *loader) validateRunners(s *spec) {
 		} else {
 			users[r.Pool] = r
 		}
+		l.checkConnector(r, imageUser[r.Pool])
 		for _, p := range r.Policies {
 			if most := size[r.Pool] * r.CapacityPerInstance; l.ok(p, "idle_count") && most > 0 && p.IdleCount > most {
 				l.warnf(l.at(p, "idle_count"), "More idle than there are", "idle_count is %d, and the pool %q has room for %d.", p.IdleCount, r.Pool, most)
@@ -102,135 +108,4 @@ func titleZone(s string) string {
 		}
 	}
 	return string(b)
-}
-
-// ours are the keys of a [[runners]] section that the spec has its own words for.
-var ours = map[string]string{
-	"name":     "it is the runner block's label",
-	"url":      "write url = … in the runner block",
-	"token":    "write token = … in the runner block",
-	"executor": "write executor = … in the runner block",
-	// GitLab writes these three down when a runner is registered.
-	"id":                "GitLab Runner finds it out by the token",
-	"token_obtained_at": "it belongs to a registration, and the token is given here",
-	"token_expires_at":  "it belongs to a registration, and the token is given here",
-	// With it the section would not be what the spec says.
-	"machine": "it belongs to the docker+machine executor; pools take its place",
-}
-
-// oursAutoscaler are the same of its autoscaler table. The others there may be set.
-var oursAutoscaler = map[string]string{
-	"plugin":                "fleetingd is the plugin",
-	"plugin_config":         "fleetingd writes it",
-	"capacity_per_instance": "write capacity_per_instance = … in the runner block",
-	"max_use_count":         "write max_use_count = … in the runner block",
-	"max_instances":         "write max_instances = … in the pool block",
-	"policy":                "write policy { … } blocks in the runner block",
-}
-
-// autoscalerKeys are the others, from
-// https://docs.gitlab.com/runner/configuration/advanced-configuration/#the-runnersautoscaler-section
-var autoscalerKeys = []string{
-	"connector_config", "delete_instances_on_shutdown", "deletion_retry_interval", "failure_threshold",
-	"instance_acquire_timeout", "instance_ready_command", "log_external_ip", "log_internal_ip", "reservation_throttling",
-	"scale_throttle", "shutdown_deletion_interval", "shutdown_deletion_retries", "state_storage", "update_interval",
-	"update_interval_when_expecting", "vm_isolation",
-}
-
-// runnerKeys are the others, from
-// https://docs.gitlab.com/runner/configuration/advanced-configuration/#the-runners-section
-var runnerKeys = []string{
-	"autoscaler", "builds_dir", "cache", "cache_dir", "clean_git_config", "clone_url", "custom_build_dir", "debug_trace_disabled", "docker",
-	"environment", "feature_flags", "instance", "job_status_final_update_retry_limit", "labels", "limit", "monitoring", "output_limit",
-	"post_build_script", "post_get_sources_script", "pre_build_script", "pre_get_sources_script", "referees", "request_concurrency",
-	"shell", "strict_check_interval", "store", "tls-ca-file", "tls-cert-file", "tls-key-file", "unhealthy_interval",
-	"unhealthy_requests_limit",
-}
-
-// tables are the keys of both that hold a table.
-var tables = []string{
-	"autoscaler", "cache", "custom_build_dir", "docker", "feature_flags", "instance", "monitoring", "referees",
-	"autoscaler.connector_config", "autoscaler.scale_throttle", "autoscaler.state_storage", "autoscaler.vm_isolation",
-}
-
-// durations are the keys of both, and of the connector, that hold a duration.
-var durations = []string{
-	"unhealthy_interval", "autoscaler.deletion_retry_interval", "autoscaler.instance_acquire_timeout",
-	"autoscaler.shutdown_deletion_interval", "autoscaler.update_interval", "autoscaler.update_interval_when_expecting",
-	"autoscaler.connector_config.keepalive", "autoscaler.connector_config.timeout",
-}
-
-// checkSettings refuses what the spec says elsewhere, and warns of likely typos: GitLab
-// Runner ignores a key that it does not know without a word.
-func (l *loader) checkSettings(r *Runner) {
-	if !l.ok(r, "settings") {
-		return
-	}
-	l.checkKeys(r, "", r.Settings, ours, runnerKeys)
-	if autoscaler, ok := r.Settings["autoscaler"].(map[string]any); ok {
-		l.checkKeys(r, "autoscaler.", autoscaler, oursAutoscaler, autoscalerKeys)
-	}
-	for _, key := range tables {
-		if v, ok := setting(r.Settings, key); ok {
-			if _, is := v.(map[string]any); !is {
-				l.errorf(l.settingAt(r, key), "Invalid settings", "%s is a table in GitLab Runner's config.toml. Write %s = { … }.",
-					quote(key), key[strings.LastIndexByte(key, '.')+1:])
-			}
-		}
-	}
-	for _, key := range durations {
-		v, _ := setting(r.Settings, key)
-		switch v := v.(type) {
-		case int64, float64:
-			l.errorf(l.settingAt(r, key), "Invalid settings", "%s is a duration, and GitLab Runner takes a bare number for nanoseconds. Write \"%vs\".", quote(key), v)
-		case string:
-			if _, err := time.ParseDuration(v); err != nil {
-				l.errorf(l.settingAt(r, key), "Invalid settings", "%s is a duration, and %s is none. Write \"30s\", for example.", quote(key), quote(v))
-			}
-		}
-	}
-}
-
-// setting is the value at a place such as autoscaler.update_interval.
-func setting(table map[string]any, place string) (any, bool) {
-	key, rest, nested := strings.Cut(place, ".")
-	v, ok := table[key]
-	if !nested {
-		return v, ok
-	}
-	inner, _ := v.(map[string]any)
-	return setting(inner, rest)
-}
-
-// checkKeys is checkSettings for one table; prefix is its own key and a dot.
-func (l *loader) checkKeys(r *Runner, prefix string, table map[string]any, ours map[string]string, known []string) {
-	for _, key := range slices.Sorted(maps.Keys(table)) {
-		at := l.settingAt(r, prefix+key)
-		if cure, ok := ours[strings.ToLower(key)]; ok {
-			l.errorf(at, "Invalid settings", "settings may not have %s: %s.", quote(prefix+key), cure)
-			continue
-		}
-		if slices.Contains(known, key) {
-			continue
-		}
-		if near := nearest(key, slices.Concat(known, slices.Collect(maps.Keys(ours)))); near != "" {
-			l.warnf(at, "Unknown setting",
-				"%s is no setting of GitLab Runner's that is known here; did you mean %q? It ignores unknown ones without a word.",
-				quote(prefix+key), prefix+near)
-		}
-	}
-}
-
-// settingAt is the place of a key in settings, or of the nearest table that it is in.
-func (l *loader) settingAt(r any, key string) *hcl.Range {
-	for {
-		if at, ok := l.attrs[attrKey{r, "settings." + key}]; ok {
-			return &at.rng
-		}
-		dot := strings.LastIndexByte(key, '.')
-		if dot < 0 {
-			return l.at(r, "settings")
-		}
-		key = key[:dot]
-	}
 }

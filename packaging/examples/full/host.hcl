@@ -45,6 +45,13 @@ host "metal-01" {                         # label: the host's name
   }
 
   refresh = "24h" # (default) rebuild images in the background
+
+  gitlab_runner {         # (optional) config.toml's global settings, by their own names
+    concurrent       = 40 # (default) what the runner blocks add up to
+    shutdown_timeout = 3600
+    listen_address   = "127.0.0.1:9252"
+    session_server   = { listen_address = "[::]:8093", advertise_address = "ci.example.com:8093" }
+  }
 }
 
 image "ubuntu" {
@@ -112,6 +119,8 @@ runner "small" { # one [[runners]] section of config.toml
   # Any other gitlab-runner setting, by its own name and place. Secrets are references here too: file(), env() and
   # sensitive variables, alone or within a text.
   settings = {
+    id               = 42 # GitLab's number for this runner, which resuming suspended environments needs
+    feature_flags    = { FF_USE_FASTZIP = true }
     environment      = ["DOCKER_AUTH_CONFIG=${file("/run/secrets/docker-auth.json")}"]
     pre_build_script = "echo $CI_REGISTRY_PASSWORD | docker login -u $CI_REGISTRY_USER --password-stdin $CI_REGISTRY"
   }

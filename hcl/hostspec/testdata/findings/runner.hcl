@@ -49,8 +49,8 @@ runner "b" {
   token = file("secrets/token") # ERROR: its path must be absolute: write file("/run/secrets/token")
   settings = {
     executor  = "shell" # ERROR: settings may not have "executor": write executor = … in the runner block
-    tokn      = "x" # WARNING: is no setting of GitLab Runner's that is known here; did you mean "token"?
-    docker    = { image = "alpine" }
+    tokn      = "x" # WARNING: "tokn" is not a setting of GitLab Runner 19.4; did you mean "token"?
+    docker    = { image = "alpine" } # WARNING: "docker" is for executor = "docker-autoscaler", and this runner has "instance"
     autoscaler = { max_instances = 3 } # ERROR: write max_instances = … in the pool block
   }
   policy {
@@ -91,13 +91,13 @@ runner "g" {
   url   = "https://gitlab.example.com"
   token = env("TOKEN")
   settings = {
-    docker             = "alpine" # ERROR: "docker" is a table in GitLab Runner's config.toml. Write docker = { … }.
-    unhealthy_interval = "soon" # ERROR: "unhealthy_interval" is a duration, and "soon" is none
+    docker             = "alpine" # ERROR: "docker" must be a table; got the string "alpine". Write docker = { … }. && WARNING: "docker" is for executor = "docker-autoscaler"
+    unhealthy_interval = "soon" # ERROR: "unhealthy_interval" must be a duration with a unit; got the string "soon". Write unhealthy_interval = "30s", for example.
     autoscaler = {
-      state_storage   = true # ERROR: "autoscaler.state_storage" is a table
-      update_interval = 5 # ERROR: takes a bare number for nanoseconds. Write "5s".
+      state_storage   = true # ERROR: "autoscaler.state_storage" must be a table; got the boolean true
+      update_interval = 5 # ERROR: got 5, which GitLab Runner reads as nanoseconds. Write update_interval = "5s".
       connector_config = {
-        timeout   = 0.5 # ERROR: "autoscaler.connector_config.timeout" is a duration, and GitLab Runner takes a bare number for nanoseconds. Write "0.5s".
+        timeout   = 0.5 # ERROR: "autoscaler.connector_config.timeout" must be a duration with a unit; got 0.5, which GitLab Runner reads as nanoseconds. Write timeout = "0.5s".
         keepalive = "30s"
       }
     }
@@ -108,7 +108,7 @@ runner "h" {
   pool  = pool.small # ERROR: has the pool "small" already
   url   = "https://gitlab.example.com"
   token = env("TOKEN")
-  settings = { autoscaler = 5 } # ERROR: "autoscaler" is a table
+  settings = { autoscaler = 5 } # ERROR: "autoscaler" must be a table; got the number 5
 }
 
 # What the runner's unit does not see.
