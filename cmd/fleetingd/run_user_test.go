@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -67,5 +68,17 @@ func TestChownTree(t *testing.T) {
 	}
 	if err := chownTree(filepath.Join(dir, "absent"), u); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestWithoutSecrets: what runs as the runtime user does not inherit the secrets of the spec; every process of that user could read them.
+func TestWithoutSecrets(t *testing.T) {
+	environ := []string{"PATH=/bin", "S3_KEY=x", "S3_KEY_ID=y", "FLEETINGD_VAR_token=z", "FLEETINGD_HYPERVISOR=qemu", "EMPTY="}
+	got := withoutSecrets(environ, []string{"S3_KEY", "UNSET"})
+	if want := []string{"PATH=/bin", "S3_KEY_ID=y", "FLEETINGD_HYPERVISOR=qemu", "EMPTY="}; !slices.Equal(got, want) {
+		t.Errorf("the environment is %q, want %q", got, want)
+	}
+	if len(environ) != 6 || environ[1] != "S3_KEY=x" {
+		t.Errorf("the caller's own has changed: %q", environ)
 	}
 }

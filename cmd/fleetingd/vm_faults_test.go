@@ -135,15 +135,28 @@ func (l *lab) serve(dir string) string {
 	return "http://" + ln.Addr().String()
 }
 
-// TestFailingStep: a prebuild step that fails ends the run, is named, and shows its last lines.
+// TestFailingStep: a prebuild step that fails ends the run, is named, and shows its last lines. A secret that only root can read reaches
+// the guest all the same, and is neither shown nor kept on the host.
 func TestFailingStep(t *testing.T) {
 	l := newLab(t)
+	// The package mirror is outside of the namespace.
+	if err := l.within(l.imagesUp(l.spec).unwind); err != nil {
+		t.Fatal(err)
+	}
 	text, err := os.ReadFile(l.spec)
 	if err != nil {
 		t.Fatal(err)
 	}
 	broken := strings.Replace(string(text), `"echo prebuilt > /etc/fleetingd-test"`,
-		`"echo fine", "echo the cause of it >&2; exit 42", "echo never"`, 1)
+		`"test \"$(cat /etc/test-secret)\" = \"key=$(echo Q0FOQVJZLTA0Nw== | base64 -d)\"", "echo the cause of it >&2; cat /etc/test-secret; exit 42", "echo never"]
+    file "/etc/test-secret" {
+      content = "key=${file("`+l.dir+`/secret")}"
+      mode    = "0600"
+    }
+    packages = [`, 1)
+	if err := os.WriteFile(filepath.Join(l.dir, "secret"), []byte("CANARY-047\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	spec := filepath.Join(l.dir, "broken.hcl")
 	if err := os.WriteFile(spec, []byte(broken), 0o644); err != nil {
 		t.Fatal(err)
@@ -152,10 +165,17 @@ func TestFailingStep(t *testing.T) {
 	if res.code != 1 {
 		t.Errorf("exit code %d", res.code)
 	}
-	for _, want := range []string{"run[1]", "42", "the cause of it"} {
+	for _, want := range []string{"run[1]", "42", "the cause of it", "key=***"} {
 		if !strings.Contains(res.stderr, want) {
 			t.Errorf("the error does not say %q", want)
 		}
+	}
+	if strings.Contains(res.stdout+res.stderr, "CANARY") {
+		t.Error("the secret is shown")
+	}
+	// The disks' file may still hold what the guest wrote: every job may read it there, too.
+	if out, err := exec.Command("grep", "-rlF", "--exclude=disks.xfs", "CANARY-047", l.state).CombinedOutput(); len(out) > 0 {
+		t.Errorf("the secret is in: %s (%v)", out, err)
 	}
 	l.nothingLeft()
 }

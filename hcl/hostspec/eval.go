@@ -32,7 +32,8 @@ func (l *loader) evalIn(expr hcl.Expression, ctx *hcl.EvalContext) (cty.Value, b
 	}
 	if !val.IsWhollyKnown() {
 		// Of a sensitive variable only text is known to stand somewhere; anything else would be computed with.
-		if holdsSecret(val) || l.mentionsSecret(expr) {
+		// Without a mark it is most often what an earlier finding has left unknown.
+		if holdsSecret(val) || !l.diags.HasErrors() && l.mentionsSecret(expr) {
 			l.errorf(expr.Range().Ptr(), "A secret that is no text", "Of a sensitive variable only text can be kept secret: "+
 				"declare it as a string. Numbers and booleans are written to the plan; take sensitive = true away from their variable.")
 		}

@@ -185,3 +185,80 @@ func TestSecretOnTheCommandLine(t *testing.T) {
 		t.Errorf("findings: %s", got)
 	}
 }
+
+// TestSensitiveVariableNotSet: one finding is enough.
+func TestSensitiveVariableNotSet(t *testing.T) {
+	src := withRunner("var.unset") + "variable \"unset\" {\n  type = string\n  sensitive = true\n}\nlocals {\n  x = \"a${var.unset}\"\n}\n"
+	if got := findings(Options{}, src); strings.Count(got, "ERROR") != 1 || !strings.Contains(got, `The variable "unset" has no default`) {
+		t.Errorf("findings: %s", got)
+	}
+}
+
+// TestSecretForms: what the pieces of a secret's text are.
+func TestSecretForms(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	path := write("x", hunter+"\n")
+	write("pre.sh", "echo "+hunter+"\n")
+	write("list.json", `{"environment": ["A=1"], "limit": 3}`)
+	opts := Options{Path: filepath.Join(dir, "host.hcl"), Environ: []string{"A=" + hunter}}
+	settings := func(expr string) string {
+		return withRunner("env(\"A\")") + strings.Replace(fmt.Sprintf("locals {\n  v = FILE\n  list = jsondecode(file(\"list.json\"))\n  s = %s\n}\n", expr), "FILE", fmt.Sprintf("file(%q)", path), 1)
+	}
+	for _, tt := range []struct {
+		expr string
+		want string // of the setting environment: literals as they are, secrets in {}
+	}{
+		{`[local.v]`, "[{file:" + path + "}]"},
+		{`["X=${local.v}", "Y=2"]`, "[X={file:" + path + "} Y=2]"},
+		{`["${env("A")}-${local.v}"]`, "[{env:A}-{file:" + path + "}]"},
+		{`[trimspace(local.v), chomp("a${env("A")}")]`, "[trimspace({file:" + path + "}) chomp(a{env:A})]"},
+		{`[jsonencode({ a = base64encode("u:${env("A")}") })]`, `[{"a":"jsonencode(base64encode(u:{env:A}))"}]`},
+		{`[format("%s=%v", "K", env("A"))]`, "[K={env:A}]"},
+		{`[join(";", ["a", env("A")])]`, "[a;{env:A}]"},
+		{`concat(["a"], reverse([env("A"), "b"]))`, "[a b {env:A}]"},
+		{`[for k, v in { A = env("A") } : "${k}=${v}"]`, "[A={env:A}]"},
+		{`[file("pre.sh")]`, "[{spec:runner \"r\".settings.environment.0}]"},
+		{`[upper(file("pre.sh")), "x${trimspace(file("pre.sh"))}"]`, "[{spec:runner \"r\".settings.environment.0} {spec:runner \"r\".settings.environment.1}]"},
+		{`reverse(["a", file("pre.sh")])`, "[{spec:runner \"r\".settings.environment.0} a]"},
+		{`local.list.environment`, "[A=1]"},
+	} {
+		src := strings.Replace(settings(tt.expr), "  token = env", "  settings = { environment = local.s, limit = local.list.limit }\n  token = env", 1)
+		got := load(t, opts, src).Runners[0].Settings
+		if text := fmt.Sprint(plainText(got["environment"])); text != tt.want || got["limit"] != int64(3) {
+			t.Errorf("%s: %s, want %s", tt.expr, text, tt.want)
+		}
+	}
+}
+
+// plainText shows a setting, its secrets by their places.
+func plainText(v any) any {
+	switch v := v.(type) {
+	case Text:
+		out := ""
+		for _, p := range v {
+			switch {
+			case p.Op != "":
+				out += fmt.Sprintf("%s(%s)", p.Op, plainText(p.Of))
+			case p.Secret.From != "":
+				out += "{" + p.Secret.From + "}"
+			default:
+				out += p.Literal
+			}
+		}
+		return out
+	case []any:
+		var list []any
+		for _, e := range v {
+			list = append(list, plainText(e))
+		}
+		return list
+	}
+	return v
+}
