@@ -281,6 +281,79 @@ func TestCanaryEverywhere(t *testing.T) {
 	}
 }
 
+// TestCanarySettings plants a secret in every key of config.toml that a spec can set. Where the key takes text, the secret comes out
+// in config.toml. Of a key that is known to be a secret a literal is refused, and not shown.
+func TestCanarySettings(t *testing.T) {
+	kinds := kindsOf(t)
+	dir := t.TempDir()
+	secretFile := filepath.Join(dir, "secret")
+	for _, path := range []string{secretFile, filepath.Join(dir, "beside")} {
+		if err := os.WriteFile(path, []byte(canary+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	environ := []string{"CANARY=" + canary, "FLEETINGD_VAR_canary=" + canary, "FLEETINGD_VAR_canaries={ a = [], b = {} }", "TOKEN=glrt-x"}
+	secrets := map[string]string{
+		"file": fmt.Sprintf("file(%q)", secretFile), "env": `env("CANARY")`, "variable": "var.canary", "file beside the spec": `file("beside")`,
+	}
+	keys := hostspec.SettingKeys()
+	if len(keys) < 150 {
+		t.Fatalf("there are only %d keys", len(keys))
+	}
+	refused := 0
+	for i, key := range keys {
+		place := strings.Join(key.Path, ".")
+		spec := func(value string) *block {
+			switch {
+			case key.In == "[]" && place == "environment":
+				value = fmt.Sprintf(`["A=${%s}"]`, value)
+			case key.In == "[]":
+				value = "[" + value + "]"
+			case key.In == "{}":
+				value = "{ a = " + value + " }"
+			}
+			for _, name := range slices.Backward(key.Path[1:]) {
+				value = fmt.Sprintf("{ %q = %s }", name, value)
+			}
+			if key.Global {
+				return plant(kinds, []string{"host", "gitlab_runner"}, key.Path[0], value)
+			}
+			return plant(kinds, []string{"runner"}, "settings", fmt.Sprintf("{ %q = %s }", key.Path[0], value))
+		}
+		for n, secret := range slices.Sorted(maps.Keys(secrets)) {
+			if !need.Full() && !key.Secret && i%len(secrets) != n {
+				continue // one key in four is tried with each
+			}
+			expr := secrets[secret]
+			src := spec(expr).spec(t)["host.hcl"]
+			c := canaryCase{t: t, name: place + ", " + secret, src: src}
+			came := c.run(hostspec.Options{Path: filepath.Join(dir, "host.hcl"), Source: []byte(src), Environ: environ})
+			if key.Text && !came {
+				_, diags := hostspec.Load(hostspec.Options{Path: filepath.Join(dir, "host.hcl"), Source: []byte(src), Environ: environ})
+				t.Errorf("%s takes text, and no secret from %s: %v", place, secret, diags)
+			}
+		}
+		if !key.Secret {
+			continue
+		}
+		refused++
+		for _, literal := range []string{`"` + canary + `"`, "<<EOT\n" + canary + "\nEOT\n", `["` + canary + `"]`, `{ a = "` + canary + `" }`, `upper("` + canary + `")`} {
+			src := spec(literal).spec(t)["host.hcl"]
+			res, diags := hostspec.Load(hostspec.Options{Path: "host.hcl", Source: []byte(src), Environ: environ})
+			if !diags.HasErrors() {
+				t.Errorf("%s takes the literal %s", place, literal)
+			}
+			canaryCase{t: t, name: place + ", literal"}.findings(diags)
+			if shows(string(res.Files["host.hcl"].Bytes)) {
+				t.Errorf("%s: a snippet can show the literal %s", place, literal)
+			}
+		}
+	}
+	if refused < 5 {
+		t.Errorf("only %d keys are known to be secrets", refused)
+	}
+}
+
 type canaryCase struct {
 	t         *testing.T
 	name, src string
@@ -328,6 +401,9 @@ func (c canaryCase) run(opts hostspec.Options) (came bool) {
 		for _, s := range r.Secrets() {
 			values[s.From] = c.read(s)
 		}
+	}
+	for _, s := range h.GitLabRunnerSecrets() {
+		values[s.From] = c.read(s)
 	}
 	read := func(from string) (string, error) { return values[from], nil }
 	came = c.tree(p, read)

@@ -422,28 +422,36 @@ func (s *section) noteKeys(expr hcl.Expression, name string) {
 func (s *section) settingSecrets(table map[string]any, at settingPath) {
 	for key, v := range table {
 		place := at.to(key)
-		switch v := v.(type) {
-		case map[string]any:
-			s.settingSecrets(v, place)
-		case string:
-			if !isSecretSetting(place[1:]) {
+		info := s.l.attrs[attrKey{s.owner, place.String()}]
+		if !isSecretSetting(place[1:]) {
+			if inner, ok := v.(map[string]any); ok {
+				s.settingSecrets(inner, place)
+			}
+			continue
+		}
+		if _, ok := v.(Text); ok {
+			continue
+		}
+		if _, ok := v.(string); !ok { // a finding about its type follows
+			if info.expr != nil {
+				s.l.masks = append(s.l.masks, info.expr.Range())
+			}
+			continue
+		}
+		rng := s.l.placeOf(s.owner, place)
+		var err error
+		if info.expr != nil {
+			var text Text
+			if text, err = s.l.secretText(info.expr); err == nil {
+				table[key] = text
 				continue
 			}
-			rng := s.l.placeOf(s.owner, place)
-			var err error
-			if info, ok := s.l.attrs[attrKey{s.owner, place.String()}]; ok && info.expr != nil {
-				var text Text
-				if text, err = s.l.secretText(info.expr); err == nil {
-					table[key] = text
-					continue
-				}
-				rng = info.expr.Range().Ptr()
-			}
-			if !errors.Is(err, errFound) {
-				s.l.errorf(rng, "Secret in the spec", "%s is a secret, and could be read here by all who can read the spec, its repository and its plan. "+
-					`Write %s = file("/run/secrets/%s"), env("NAME"), or var.NAME with a variable that is set from outside.`,
-					quote(place[1:].String()), key, strings.ToLower(key))
-			}
+			rng = info.expr.Range().Ptr()
+		}
+		if !errors.Is(err, errFound) {
+			s.l.errorf(rng, "Secret in the spec", "%s is a secret, and everyone who can read the spec, its repository or its plan could read it here. "+
+				`Write %s = file("/run/secrets/%s"), env("NAME"), or var.NAME with a variable that is set from outside.`,
+				quote(place[1:].String()), key, strings.ToLower(key))
 		}
 	}
 }

@@ -80,3 +80,44 @@ func Language() []Kind {
 	}
 	return all
 }
+
+// SettingKey is a key of config.toml that the spec may set.
+type SettingKey struct {
+	Path   []string // "cache", "s3", "SecretKey"
+	Global bool     // of gitlab_runner
+	Text   bool     // any text is a value of it, or a list or map of texts
+	In     string   // "[…]" or "{…}" around an element, "" for a plain value
+	Secret bool
+}
+
+// SettingKeys are all that the tables know.
+func SettingKeys() []SettingKey {
+	var all []SettingKey
+	var walk func(path []string, global bool, known settings)
+	walk = func(path []string, global bool, known settings) {
+		for name, s := range known {
+			if s.ours != "" {
+				continue
+			}
+			at := append(slices.Clone(path), name)
+			if s.kind == kindTable {
+				walk(at, global, s.keys)
+				continue
+			}
+			k := SettingKey{Path: at, Global: global, Secret: s.secret}
+			leaf := s
+			switch {
+			case s.kind == kindList && s.elem != nil:
+				k.In, leaf = "[]", *s.elem
+			case s.kind == kindMap && s.elem != nil:
+				k.In, leaf = "{}", *s.elem
+			}
+			k.Text = leaf.kind == kindText && leaf.values == nil
+			all = append(all, k)
+		}
+	}
+	walk(nil, false, runnerSettings)
+	walk(nil, true, globalSettings)
+	slices.SortFunc(all, func(a, b SettingKey) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+	return all
+}
