@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -531,6 +532,9 @@ func nft() (*nftables.Conn, error) {
 	}))
 }
 
+// numbering guards a counter of google/nftables' (allocSetID), which AddSet changes for the whole process.
+var numbering sync.Mutex
+
 // loadFirewall replaces our tables by those of the ruleset, in one transaction.
 func loadFirewall(r plan.Ruleset, slots []plan.Slot) error {
 	fw, err := translate(r, slots)
@@ -541,6 +545,8 @@ func loadFirewall(r plan.Ruleset, slots []plan.Slot) error {
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}
+	numbering.Lock()
+	defer numbering.Unlock()
 	for _, t := range fw.tables {
 		// Deleting a table that is not there is an error; making one that is there is not.
 		c.AddTable(t.table)
