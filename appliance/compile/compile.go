@@ -30,9 +30,6 @@ const (
 // software emulation on a busy machine takes some minutes; one that has taken ten never comes.
 const startTimeout = 10 * time.Minute
 
-// runDir is short: sockets lie below it, and a socket's path has 108 bytes.
-const runDir = "/run/fleetingd"
-
 // Options of Compile; the zero value is what the packages install.
 type Options struct {
 	// BinDir is where fleetingd and fleeting-plugin-fleetingd are installed on the
@@ -112,6 +109,6 @@ func paths(state string) plan.Paths {
 		Clones:  path.Join(disks, "clones"),
 		Workers: path.Join(state, "workers"),
 		Cache:   path.Join(state, "cache"),
-		Run:     runDir,
+		Run:     plan.RunDir,
 	}
 }

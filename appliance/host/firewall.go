@@ -638,6 +638,39 @@ func inspectFirewall(r plan.Ruleset, slots []plan.Slot) (map[tableID]tableState,
 	return states, nil
 }
 
+// ourTableName is what compile calls both of our tables.
+const ourTableName = "fleetingd"
+
+// ourTables are the tables that NetworkUp made, whatever the plan was.
+func ourTables() ([]tableID, error) {
+	c, err := nft()
+	if err != nil {
+		return nil, fmt.Errorf("nftables: %w", err)
+	}
+	var found []tableID
+	for family, number := range families {
+		chains, err := c.ListChainsOfTableFamily(number)
+		if err != nil {
+			return nil, fmt.Errorf("nftables: list chains: %w", err)
+		}
+		ours := false
+		for _, ch := range chains {
+			if ch.Table.Name != ourTableName || ours {
+				continue
+			}
+			rules, err := c.GetRules(ch.Table, ch)
+			if err != nil {
+				return nil, fmt.Errorf("nftables: chain %s: %w", ch.Name, err)
+			}
+			ours = marked(rules)
+		}
+		if ours {
+			found = append(found, tableID{family, ourTableName})
+		}
+	}
+	return found, nil
+}
+
 func sameTable(a, b *nftables.Table) bool { return a.Family == b.Family && a.Name == b.Name }
 
 func inspectTable(c *nftables.Conn, want *fwTable, chains []*nftables.Chain) (tableState, error) {

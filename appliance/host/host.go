@@ -60,6 +60,17 @@ func NetworkDown(ctx context.Context, p *plan.Plan) error {
 	return withNetwork(ctx, p, Options{}, func(n *network) error { return n.down(ctx) })
 }
 
+// NetworkDownAll takes away every network that NetworkUp made on this host, whichever plan it was of, and returns the names of the TAPs by
+// their plan's state folder. run is the plans' common Paths.Run, beside which the notes are. Otherwise it is as NetworkDown.
+func NetworkDownAll(ctx context.Context, run string) (taps map[string][]string, err error) {
+	p := &plan.Plan{Paths: plan.Paths{Run: run}}
+	err = withNetwork(ctx, p, Options{}, func(n *network) (err error) {
+		taps, err = n.downAll(ctx)
+		return err
+	})
+	return taps, err
+}
+
 // NetworkCheck lists what NetworkUp would change. It changes nothing.
 func NetworkCheck(ctx context.Context, p *plan.Plan, o Options) ([]Difference, error) {
 	var found []Difference

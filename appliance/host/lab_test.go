@@ -71,8 +71,8 @@ func newLab(t testing.TB) *lab {
 		ip route add 172.16.120.0/24 via 198.51.100.2; ip route add 192.168.77.0/24 via 198.51.100.2`)
 	l.sh(l.lan, `ip addr add 10.20.0.15/24 dev lan; ip addr add 10.20.0.16/24 dev lan; ip route add default via 10.20.0.1`)
 	l.sh(l.neighbour, `ip addr add 192.168.77.2/24 dev eth0; ip route add default via 192.168.77.1`)
-	// The kernel gives a link its multicast route when it has seen the other end come up, some time later: the
-	// test would take it for a change.
+	// The kernel gives a link its multicast route when it has seen the other end come up, and calls its addresses tentative for
+	// a while: a test would take either for a change.
 	l.sh(l.host, `
 		for dev in eno1 lan0 veth0 br0; do
 			for try in $(seq 1000); do
@@ -80,7 +80,12 @@ func newLab(t testing.TB) *lab {
 				sleep 0.01
 			done
 			echo "$dev has no multicast route"; ip -6 route show table local; exit 1
-		done`)
+		done
+		for try in $(seq 1000); do
+			[ -n "$(ip -6 addr show tentative)" ] || exit 0
+			sleep 0.01
+		done
+		ip -6 addr; exit 1`)
 	return l
 }
 

@@ -465,18 +465,12 @@ func (k *kernel) load(r plan.Ruleset, slots []plan.Slot) error { return loadFire
 
 func (k *kernel) unload(tables []tableID) error { return unloadFirewall(tables) }
 
-// forget deletes what connection tracking knows of the workers: a later worker with the same address begins anew.
-func (k *kernel) forget(n *plan.Network) error {
-	if err := k.forgetFamily(n.Subnet, unix.AF_INET); err != nil {
-		return err
+// forget deletes what connection tracking knows of a network's addresses: a later worker with the same address begins anew.
+func (k *kernel) forget(subnet netip.Prefix) error {
+	family := netlink.InetFamily(unix.AF_INET)
+	if subnet.Addr().Is6() {
+		family = unix.AF_INET6
 	}
-	if n.Subnet6 == nil {
-		return nil
-	}
-	return k.forgetFamily(*n.Subnet6, unix.AF_INET6)
-}
-
-func (k *kernel) forgetFamily(subnet netip.Prefix, family netlink.InetFamily) error {
 	ipnet := net.IPNet{IP: subnet.Addr().AsSlice(), Mask: net.CIDRMask(subnet.Bits(), subnet.Addr().BitLen())}
 	var filters []netlink.CustomConntrackFilter
 	for _, end := range []netlink.ConntrackFilterType{netlink.ConntrackOrigSrcIP, netlink.ConntrackOrigDstIP} {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -28,7 +29,7 @@ type door interface {
 	writeSysctl(setting) error
 	load(plan.Ruleset, []plan.Slot) error
 	unload([]tableID) error
-	forget(*plan.Network) error
+	forget(netip.Prefix) error
 }
 
 var _ door = (*kernel)(nil)
@@ -207,12 +208,10 @@ func (n *network) refuse(h *have) error {
 		errs = append(errs, fmt.Errorf("egress_interface %q does not exist; this host has: %s", n.plan.EgressInterface,
 			strings.Join(h.linkNames(), ", ")))
 	}
-	for _, l := range h.links {
-		if a := l.Attrs().Alias; strings.HasPrefix(a, linkMark) && a != n.mark() {
-			errs = append(errs, fmt.Errorf("the network of another plan is up (TAP %s is of the state_dir %s): take that one down first "+
-				"(fleetingd network down --plan FILE)", l.Attrs().Name, strings.TrimPrefix(a, linkMark)))
-			break
-		}
+	others := n.networksUp(h)
+	delete(others, n.plan.Paths.State)
+	if len(others) > 0 {
+		errs = append(errs, fmt.Errorf("the network of another plan is up (%s", describeUp(others)))
 	}
 	if lo := h.links[loopback]; lo == nil || lo.Attrs().Flags&net.FlagUp == 0 {
 		errs = append(errs, errors.New("link lo is down, and the gateway's address lives on it: ip link set lo up"))
@@ -592,26 +591,16 @@ func (n *network) down(context.Context) error {
 	if err != nil {
 		return err
 	}
-	var taps []tap
-	others := false // another plan's network is up
-	for name, l := range h.links {
-		if l.Attrs().Alias == n.mark() {
-			taps = append(taps, tap{Slot: plan.Slot{TAP: name}, mark: n.mark()})
-		} else if strings.HasPrefix(l.Attrs().Alias, linkMark) {
-			others = true
+	up := n.networksUp(h)
+	own := up[n.plan.Paths.State]
+	delete(up, n.plan.Paths.State)
+	if len(up) > 0 {
+		// The tables, and the addresses and settings in the notes, are the other's: all plans of a host share one Paths.Run.
+		err := n.door.deleteTAPs(n.marked(n.plan.Paths.State, own))
+		if len(own) == 0 {
+			err = fmt.Errorf("this plan's network is not up, but another plan's is (%s", describeUp(up))
 		}
-	}
-	if err := n.door.deleteTAPs(taps); err != nil {
-		return err // the rules stay with the TAPs
-	}
-	if others {
-		return nil // the tables, the addresses and settings in the notes are its: all plans of a host share one Paths.Run
-	}
-	var errs []error
-	for _, r := range h.policies {
-		if r.isOurs() {
-			errs = append(errs, n.door.deleteRule(r))
-		}
+		return err
 	}
 	var tables []tableID
 	for id, t := range h.tables {
@@ -619,10 +608,85 @@ func (n *network) down(context.Context) error {
 			tables = append(tables, id)
 		}
 	}
+	return n.takeDown(h, n.marked(n.plan.Paths.State, own), tables)
+}
+
+// downAll deletes the networks of all plans, found by what the kernel holds and by the notes.
+func (n *network) downAll(context.Context) (map[string][]string, error) {
+	h, err := n.survey()
+	if err != nil {
+		return nil, err
+	}
+	up := n.networksUp(h)
+	var taps []tap
+	for state, names := range up {
+		taps = append(taps, n.marked(state, names)...)
+	}
+	tables, err := ourTables()
+	if err != nil {
+		return nil, err
+	}
+	return up, n.takeDown(h, taps, tables)
+}
+
+// networksUp are the names of the TAPs that are up, in order, by the state folder of the plan that made them.
+func (n *network) networksUp(h *have) map[string][]string {
+	up := map[string][]string{}
+	for name, l := range h.links {
+		if state, ok := strings.CutPrefix(l.Attrs().Alias, linkMark); ok {
+			up[state] = append(up[state], name)
+		}
+	}
+	for _, names := range up {
+		slices.Sort(names)
+	}
+	return up
+}
+
+// describeUp names the networks of other plans and how to take them down.
+func describeUp(up map[string][]string) string {
+	var parts []string
+	for _, state := range slices.Sorted(maps.Keys(up)) {
+		parts = append(parts, fmt.Sprintf("state_dir %s: TAP %s and %d more", state, up[state][0], len(up[state])-1))
+	}
+	return strings.Join(parts, "; ") + "); `fleetingd network down --all` takes it down"
+}
+
+func (n *network) marked(state string, names []string) []tap {
+	taps := make([]tap, len(names))
+	for i, name := range names {
+		taps[i] = tap{Slot: plan.Slot{TAP: name}, mark: linkMark + state}
+	}
+	return taps
+}
+
+// takeDown deletes the last network of fleetingd's on this host, and all that hangs on it. The order is down's.
+func (n *network) takeDown(h *have, taps []tap, tables []tableID) error {
+	addresses := slices.Clone(n.notes.Addresses)
+	for _, r := range h.routes { // should the notes be lost: the gateway is the source of its workers' routes
+		src, _ := netip.AddrFromSlice(r.Src)
+		src = src.Unmap()
+		if r.Protocol == routeProtocol && slices.Contains(h.addresses, src) && !slices.Contains(addresses, src) {
+			addresses = append(addresses, src)
+		}
+	}
+	if err := n.door.deleteTAPs(taps); err != nil {
+		return err // the rules stay with the TAPs
+	}
+	var errs []error
+	for _, r := range h.policies {
+		if !r.isOurs() {
+			continue
+		}
+		errs = append(errs, n.door.deleteRule(r))
+		if len(taps) > 0 {
+			errs = append(errs, n.door.forget(r.dst))
+		}
+	}
 	if len(tables) > 0 {
 		errs = append(errs, n.door.unload(tables))
 	}
-	for _, a := range n.notes.Addresses {
+	for _, a := range addresses {
 		errs = append(errs, n.door.deleteAddress(a))
 	}
 	var before []setting
@@ -630,9 +694,6 @@ func (n *network) down(context.Context) error {
 		before = append(before, setting{s.Path, s.Value})
 	}
 	errs = append(errs, restoreSysctls(n.door, before))
-	if len(taps) > 0 {
-		errs = append(errs, n.door.forget(&n.plan.Network))
-	}
 	if err := errors.Join(errs...); err != nil {
 		return err // the notes stay for the next try
 	}

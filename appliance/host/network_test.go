@@ -333,14 +333,61 @@ func TestTwoPlans(t *testing.T) {
 	q.Paths.State, q.Paths.Run = "/srv/other", p.Paths.Run // as compile has it
 	before := l.state()
 	err := l.in(l.host, func() error { return NetworkUp(t.Context(), q, owner) })
-	wantError(t, err, "network of another plan is up", "/var/lib/lab", "network down")
-	l.down(q)
+	wantError(t, err, "network of another plan is up", "state_dir /var/lib/lab: TAP fleet0 and 1 more", "network down --all")
+	err = l.in(l.host, func() error { return NetworkDown(t.Context(), q) })
+	wantError(t, err, "this plan's network is not up, but another plan's is", "/var/lib/lab", "network down --all")
 	if diff := cmp.Diff(before, l.state()); diff != "" {
 		t.Errorf("it changed:\n%s", diff)
 	}
 	l.down(p) // what there is to put back is still known
 	if out := l.sh(l.host, "cat /proc/sys/net/ipv4/ip_forward; ip addr show lo"); !strings.HasPrefix(out, "0\n") || strings.Contains(out, "172.16.120.1/") {
 		t.Errorf("its own down left:\n%s", out)
+	}
+}
+
+// What is up goes without its plan, and without the notes too, but for the settings that only they know.
+func TestDownAll(t *testing.T) {
+	for _, c := range []struct{ name, lose string }{
+		{name: "all is there"},
+		{name: "no notes", lose: "notes"},
+		{name: "no TAPs", lose: "for i in 0 1 2; do ip link del fleet$i; done"},
+		{name: "no rules", lose: "nft flush ruleset; ip rule del priority 70; ip -6 rule del priority 70"},
+		{name: "another's links and tables", lose: "ip link add fleet9 type veth peer name x; nft add table inet other; nft add table ip fleetingd"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := newLab(t)
+			p := l.plan(3, true)
+			l.sh(l.host, "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")
+			if strings.HasPrefix(c.lose, "ip link add") {
+				l.sh(l.host, c.lose)
+			}
+			before := l.state()
+			l.up(p)
+			switch {
+			case c.lose == "notes":
+				if err := os.Remove(notesPath(p)); err != nil {
+					t.Fatal(err)
+				}
+			case !strings.HasPrefix(c.lose, "ip link add"):
+				l.sh(l.host, c.lose)
+			}
+			for _, want := range []map[string][]string{{p.Paths.State: {"fleet0", "fleet1", "fleet2"}}, {}} { // the second time there is nothing
+				if strings.HasPrefix(c.lose, "for") {
+					want = map[string][]string{}
+				}
+				var got map[string][]string
+				err := l.in(l.host, func() (err error) { got, err = NetworkDownAll(t.Context(), p.Paths.Run); return err })
+				if err != nil || !cmp.Equal(got, want) {
+					t.Errorf("down says %v, %v, want %v", got, err, want)
+				}
+				if diff := cmp.Diff(before, l.state()); diff != "" {
+					t.Errorf("down left:\n%s", diff)
+				}
+			}
+			if _, err := os.Stat(notesPath(p)); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("the notes stay: %v", err)
+			}
+		})
 	}
 }
 

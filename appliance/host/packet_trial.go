@@ -523,9 +523,5 @@ func forgetTrial(worker netip.Addr) {
 		return
 	}
 	defer k.close()
-	family := netlink.InetFamily(unix.AF_INET)
-	if worker.Is6() {
-		family = unix.AF_INET6
-	}
-	_ = k.forgetFamily(netip.PrefixFrom(worker, worker.BitLen()), family)
+	_ = k.forget(netip.PrefixFrom(worker, worker.BitLen()))
 }

@@ -50,6 +50,9 @@ type Paths struct {
 	Run     string `json:"run"`     // sockets and process state, gone at reboot; short, for sun_path's 108 bytes
 }
 
+// RunDir is every plan's Paths.Run. It is short: sockets lie below it, and a socket's path has at most 108 bytes.
+const RunDir = "/run/fleetingd"
+
 // Disks says where clones live. Backing is "auto", "directory", "xfs-image" or
 // "tmpfs"; Size is bytes, 0 where the backing takes none.
 type Disks struct {

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -32,11 +34,12 @@ func networkCommand() *cli.Command {
 				},
 			},
 			{
-				Name:        "down",
-				Usage:       "take away what up made, and put back the settings that it changed",
-				Description: "Needs root. A VM that still runs loses its network.",
-				Flags:       []cli.Flag{planFlag()},
-				Action:      func(c *cli.Context) error { return onNetwork(c, host.NetworkDown) },
+				Name:  "down",
+				Usage: "remove what up made, and restore the settings that it changed",
+				Description: "Needs root. A VM that still runs loses its network. --all needs no plan: it finds what is up by the kernel's state\n" +
+					"and by notes in " + plan.RunDir + "-network.",
+				Flags:  []cli.Flag{planFlag(), &cli.BoolFlag{Name: "all", Usage: "remove the network of every plan"}},
+				Action: networkDown,
 			},
 			{
 				Name:        "check",
@@ -58,6 +61,29 @@ func onNetwork(c *cli.Context, do func(context.Context, *plan.Plan) error) error
 	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	return do(ctx, p)
+}
+
+func networkDown(c *cli.Context) error {
+	switch {
+	case !c.Bool("all"):
+		return onNetwork(c, host.NetworkDown)
+	case c.String("plan") != "":
+		return usageErrorf("%s takes either --plan or --all", c.Command.FullName())
+	case c.NArg() > 0:
+		return usageErrorf("%s takes no arguments; got %q", c.Command.FullName(), c.Args().First())
+	}
+	ctx, stop := signal.NotifyContext(c.Context, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	taps, err := host.NetworkDownAll(ctx, plan.RunDir)
+	for _, state := range slices.Sorted(maps.Keys(taps)) {
+		if err == nil {
+			fmt.Fprintf(c.App.Writer, "removed the network of state_dir %s: %d TAPs\n", state, len(taps[state]))
+		}
+	}
+	if err == nil && len(taps) == 0 {
+		fmt.Fprintln(c.App.Writer, "no network of fleetingd's is up")
+	}
+	return err
 }
 
 // networkUp also warns of what keeps the workers from the internet and is not ours to change.

@@ -337,7 +337,7 @@ func (r *hostRun) network(ctx context.Context) error {
 		if len(found) > 0 {
 			return fmt.Errorf("the network of this host is up, for state_dir %s, and is not what this spec says (%d differences; the first: %s): "+
 				"`fleetingd run` leaves it alone. Run the spec that it was made from, write another state_dir and subnet into this one, "+
-				"or take it down first (fleetingd network down --plan FILE)", r.plan.Paths.State, len(found), found[0])
+				"or take it down first (fleetingd network down --all)", r.plan.Paths.State, len(found), found[0])
 		}
 		workers, err := filepath.Glob(filepath.Join(r.plan.Paths.Workers, r.pool.Name, "*.json"))
 		if err != nil {
