@@ -39,8 +39,8 @@ type values struct {
 	RefreshSeconds              int64 // the longest that a refresh may take
 
 	// The disks' file system.
-	Image, ImageDir, MountUnit string
-	Size                       int64 // bytes
+	Disks               plan.Disks
+	ImageDir, MountUnit string
 }
 
 // artifacts are the files and units of the host.
@@ -125,14 +125,12 @@ func (c *compiler) disks(v values) {
 		return
 	}
 	from := c.host.Disks.Range
-	v.Size, v.ImageDir = d.Size, v.Paths.State
+	v.Disks, v.ImageDir = d, path.Dir(d.Image)
 	// A mount unit's name is its path (systemd.mount(5)).
 	v.MountUnit = unit.UnitNamePathEscape(v.Paths.Disks) + ".mount"
 	if d.Backing == "tmpfs" {
-		v.ImageDir = path.Join(v.Paths.State, "ram")
-		c.unit(from, unit.UnitNamePathEscape(v.ImageDir)+".mount", "ram.mount", v, plan.Unit{})
+		c.unit(from, unit.UnitNamePathEscape(d.Memory)+".mount", "ram.mount", v, plan.Unit{})
 	}
-	v.Image = path.Join(v.ImageDir, "disks.xfs")
 	c.unit(from, "fleetingd-disks.service", "disks.service", v, plan.Unit{})
 	c.unit(from, v.MountUnit, "disks.mount", v, plan.Unit{Enable: true, Start: true})
 }

@@ -54,7 +54,7 @@ func Compile(h *hostspec.Host, o Options) (*plan.Plan, hcl.Diagnostics) {
 		User:            User,
 		Paths:           paths(h.StateDir),
 		Refresh:         plan.Duration(h.Refresh),
-		Disks:           plan.Disks{Backing: h.Disks.Backing, Size: h.Disks.Size},
+		Disks:           plan.NewDisks(h.StateDir, h.Disks.Backing, h.Disks.Size),
 		Hypervisor: plan.Hypervisor{
 			Driver: h.Hypervisor.Driver, Binary: h.Hypervisor.Binary, Sandbox: h.Hypervisor.Sandbox, Accel: h.Hypervisor.Accel,
 		},

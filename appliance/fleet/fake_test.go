@@ -237,7 +237,7 @@ func testPlan(dir string, slots int) *plan.Plan {
 			State: dir + "/state", Disks: dir + "/disks", Images: dir + "/disks/images", Clones: dir + "/disks/clones",
 			Workers: dir + "/state/workers", Cache: dir + "/state/cache", Run: dir + "/run",
 		},
-		Disks:      plan.Disks{Backing: "auto"},
+		Disks:      plan.NewDisks(dir+"/state", "auto", 0),
 		Hypervisor: plan.Hypervisor{Driver: "qemu", Binary: "qemu"},
 		Network: plan.Network{
 			Subnet: netip.MustParsePrefix("127.77.0.0/16"), Gateway: netip.MustParseAddr("127.77.0.1"), DNS: []netip.Addr{},

@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -32,9 +31,6 @@ func (d Disks) String() string {
 	}
 	return fmt.Sprintf("XFS image %s (%d GiB, sparse) on %s", d.Image, d.Size>>30, d.Dir)
 }
-
-// The same options as in the mount unit that compile writes.
-const xfsOptions = "loop,discard,noatime,nodev,nosuid,noexec"
 
 // minXFS is what mkfs.xfs takes since xfsprogs 5.19.
 const minXFS = 300 << 20
@@ -70,7 +66,7 @@ func DisksUp(ctx context.Context, p *plan.Plan, canClone func(dir string) error)
 	if d.Backing == "auto" {
 		d.Backing = "xfs-image"
 	}
-	d.Image = disksImage(p)
+	d.Image = p.Disks.Image
 	if ours {
 		d.Found = true
 		return d, imageSize(&d)
@@ -85,8 +81,7 @@ func DisksUp(ctx context.Context, p *plan.Plan, canClone func(dir string) error)
 }
 
 func disksMount(ctx context.Context, p *plan.Plan, d *Disks) error {
-	if d.Backing == "tmpfs" {
-		ram := filepath.Dir(d.Image)
+	if ram := p.Disks.Memory; ram != "" {
 		if err := os.MkdirAll(ram, 0o700); err != nil {
 			return err
 		}
@@ -95,7 +90,7 @@ func disksMount(ctx context.Context, p *plan.Plan, d *Disks) error {
 			return err
 		}
 		if n == 0 {
-			if err := command(ctx, "mount", "-t", "tmpfs", "-o", "mode=0700,size="+strconv.FormatInt(p.Disks.Size, 10), "tmpfs", ram); err != nil {
+			if err := command(ctx, "mount", "-t", "tmpfs", "-o", p.Disks.MemoryOptions, "tmpfs", ram); err != nil {
 				return err
 			}
 		}
@@ -106,7 +101,7 @@ func disksMount(ctx context.Context, p *plan.Plan, d *Disks) error {
 	if err := imageSize(d); err != nil {
 		return err
 	}
-	return command(ctx, "mount", "-t", "xfs", "-o", xfsOptions, d.Image, d.Dir)
+	return command(ctx, "mount", "-t", "xfs", "-o", p.Disks.MountOptions, d.Image, d.Dir)
 }
 
 // DisksDown unmounts what DisksUp mounted, as far as it is there. The image stays: the sealed images are in it. What is on a
@@ -114,8 +109,8 @@ func disksMount(ctx context.Context, p *plan.Plan, d *Disks) error {
 func DisksDown(ctx context.Context, p *plan.Plan) error {
 	var errs []error
 	// Only our own mounts: the image on the disks folder, and the tmpfs that may hold it.
-	for _, dir := range []string{p.Paths.Disks, ramDir(p)} {
-		for {
+	for _, dir := range []string{p.Paths.Disks, p.Disks.Memory} {
+		for dir != "" {
 			n, err := mounts(dir)
 			if err != nil {
 				return fmt.Errorf("disks: %w", err)
@@ -133,21 +128,13 @@ func DisksDown(ctx context.Context, p *plan.Plan) error {
 			}
 		}
 	}
-	if err := os.Remove(ramDir(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		errs = append(errs, fmt.Errorf("disks: %w", err))
+	if ram := p.Disks.Memory; ram != "" {
+		if err := os.Remove(ram); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("disks: %w", err))
+		}
 	}
 	return errors.Join(errs...)
 }
-
-// disksImage is where the XFS image lies: as compile's units have it.
-func disksImage(p *plan.Plan) string {
-	if p.Disks.Backing == "tmpfs" {
-		return filepath.Join(ramDir(p), "disks.xfs")
-	}
-	return filepath.Join(p.Paths.State, "disks.xfs")
-}
-
-func ramDir(p *plan.Plan) string { return filepath.Join(p.Paths.State, "ram") }
 
 // makeXFS makes the image, unless it is there, under another name until it is whole. It is sparse: size is what it may
 // grow to. Where size is 0 that is four fifths of what the file system below has free.
@@ -227,7 +214,7 @@ func onOurImage(p *plan.Plan) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("what is behind %s: %w", source, err)
 	}
-	return strings.TrimSpace(string(backing)) == disksImage(p), nil
+	return strings.TrimSpace(string(backing)) == p.Disks.Image, nil
 }
 
 // eachMount goes through the mounts of this process, the uppermost last.

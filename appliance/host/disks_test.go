@@ -38,7 +38,7 @@ func diskPlan(t *testing.T, backing string, size int64) *plan.Plan {
 	state := t.TempDir()
 	p := &plan.Plan{
 		Paths: plan.Paths{State: state, Disks: filepath.Join(state, "disks")},
-		Disks: plan.Disks{Backing: backing, Size: size},
+		Disks: plan.NewDisks(state, backing, size),
 	}
 	t.Cleanup(func() {
 		if err := DisksDown(context.Background(), p); err != nil {
@@ -74,7 +74,7 @@ func TestDisks(t *testing.T) {
 				if err := DisksDown(t.Context(), p); err != nil {
 					t.Fatal(err)
 				}
-				for _, dir := range []string{p.Paths.Disks, ramDir(p)} {
+				for _, dir := range []string{p.Paths.Disks, p.Disks.Memory} {
 					if n, err := mounts(dir); n != 0 || err != nil {
 						t.Fatalf("%s: %d mounts, %v", dir, n, err)
 					}
@@ -98,7 +98,7 @@ func TestDisksAuto(t *testing.T) {
 	if err != nil || d.Backing != "directory" {
 		t.Fatalf("where the folder can clone it is used: %+v, %v", d, err)
 	}
-	if _, err := os.Stat(disksImage(p)); err == nil {
+	if _, err := os.Stat(p.Disks.Image); err == nil {
 		t.Error("an image was made that nobody needs")
 	}
 	refuse := true

@@ -90,10 +90,32 @@ func cleanPath(s string) bool {
 func (p *Plan) checkHypervisor(f *findings) {
 	f.unless(oneOf(p.Disks.Backing, "auto", "directory", "xfs-image", "tmpfs"), "disks.backing: unknown %q", p.Disks.Backing)
 	f.unless(p.Disks.Size >= 0, "disks.size: negative")
+	p.checkDisks(f)
 	f.unless(oneOf(p.Hypervisor.Driver, "cloud-hypervisor", "qemu"), "hypervisor.driver: unknown %q", p.Hypervisor.Driver)
 	f.unless(p.Hypervisor.Binary != "" && !strings.HasPrefix(p.Hypervisor.Binary, "-"), "hypervisor.binary: %q is no program",
 		p.Hypervisor.Binary)
 	f.unless(oneOf(p.Hypervisor.Accel, "", "auto", "kvm", "tcg"), "hypervisor.accel: unknown %q", p.Hypervisor.Accel)
+}
+
+// mountOptions are options of mount(8) that no shell or unit file reads as anything else.
+var mountOptions = regexp.MustCompile(`^[a-z0-9=,]+$`)
+
+func (p *Plan) checkDisks(f *findings) {
+	d := p.Disks
+	if d.Backing == "directory" {
+		f.unless(d == Disks{Backing: d.Backing, Size: d.Size}, "disks: a directory has neither an image nor a tmpfs")
+		return
+	}
+	below := p.Paths.State
+	if d.Backing == "tmpfs" {
+		f.unless(cleanPath(d.Memory) && strings.HasPrefix(d.Memory, below+"/"), "disks.memory: %q is not a clean path below %q", d.Memory, below)
+		f.unless(mountOptions.MatchString(d.MemoryOptions), "disks.memory_options: %q are not mount options", d.MemoryOptions)
+		below = d.Memory
+	} else {
+		f.unless(d.Memory == "" && d.MemoryOptions == "", "disks.memory: only backing \"tmpfs\" has one")
+	}
+	f.unless(cleanPath(d.Image) && strings.HasPrefix(d.Image, below+"/"), "disks.image: %q is not a clean path below %q", d.Image, below)
+	f.unless(mountOptions.MatchString(d.MountOptions), "disks.mount_options: %q are not mount options", d.MountOptions)
 }
 
 func (p *Plan) checkNetwork(f *findings) {

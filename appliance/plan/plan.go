@@ -4,7 +4,9 @@
 package plan
 
 import (
+	"fmt"
 	"net/netip"
+	"path"
 
 	"github.com/fleetingd/fleetingd/seed"
 )
@@ -58,6 +60,31 @@ const RunDir = "/run/fleetingd"
 type Disks struct {
 	Backing string `json:"backing"`
 	Size    int64  `json:"size"`
+	// Image is the XFS image that is mounted on Paths.Disks with MountOptions (mount(8)). Backing "auto" uses it where that folder's own
+	// file system cannot clone; "directory" has none.
+	Image        string `json:"image,omitempty"`
+	MountOptions string `json:"mount_options,omitempty"`
+	// Memory is where a tmpfs with MemoryOptions holds the image of backing "tmpfs".
+	Memory        string `json:"memory,omitempty"`
+	MemoryOptions string `json:"memory_options,omitempty"`
+}
+
+// NewDisks is how the disks of a state folder are backed.
+func NewDisks(state, backing string, size int64) Disks {
+	d := Disks{Backing: backing, Size: size}
+	if backing == "directory" {
+		return d
+	}
+	dir := state
+	if backing == "tmpfs" {
+		d.Memory = path.Join(state, "ram")
+		d.MemoryOptions = fmt.Sprintf("size=%d,mode=0700,nodev,nosuid,noexec", size)
+		dir = d.Memory
+	}
+	d.Image = path.Join(dir, "disks.xfs")
+	// discard: what a deleted clone held goes back to the file system below.
+	d.MountOptions = "loop,discard,noatime,nodev,nosuid,noexec"
+	return d
 }
 
 // Hypervisor is the VMM of every worker on the host.

@@ -23,7 +23,7 @@ func small() *Plan {
 			State: "/s", Disks: "/s/disks", Images: "/s/disks/images", Clones: "/s/disks/clones", Workers: "/s/workers",
 			Cache: "/s/cache", Run: "/run/f",
 		},
-		Disks:      Disks{Backing: "auto"},
+		Disks:      NewDisks("/s", "auto", 0),
 		Hypervisor: Hypervisor{Driver: "qemu", Binary: "qemu-system-x86_64", Accel: "tcg"},
 		Network: Network{
 			Subnet: netip.MustParsePrefix("10.0.0.0/24"), Gateway: netip.MustParseAddr("10.0.0.1"),
@@ -152,6 +152,17 @@ func TestEditedByHand(t *testing.T) {
 		{`host_mac and worker_mac are the same`, func(p *Plan) { p.Network.HostMAC = p.Network.GuestMAC }},
 		{`unknown action "maybe"`, func(p *Plan) { p.Network.Egress[0].Action = "maybe" }},
 		{`tcp/25-24 are not ports`, func(p *Plan) { p.Network.Egress[0].Ports[0].Last = 24 }},
+		{`disks.image: "/etc/x" is not a clean path below "/s"`, func(p *Plan) { p.Disks.Image = "/etc/x" }},
+		{`disks.image: "/s/../x"`, func(p *Plan) { p.Disks.Image = "/s/../x" }},
+		{`disks.mount_options: "loop,suid\nx" are not`, func(p *Plan) { p.Disks.MountOptions = "loop,suid\nx" }},
+		{`disks.mount_options: "" are not`, func(p *Plan) { p.Disks.MountOptions = "" }},
+		{`disks.memory: only backing "tmpfs" has one`, func(p *Plan) { p.Disks.Memory = "/s/ram" }},
+		{`disks.memory: "/ram" is not`, func(p *Plan) { p.Disks = NewDisks("/s", "tmpfs", 1); p.Disks.Memory = "/ram" }},
+		{`disks.image: "/s/disks.xfs" is not a clean path below "/s/ram"`, func(p *Plan) {
+			p.Disks = NewDisks("/s", "tmpfs", 1)
+			p.Disks.Image = "/s/disks.xfs"
+		}},
+		{`disks: a directory has neither`, func(p *Plan) { p.Disks.Backing = "directory" }},
 		{`paths.run: "/run/../etc" is not a clean`, func(p *Plan) { p.Paths.Run = "/run/../etc" }},
 		{`paths.state: "s" is not a clean`, func(p *Plan) { p.Paths.State = "s" }},
 		{`paths.clones: "/x" is not below "/s/disks"`, func(p *Plan) { p.Paths.Clones = "/x" }},
