@@ -78,9 +78,17 @@ func (c *compiler) prebuild(s *hostspec.Image, slot plan.Slot) *plan.Prebuild {
 		})
 	}
 	for i, run := range s.Prebuild.Run {
-		p.Steps = append(p.Steps, plan.Step{Name: fmt.Sprintf("run[%d]: %s", i, short(run)), Command: run})
+		p.Steps = append(p.Steps, plan.Step{Name: fmt.Sprintf("run[%d]: %s", i, short(body(run))), Command: run})
 	}
 	return p
+}
+
+// body is a script without its "#!" line, unless there is nothing else.
+func body(run string) string {
+	if line, rest, _ := strings.Cut(run, "\n"); strings.HasPrefix(line, "#!") && strings.TrimSpace(rest) != "" {
+		return rest
+	}
+	return run
 }
 
 // short is a step's text as one line of a log: control characters are spaces, and no more than 60 characters.

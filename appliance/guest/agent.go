@@ -36,6 +36,17 @@ type result struct {
 	export Export
 }
 
+// problem is the error of a result that is not a success.
+func (r result) problem() error {
+	if r.err == nil {
+		return fmt.Errorf("exit code %d", r.code)
+	}
+	if r.code > 0 {
+		return fmt.Errorf("exit code %d: %w", r.code, r.err)
+	}
+	return r.err
+}
+
 // agent is the guest's end of the channel. It answers whatever host is there,
 // the newest alone.
 type agent struct {

@@ -59,7 +59,7 @@ func applySeed(ctx context.Context, log *slog.Logger) error {
 		}
 		r := runCommand(ctx, func(l string) { log.Info(l, "command", c[0]) }, c[0], c[1:]...)
 		if r.code != 0 || r.err != nil {
-			return fmt.Errorf("the seed's command %q failed: exit code %d, %w", c, r.code, r.err)
+			return fmt.Errorf("the seed's command %q failed: %w", c, r.problem())
 		}
 	}
 	return nil
@@ -346,6 +346,5 @@ func run(name string, args ...string) error {
 		return nil
 	}
 	out = out[max(0, len(out)-tailLines):]
-	return fmt.Errorf("%q failed (exit code %d): %s", slices.Concat([]string{name}, args), r.code,
-		strings.Join(append(out, fmt.Sprint(errors.Join(r.err))), "; "))
+	return fmt.Errorf("%q failed: %w: %s", slices.Concat([]string{name}, args), r.problem(), strings.Join(out, "; "))
 }

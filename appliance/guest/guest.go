@@ -54,24 +54,36 @@ type File struct {
 	Mode    string `json:"mode"` // octal, "0644"
 }
 
-// StepError is a prebuild step that failed in the guest.
+// StepError is a prebuild step that failed, or that had not ended when its time was over.
 type StepError struct {
 	Step   string
-	Code   int      // exit code, or -1 where it did not run or was killed
-	Reason string   // why it did not run, escaped; may be empty
+	Code   int      // exit code, or -1 if it did not run, did not end, or was killed
+	Reason string   // what the exit code does not say, escaped; may be empty
+	Hint   string   // where to look further; may be empty
 	Tail   []string // its last lines of output, escaped for a terminal
+
+	err error // why it was given up
 }
 
-// Error is one line; the Tail is for who shows it.
+// Error returns one line; the Tail is left to whoever shows it.
 func (e *StepError) Error() string {
+	text := fmt.Sprintf("prebuild step %q failed", e.Step)
 	switch {
-	case e.Reason != "" && e.Code < 0:
-		return fmt.Sprintf("prebuild step %q failed: %s", e.Step, e.Reason)
-	case e.Reason != "":
-		return fmt.Sprintf("prebuild step %q failed with exit code %d: %s", e.Step, e.Code, e.Reason)
+	case e.err != nil:
+		text = fmt.Sprintf("prebuild step %q did not finish", e.Step)
+	case e.Code >= 0:
+		text += fmt.Sprintf(" with exit code %d", e.Code)
 	}
-	return fmt.Sprintf("prebuild step %q failed with exit code %d", e.Step, e.Code)
+	if e.Reason != "" {
+		text += ": " + e.Reason
+	}
+	if e.Hint != "" {
+		text += " (" + e.Hint + ")"
+	}
+	return text
 }
+
+func (e *StepError) Unwrap() error { return e.err }
 
 // Ready is what a guest says when jobs may come.
 type Ready struct {

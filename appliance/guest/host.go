@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -23,6 +24,7 @@ const (
 	maxReboots = 2        // while WaitReady waits; a prebuild may not reboot at all
 	maxOutput  = 32 << 20 // bytes written to Prebuild's out
 	tailLines  = 20       // of a StepError
+	tailWidth  = 1 << 10  // bytes of each of them
 
 	paceBurst   = 4 << 20 // bytes read at full speed, and then
 	paceRate    = 4 << 20 // bytes a second
@@ -149,8 +151,15 @@ func (s *Session) step(ctx context.Context, step Step, o *output) error {
 		}
 		return append(ms, message{Type: typeRun, ID: id})
 	})
-	if err == nil && (done.Code != 0 || done.Error != "") {
-		err = &StepError{Step: step.Name, Code: done.Code, Reason: escape(done.Error, maxText), Tail: o.tail}
+	switch {
+	case err == nil && (done.Code != 0 || done.Error != ""):
+		err = &StepError{Step: step.Name, Code: done.Code, Reason: escape(done.Error, maxText), Hint: networkHint(o.tail), Tail: o.tail}
+	case err == nil || s.heard.IsZero():
+	case ctx.Err() != nil:
+		err = &StepError{Step: step.Name, Code: -1, Reason: fmt.Sprintf("%v; %s", context.Cause(ctx), s.state()),
+			Hint: networkHint(o.tail), Tail: o.tail, err: context.Cause(ctx)}
+	case len(o.tail) > 0:
+		err = fmt.Errorf("%w; the step's last lines:\n  %s", err, strings.Join(o.tail, "\n  "))
 	}
 	if err != nil {
 		s.log.Error("prebuild step failed", "step", step.Name, "error", err, "after", time.Since(started))
@@ -367,7 +376,7 @@ func (s *Session) state() string {
 		return "the guest part has not answered: the guest has not booted that far, or its image has no guest part; " +
 			"its console log tells"
 	}
-	return fmt.Sprintf("last heard of %v ago", time.Since(s.heard).Round(100*time.Millisecond))
+	return fmt.Sprintf("the guest was last heard %v ago", time.Since(s.heard).Round(100*time.Millisecond))
 }
 
 // connect opens a stream and says hello on it, later each time.
@@ -541,7 +550,11 @@ func (o *output) line(s string) error {
 	if len(o.tail) == tailLines {
 		o.tail = o.tail[1:]
 	}
-	o.tail = append(o.tail, s)
+	last := s
+	if len(last) > tailWidth {
+		last = cut(last[:tailWidth], tailWidth) + "…"
+	}
+	o.tail = append(o.tail, last)
 	if o.written > maxOutput {
 		return nil
 	}
@@ -550,4 +563,25 @@ func (o *output) line(s string) error {
 		_, err = fmt.Fprintf(o.w, "%s: (more than %d MiB of output: the rest is not shown)\n", o.step, maxOutput>>20)
 	}
 	return err
+}
+
+// What programs print when a name does not resolve (apt, curl, wget, busybox, git, glibc, musl, Go), and when no packet comes back.
+var (
+	noName = regexp.MustCompile(`(?i)temporary failure (resolving|in name resolution)|could not resolve|unable to resolve host|` +
+		`name or service not known|name does not resolve|bad address '|no such host`)
+	noRoute = regexp.MustCompile(`(?i)network is unreachable|no route to host|could not connect to|unable to connect to|` +
+		`connection timed out|connect: .*timeout|connection failed`)
+)
+
+// networkHint says where to look if a step's last lines say that it could not reach something.
+func networkHint(tail []string) string {
+	text := strings.Join(tail, "\n")
+	const look = "check dns and the egress blocks in the spec, and the host's own connection; `fleetingd doctor` looks at these"
+	switch {
+	case noName.MatchString(text):
+		return "names do not resolve in the guest: " + look
+	case noRoute.MatchString(text):
+		return "the guest could not connect: " + look
+	}
+	return ""
 }

@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 	"unicode"
+	"unicode/utf8"
 )
 
 // link joins both real ends: each dial makes a pipe, whose other end the agent gets.
@@ -279,6 +280,59 @@ func TestReconnectsInAChattyStep(t *testing.T) {
 	})
 }
 
+// TestStepWithoutEnd: a step that is still running when the prebuild's time is over is named, with its own last lines, cut to
+// what a person reads, and with a word on the network if they say that it is missing.
+func TestStepWithoutEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lines := []string{"about to hang", strings.Repeat("é", maxText/4), "curl: (6) Could not resolve host: deb.invalid\x1b[2J"}
+		s, _, _ := pair(t, modePrebuild, func(ctx context.Context, _ command, say func(string)) result {
+			for _, l := range lines {
+				say(l)
+			}
+			<-ctx.Done()
+			return result{code: -1, err: context.Cause(ctx)}
+		})
+		over := errors.New("the time is over")
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 5*time.Minute, over)
+		defer cancel()
+		err := s.Prebuild(ctx, []Step{{Name: "run[0]: hang", Command: "x"}}, io.Discard)
+		var step *StepError
+		if !errors.As(err, &step) || !errors.Is(err, over) {
+			t.Fatalf("%#v", err)
+		}
+		text := strings.Join(step.Tail, "\n")
+		if len(step.Tail) != 3 || step.Tail[0] != lines[0] || len(step.Tail[1]) > tailWidth+3 || !utf8.ValidString(text) || strings.Contains(text, "\x1b") {
+			t.Errorf("its last lines are %q", step.Tail)
+		}
+		for _, want := range []string{`"run[0]: hang" did not finish: the time is over`, "names do not resolve", "egress"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%q does not say %q", err, want)
+			}
+		}
+	})
+}
+
+func TestNetworkHint(t *testing.T) {
+	for line, want := range map[string]string{
+		"W: Failed to fetch http://deb.invalid/debian/dists/trixie/InRelease  Temporary failure resolving 'deb.invalid'": "names do not resolve",
+		"curl: (6) Could not resolve host: deb.invalid":                                                                  "names do not resolve",
+		"wget: unable to resolve host address ‘deb.invalid’":                                                             "names do not resolve",
+		"wget: bad address 'deb.invalid'":                                                                                "names do not resolve",
+		"fatal: unable to access 'https://git.invalid/': Could not resolve host: git.invalid":                            "names do not resolve",
+		"go: dial tcp: lookup proxy.invalid on 127.0.0.53:53: no such host":                                              "names do not resolve",
+		"urllib3: [Errno -3] Temporary failure in name resolution":                                                       "names do not resolve",
+		"E: Could not connect to deb.invalid:80 (192.0.2.1), connection timed out":                                       "could not connect",
+		"curl: (7) Failed to connect to 192.0.2.1 port 443 after 3 ms: No route to host":                                 "could not connect",
+		"ssh: connect to host 192.0.2.1 port 22: Network is unreachable":                                                 "could not connect",
+		"E: Unable to locate package jq":                                                                                 "",
+		"make: *** No rule to make target 'all'.  Stop.":                                                                 "",
+	} {
+		if got := networkHint([]string{"first", line}); (got == "") != (want == "") || !strings.Contains(got, want) {
+			t.Errorf("%q gave %q, want %q", line, got, want)
+		}
+	}
+}
+
 // TestHostGone: nobody takes the output any more, so the step ends.
 func TestHostGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -381,7 +435,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 				for say(c, message{Type: typeBeat, Session: s}) {
 				}
 			}
-		}, want: "last heard of"},
+		}, want: "was last heard"},
 		"endless reconnects": {guest: func(c net.Conn, s string) {}, want: "broke 200 times"},
 		"endless reconnects with hello": {guest: func(c net.Conn, s string) {
 			say(c, helloOf(s, modeWorker, "b"))
@@ -431,7 +485,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 			say(c, helloOf(s, modePrebuild, "b"))
 			for i := uint64(1); say(c, message{Type: typeDone, Session: s, ID: 1000 + i, Seq: i}); i++ {
 			}
-		}, want: "last heard of"},
+		}, want: "was last heard"},
 		"a wrong exit code": {step: true, guest: func(c net.Conn, s string) {
 			go swallow(c)
 			say(c, helloOf(s, modePrebuild, "b"), message{Type: typeDone, Session: s, Seq: 1, ID: 1, Code: -1 << 62, Error: "\x1b]0;x\a"})
@@ -442,7 +496,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 			say(c, helloOf(s, modePrebuild, "b"))
 			for i := uint64(1); say(c, message{Type: typeOutput, Session: s, ID: 1, Seq: i, Line: strings.Repeat("\x1b", 1000)}); i++ {
 			}
-		}, want: "last heard of"},
+		}, want: "was last heard"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,7 +23,8 @@ var stepEnv = []string{
 	"DEBIAN_FRONTEND=noninteractive",
 }
 
-// killGrace is between SIGTERM and SIGKILL; afterwards output of what a step left running is not waited for.
+// killGrace is the time between SIGTERM and SIGKILL, and how long a finished program's output is waited for when
+// something that it left running still holds it.
 const killGrace = 5 * time.Second
 
 // runStep runs one prebuild step on this machine.
@@ -36,9 +38,9 @@ func runStep(ctx context.Context, s Step, say func(string)) result {
 	case len(s.Packages) > 0:
 		return installPackages(ctx, s.Packages, say)
 	case s.Command != "":
-		return runCommand(ctx, say, "/bin/sh", "-c", s.Command)
+		return runScript(ctx, s.Command, say)
 	}
-	return result{code: -1, err: errors.New("it is of a kind that this guest part does not know")}
+	return result{code: -1, err: errors.New("this guest part does not know this kind of step")}
 }
 
 func writeStepFile(f File) error {
@@ -74,84 +76,111 @@ func writeFile(path string, data []byte, mode os.FileMode) error {
 	return os.Chmod(path, mode)
 }
 
-// installPackages uses the distribution's package manager as a person would: recommended packages come with
-// the named ones where that is the distribution's default, since a package's documentation takes them for granted.
-// An image that wants less says so in its own apt configuration.
-func installPackages(ctx context.Context, names []string, say func(string)) result {
-	var commands [][]string
-	switch {
-	case onPath("apt-get"):
-		apt := []string{
-			"apt-get", "-y", "-q",
-			"-o", "DPkg::Lock::Timeout=600", // the image's own first-boot update may hold it
-			"-o", "Acquire::Retries=3",
-			// A file that the spec wrote before is kept where a package brings its own; nobody can answer dpkg's question.
-			"-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
-			"-o", "Dpkg::Use-Pty=0",
-		}
-		commands = [][]string{append(apt[:len(apt):len(apt)], "update"), append(append(apt, "install", "--"), names...)}
-	case onPath("dnf"):
-		commands = [][]string{append([]string{"dnf", "-y", "install", "--"}, names...)}
-	case onPath("apk"):
-		commands = [][]string{append([]string{"apk", "add", "--update-cache", "--"}, names...)}
-	default:
-		return result{code: 1, err: errors.New("the image has none of apt-get, dnf and apk: install packages with a run step")}
-	}
-	for _, c := range commands {
-		if r := runCommand(ctx, say, c[0], c[1:]...); r.code != 0 || r.err != nil {
-			return r
-		}
-	}
-	return result{}
-}
-
 func onPath(name string) bool {
 	_, err := exec.LookPath(name)
 	return err == nil
 }
 
-// runCommand runs a program to its end, in a process group of its own that ends with ctx.
+// runCommand runs a program to its end, or to ctx's, in a process group of its own.
 func runCommand(ctx context.Context, say func(string), name string, args ...string) result {
-	out := &splitter{say: say}
-	defer out.flush()
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env, cmd.Dir = stepEnv, "/root"
 	if _, err := os.Stat(cmd.Dir); err != nil {
 		cmd.Dir = "/"
 	}
-	// No stdin: /dev/null. Both outputs in one, in the order they were written.
-	cmd.Stdout, cmd.Stderr = out, out
+	read, write, err := os.Pipe()
+	if err != nil {
+		return result{code: -1, err: err}
+	}
+	// No stdin: /dev/null. Both outputs go into one pipe, in the order they were written.
+	cmd.Stdout, cmd.Stderr = write, write
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.WaitDelay = killGrace
+	cmd.WaitDelay = 2 * killGrace // of the program itself, should the signals to its group not have ended it
 	cmd.Cancel = func() error {
-		time.AfterFunc(killGrace, func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+		time.AfterFunc(killGrace, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }) // it may have ended
 		return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM)
 	}
-	err := cmd.Run()
+	killed := oomKills()
+	err = cmd.Start()
+	write.Close()
+	if err != nil {
+		read.Close()
+		return result{code: -1, err: err}
+	}
+	out := &splitter{say: say}
+	drained := make(chan struct{})
+	go func() {
+		defer close(drained)
+		defer read.Close()
+		// To the end of the pipe, even if that comes much later: what the program left running must not be ended by SIGPIPE.
+		_, _ = io.Copy(out, read)
+	}()
+	err = cmd.Wait()
+	select {
+	case <-drained:
+	case <-time.After(killGrace):
+	}
+	out.end()
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
-		return result{code: -1, err: fmt.Errorf("it was ended: %w", context.Cause(ctx))}
-	case err == nil, errors.Is(err, exec.ErrWaitDelay): // a daemon that it started still holds its output
+		return result{code: -1, err: fmt.Errorf("stopped: %w", context.Cause(ctx))}
+	case err == nil:
 		return result{}
-	case errors.As(err, &exit) && exit.Exited():
-		return result{code: exit.ExitCode()}
-	default:
-		return result{code: -1, err: err} // not found, or "signal: killed"
+	case !errors.As(err, &exit):
+		return result{code: -1, err: err}
+	case exit.Exited():
+		return result{code: exit.ExitCode(), err: exitNote(exit.ExitCode(), oomKills()-killed)}
+	default: // "signal: killed"
+		return result{code: -1, err: errors.Join(err, exitNote(-1, oomKills()-killed))}
 	}
 }
 
-// splitter says what is written to it line by line. A progress bar's carriage return ends a line
-// too; empty ones that come of that are left out.
+// exitNote says what an exit code does not say by itself, or returns nil. oom is the number of processes that the kernel
+// killed meanwhile because memory ran out.
+func exitNote(code, oom int) error {
+	switch sig := syscall.Signal(code - 128); {
+	case oom > 0:
+		return fmt.Errorf("memory ran out and the kernel killed a process (%d in all); raise the memory of the image's pools", oom)
+	case sig == syscall.SIGPIPE:
+		return errors.New("SIGPIPE: in a pipeline, a command wrote to one that had already ended, as in `yes | head`; " +
+			"put `set +o pipefail` before it if that is expected")
+	case sig > 0 && sig < 65:
+		return fmt.Errorf("a command was ended by signal %d (%v)", int(sig), sig)
+	}
+	return nil
+}
+
+// oomKills is how many processes the kernel has killed since boot because memory ran out.
+func oomKills() int {
+	stat, err := os.ReadFile("/proc/vmstat")
+	if err != nil {
+		return 0
+	}
+	for l := range strings.Lines(string(stat)) {
+		if n, ok := strings.CutPrefix(l, "oom_kill "); ok {
+			kills, _ := strconv.Atoi(strings.TrimSpace(n))
+			return kills
+		}
+	}
+	return 0
+}
+
+// splitter passes on what is written to it, line by line. A progress bar's carriage return ends a line
+// too; the empty lines that result are dropped.
 type splitter struct {
-	say func(string)
-	mu  sync.Mutex
-	buf []byte
+	say  func(string)
+	mu   sync.Mutex
+	buf  []byte
+	over bool
 }
 
 func (s *splitter) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.over {
+		return len(p), nil
+	}
 	for _, b := range p {
 		switch {
 		case b == '\n':
@@ -175,20 +204,27 @@ func (s *splitter) sayLine() {
 	s.buf = s.buf[:0]
 }
 
-func (s *splitter) flush() {
+// end passes on a last line without a newline. What is written afterwards is dropped.
+func (s *splitter) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.buf) > 0 {
 		s.sayLine()
 	}
+	s.over = true
 }
 
-// waitCloudInit waits until cloud-init has done its own part: a step must not run beside it. What it complains of is said, and
-// ends nothing: images often have modules that fail in a VM without a cloud.
+// cloudInitPatience is after how long waitCloudInit says that it waits.
+const cloudInitPatience = 10 * time.Second
+
+// waitCloudInit waits until cloud-init has finished: a step must not run beside it. cloud-init's complaints are passed on but
+// end nothing: many images have modules that fail in a VM without a cloud.
 func waitCloudInit(ctx context.Context, say func(string)) {
 	if !onPath("cloud-init") {
 		return
 	}
+	waiting := time.AfterFunc(cloudInitPatience, func() { say("waiting for the guest's cloud-init to finish") })
+	defer waiting.Stop()
 	var out []string
 	r := runCommand(ctx, func(l string) { out = append(out, l) }, "cloud-init", "status", "--wait", "--long")
 	if (r.code != 0 || r.err != nil) && ctx.Err() == nil {

@@ -3,10 +3,13 @@ package guest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -41,6 +44,132 @@ func TestRunCommand(t *testing.T) {
 	}
 	if r := runCommand(t.Context(), nil, "/no/such/program"); r.code != -1 || !errors.Is(r.err, os.ErrNotExist) {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestRunScript: what a step that fails anywhere in its text gives, and how it may name another language.
+func TestRunScript(t *testing.T) {
+	need.Tools(t, "bash")
+	for script, want := range map[string]struct {
+		code int
+		out  string // of the last line
+		err  string
+	}{
+		"echo one; echo two":                              {out: "two"},
+		"false\necho after":                               {code: 1},
+		"set -x\nfalse\ntrue":                             {code: 1, out: "+ false"},
+		"(exit 7); echo after":                            {code: 7},
+		"no-such-curl -fsSL https://x.invalid | sh":       {code: 127, out: "command not found"},
+		"false | true; echo after":                        {code: 1},
+		"x=$(false; echo inner); echo after $x":           {code: 1},
+		"f() { false; echo f; }; f; echo after":           {code: 1},
+		"false || echo caught":                            {out: "caught"},
+		"if false; then :; fi; ! true; echo after":        {out: "after"},
+		"set +e; false; echo after":                       {out: "after"},
+		"set +o pipefail; false | cat; echo after":        {out: "after"},
+		"yes | head -n1 >/dev/null; echo after":           {code: 141, err: "SIGPIPE"},
+		"cat; read -r x || echo no input":                 {out: "no input"},
+		"sh -c 'kill -9 $$'; echo after":                  {code: 137, err: "signal 9 (killed)"},
+		"kill -15 $$":                                     {code: -1, err: "signal: terminated"},
+		"exit 3 # no newline":                             {code: 3},
+		"cat <<'EOF'\n$HOME\nEOF\n":                       {out: "$HOME"},
+		"#!/bin/sh\nfalse\necho after":                    {out: "after"}, // not ours to make strict
+		"#!/bin/sh -e\nfalse\necho after":                 {code: 1},
+		"#! \t/bin/cat  \t\nit is data":                   {out: "it is data"},
+		"#!/usr/bin/env -S sed -n 2p\nthe second":         {out: "the second"},
+		"#!/bin/bash\r\ntrue":                             {code: 1, err: `"#!/bin/bash\r"`},
+		"#!bash\ntrue":                                    {code: 1, err: "absolute path"},
+		"#!\ntrue":                                        {code: 1, err: "absolute path"},
+		"#!/no/such/python\ntrue":                         {code: -1, err: "no such file"},
+		"#!/bin/sh":                                       {},
+		"echo " + strings.Repeat("x", 200<<10) + "|wc -c": {out: fmt.Sprint(200<<10 + 1)},
+	} {
+		last := ""
+		r := runStep(t.Context(), Step{Command: script}, func(l string) { last = l })
+		if r.code != want.code || !strings.Contains(last, want.out) || want.out == "" && strings.Contains(last, "after") ||
+			(r.err == nil) != (want.err == "") || r.err != nil && !strings.Contains(r.err.Error(), want.err) {
+			t.Errorf("%.60q: code %d, %v, last line %.60q; want %+v", script, r.code, r.err, last, want)
+		}
+	}
+	if left, err := filepath.Glob(filepath.Join(os.TempDir(), "fleetingd-*", "step")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// TestNoBash: an image with nothing but a POSIX shell.
+func TestNoBash(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	pipefail := exec.Command("/bin/sh", "-e", "-o", "pipefail", "-c", ":").Run() == nil
+	for script, code := range map[string]int{"false\necho after": 1, "echo a | cat": 0, "false || true": 0} {
+		var out []string
+		r := runStep(t.Context(), Step{Command: script}, func(l string) { out = append(out, l) })
+		warned := slices.Contains(out, noPipefail)
+		if r.code != code || r.err != nil || slices.Contains(out, "after") || warned != (!pipefail && strings.Contains(script, "|")) {
+			t.Errorf("%q: code %d, %v, %q", script, r.code, r.err, out)
+		}
+	}
+}
+
+// TestBackground: a daemon that a step starts holds its output open, ends no step and is not ended by writing to it.
+func TestBackground(t *testing.T) {
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	r := runStep(t.Context(), Step{Command: "{ cat " + fifo + "; echo late; echo alive > " + dir + "/alive; } & echo started"},
+		func(l string) { out = append(out, l) })
+	if r.code != 0 || r.err != nil || !cmp.Equal(out, []string{"started"}) {
+		t.Fatalf("%+v, %q", r, out)
+	}
+	if err := os.WriteFile(fifo, []byte("x\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+		if text, _ := os.ReadFile(dir + "/alive"); string(text) == "alive\n" {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the daemon died when it wrote")
+		}
+	}
+	if len(out) != 1 {
+		t.Errorf("said after the step's end: %q", out)
+	}
+}
+
+// TestAptInstall with programs that act as apt-get does.
+func TestAptInstall(t *testing.T) {
+	const failing = "echo 'Err:1 http://mirror.invalid stable InRelease'; echo '  Temporary failure resolving mirror.invalid'"
+	for _, c := range []struct {
+		name, update, install string
+		code                  int
+		log                   []string // what was asked of apt-get, "-o Acquire::Retries=0" as "at once"
+	}{
+		{"works", "echo 'Get:1 http://mirror.invalid stable InRelease'", "true", 0, []string{"update", "install jq -x"}},
+		{"offline", failing, "echo 'E: Unable to locate package jq'; exit 100", 100, []string{"update", "at once install jq -x"}},
+		{"offline, installed already", failing, "true", 0, []string{"update", "at once install jq -x"}},
+		{"one of two mirrors", failing + "; echo 'Hit:2 http://other.invalid stable InRelease'", "true", 0, []string{"update", "install jq -x"}},
+		{"update fails", "exit 100", "true", 100, []string{"update"}},
+		{"locked once", "[ -e locked ] || { touch locked; echo 'E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7'; exit 100; }",
+			"true", 0, []string{"update", "update", "install jq -x"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			text := fmt.Sprintf("#!/bin/sh\ncd %s\nsaid=\nfor a; do case $a in update|install|jq|-x) said=\"$said $a\" ;; Acquire::Retries=0) said=\" at once\" ;; esac; done\n"+
+				"echo $said >> log\ncase $said in *update) %s ;; *) %s ;; esac\n", dir, c.update, c.install)
+			apt := filepath.Join(dir, "apt-get")
+			if err := os.WriteFile(apt, []byte(text), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			r := aptInstall(t.Context(), apt, []string{"jq", "-x"}, func(string) {})
+			log, err := os.ReadFile(filepath.Join(dir, "log"))
+			if r.code != c.code || err != nil || strings.TrimSpace(string(log)) != strings.Join(c.log, "\n") {
+				t.Errorf("%+v, %v; asked %q", r, err, log)
+			}
+		})
 	}
 }
 

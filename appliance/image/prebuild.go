@@ -136,7 +136,7 @@ const (
 // When it returns the VM is gone.
 func (b *prebuild) run(ctx context.Context) (err error) {
 	timeout := time.Duration(b.img.Prebuild.Timeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it is not done after %v (the spec's timeout)", timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("the prebuild's timeout of %v is over", timeout))
 	defer cancel()
 	slot := b.plan.BuildSlot(b.img)
 	// The TAP takes one VM. Another spec's prebuild may have the same slot.
@@ -308,7 +308,7 @@ func (b *prebuild) boot(ctx context.Context, cfg vm.Config) (_ guest.Export, err
 	}
 }
 
-// explain adds to an error what is known beside it. A step that failed says it all.
+// explain adds to an error what else is known. A failed step's own last lines say more than the console does.
 func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error {
 	if step, ok := errors.AsType[*guest.StepError](err); ok {
 		step.Reason = b.mask.Replace(step.Reason)

@@ -202,8 +202,8 @@ func TestPrebuildFails(t *testing.T) {
 		{"a step", func(d *fakeDriver) { d.failStep = "two" }, []string{"run[1]: two", "7"}},
 		{"the VMM dies", func(d *fakeDriver) { d.dies = true }, []string{"signal: killed", "last words"}},
 		{"sealing", func(d *fakeDriver) { d.badSeal = "the disk is full" }, []string{"the disk is full"}},
-		{"silence", func(d *fakeDriver) { d.silent = true }, []string{"not done after 300ms", "last words"}},
-		{"no power-off", func(d *fakeDriver) { d.noOff = true }, []string{"not done after 300ms"}},
+		{"silence", func(d *fakeDriver) { d.silent = true }, []string{"timeout of 300ms is over", "last words"}},
+		{"no power-off", func(d *fakeDriver) { d.noOff = true }, []string{"timeout of 300ms is over"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l.driver = &fakeDriver{t: t}

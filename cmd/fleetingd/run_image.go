@@ -111,6 +111,9 @@ func prebuild(ctx context.Context, v *view, req jobRequest) error {
 	}
 	if step, ok := errors.AsType[*guest.StepError](err); ok && v.w == nil {
 		// On a terminal its output stands above already.
+		if len(step.Tail) == 0 {
+			return fmt.Errorf("%w; it printed nothing", err)
+		}
 		return fmt.Errorf("%w; its last lines:\n  %s", err, strings.Join(step.Tail, "\n  "))
 	}
 	return err

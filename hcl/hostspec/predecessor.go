@@ -257,7 +257,8 @@ func (p *predecessor) subnet() string {
 }
 
 // commands are the extra commands. The predecessor pasted each into a YAML list, where one in quotes is the
-// text within them.
+// text within them, and cloud-init ran that list with sh, without -e. So each still runs as it did before, and fails
+// the prebuild only with its own exit code.
 func (p *predecessor) commands() []string {
 	v, ok := p.keys[keyCommands]
 	if !ok {
@@ -285,7 +286,7 @@ func (p *predecessor) commands() []string {
 		case strings.TrimSpace(s) == "":
 			p.errorf("Empty value", "%s[%d] is empty. Remove it.", keyCommands, i)
 		default:
-			out = append(out, unquoteYAML(s))
+			out = append(out, "#!/bin/sh\n"+unquoteYAML(s))
 		}
 	}
 	return out

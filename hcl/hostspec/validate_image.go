@@ -209,7 +209,10 @@ func (l *loader) validatePrebuild(p *Prebuild) {
 	l.checkPackages(p, p.Packages)
 	for i, cmd := range p.Run {
 		if strings.TrimSpace(cmd) == "" || strings.Contains(cmd, "\x00") {
-			l.errorf(l.atElem(p, "run", i), "Invalid run", "Command %d is empty or holds a NUL. Write a line for /bin/sh, or take it away.", i)
+			l.errorf(l.atElem(p, "run", i), "Invalid run", "Command %d is empty or holds a NUL. Write a shell script, or remove it.", i)
+		} else if line, _, _ := strings.Cut(cmd, "\n"); strings.HasPrefix(line, "#!") && !path.IsAbs(strings.TrimLeft(line[2:], " \t")) {
+			l.errorf(l.atElem(p, "run", i), "Invalid run", "Command %d starts with %s, which must name an interpreter by its absolute path. "+
+				"Write, for example, #!/bin/sh or #!/usr/bin/env python3.", i, quote(line))
 		}
 	}
 	if l.ok(p, "timeout") && (p.Timeout < time.Second || p.Timeout > 24*time.Hour) {

@@ -64,7 +64,7 @@ image "ubuntu" {
 
   prebuild { # (optional) what every worker starts with
     packages = ["git", "build-essential", "podman"]
-    run = [
+    run = [ # scripts, each under bash -e -o pipefail, or by the program that its "#!" line names
       "curl -fsSL https://get.docker.com | sh",
       "usermod -aG docker ubuntu",
     ]

@@ -107,3 +107,16 @@ image "shell" {
     ]
   }
 }
+
+image "scripts" {
+  debian {
+    suite = "trixie"
+  }
+  prebuild {
+    run = [
+      "#!/usr/bin/env python3\nprint(1)",
+      "#! /bin/sh",
+      "#!bash\ntrue", # ERROR: Command 2 starts with "#!bash", which must name an interpreter by its absolute path.
+    ]
+  }
+}
