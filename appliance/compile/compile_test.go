@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/BurntSushi/toml"
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/hcl/v2"
 	"golang.org/x/tools/txtar"
@@ -181,6 +182,42 @@ func host(slots int) *hostspec.Host {
 			Name: "r", Pool: "p", URL: "https://gitlab.example.com", Token: hostspec.Text{{Secret: hostspec.Secret{From: "file:/run/secrets/t"}}},
 			Executor: "instance", CapacityPerInstance: 1, MaxUseCount: 1,
 		}},
+	}
+}
+
+// TestPlaceholderInSettings: text that looks like a secret's placeholder would be replaced by the secret.
+func TestPlaceholderInSettings(t *testing.T) {
+	h := host(1)
+	h.Runners[0].Settings = map[string]any{"pre_build_script": "echo @SECRET:runner.r.token@"}
+	p, diags := compile.Compile(h, compile.Options{})
+	if p != nil && !diags.HasErrors() || !strings.Contains(diags.Error(), "@SECRET:runner.r.token@") {
+		t.Errorf("findings: %v", diags)
+	}
+	// Keys whose placeholders would be the same word each get their own.
+	x := func(from string) hostspec.Text { return hostspec.Text{{Secret: hostspec.Secret{From: "env:" + from}}} }
+	h.Runners[0].Settings = map[string]any{"docker": map[string]any{"sysctls": map[string]any{
+		"a\n\"b": x("A"), "a__b": x("B"), "a.b": x("C"), "c": append(x("D"), x("E")...), "ü@": x("F"),
+	}}}
+	p = compiled(t, h)
+	tree, err := p.Tree(func(from string) (string, error) { return "<" + from + ">", nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	var config struct {
+		Runners []struct {
+			Docker struct{ Sysctls map[string]string }
+		}
+	}
+	for _, f := range tree {
+		if f.Path == "/etc/gitlab-runner/config.toml" {
+			if _, err := toml.Decode(string(f.Data), &config); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	want := map[string]string{"a\n\"b": "<env:A>", "a__b": "<env:B>", "a.b": "<env:C>", "c": "<env:D><env:E>", "ü@": "<env:F>"}
+	if d := cmp.Diff(want, config.Runners[0].Docker.Sysctls); d != "" {
+		t.Errorf("(-want +got)\n%s", d)
 	}
 }
 

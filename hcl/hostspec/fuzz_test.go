@@ -2,8 +2,10 @@ package hostspec
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/hashicorp/hcl/v2"
@@ -32,19 +34,32 @@ func seedCorpus(f *testing.F, patterns ...string) {
 	}
 }
 
+const fuzzSecret = "hunter2-of-KEY"
+
 // checkLoad loads any bytes at all: a host or errors, never both, never a panic; and
 // each finding lies within the source.
 func checkLoad(t *testing.T, src []byte, path string) {
 	if src == nil {
 		src = []byte{}
 	}
-	opts := Options{Path: path, Source: src, Host: "metal-01", Environ: []string{"FLEETINGD_VAR_token=x", "HOME=/root"}}
+	opts := Options{Path: path, Source: src, Host: "metal-01", Environ: []string{"FLEETINGD_VAR_token=x", "HOME=/root", "KEY=" + fuzzSecret}}
 	res, diags := Load(opts)
 	if (res.Host == nil) != diags.HasErrors() {
 		t.Fatalf("host %v with findings %v", res.Host, diags)
 	}
 	for _, d := range diags {
 		checkFinding(t, d, res)
+	}
+	// What is only in the environment comes out of no spec, however it is written.
+	if shown := fmt.Sprintf("%v %+v", diags, res.Host); !bytes.Contains(src, []byte(fuzzSecret)) && strings.Contains(shown, fuzzSecret) {
+		t.Fatalf("the secret is shown: %s", shown)
+	}
+	if res.Host != nil {
+		for _, r := range res.Host.Runners {
+			if shown := fmt.Sprintf("%+v", r); !bytes.Contains(src, []byte(fuzzSecret)) && strings.Contains(shown, fuzzSecret) {
+				t.Fatalf("the secret is shown: %s", shown)
+			}
+		}
 	}
 	again, diagsAgain := Load(opts)
 	if (again.Host == nil) != (res.Host == nil) || len(diagsAgain) != len(diags) {
@@ -78,6 +93,15 @@ func checkFinding(t *testing.T, d *hcl.Diagnostic, res *Result) {
 
 func FuzzLoad(f *testing.F) {
 	seedCorpus(f, "testdata/findings/*.hcl", "../../packaging/examples/*/*.hcl")
+	for _, expr := range []string{
+		`env("KEY")`, `"${env("KEY")}"`, `trimspace(env("KEY"))`, `upper(env("KEY"))`, `jsonencode({ (env("KEY")) = [env("KEY")] })`,
+		`[for k, v in { a = env("KEY") } : "${k}${v}"][0]`, `env("KEY") == "" ? "a" : env("KEY")`, `format("%s%q", "a", env("KEY"))`,
+		`base64encode(join(",", [env("KEY"), "%{ for x in [env("KEY")] }${x}%{ endfor }"]))`, `values(zipmap(["a"], [env("KEY")]))[0]`,
+		`coalesce(null, element([env("KEY")], 5), "x")`, `lookup({ a = env("KEY") }, "a", "")`, `flatten([[env("KEY")]])[0]`,
+	} {
+		f.Add([]byte(strings.Replace(withRunner(`"${local.x}"`), "locals {", "locals {\n x = "+expr+"\n", 1)))
+		f.Add([]byte(strings.Replace(withRunner(`env("KEY")`), "token = env", "settings = { environment = [\"A=${"+expr+"}\"] }\n token = env", 1)))
+	}
 	f.Fuzz(func(t *testing.T, src []byte) { checkLoad(t, src, "host.hcl") })
 }
 

@@ -177,15 +177,21 @@ func (l *loader) readVarFlag(s string, values map[string]given) {
 }
 
 func (l *loader) readVarFile(path string, values map[string]given) {
+	known := len(l.diags)
 	body := l.parse(path, nil)
 	if body == nil {
+		l.hideFile(path, l.diags[known:])
 		return
 	}
 	attrs, diags := body.JustAttributes()
+	if diags.HasErrors() {
+		l.hideFile(path, diags)
+	}
 	l.diags = append(l.diags, diags...)
 	for _, a := range sortedAttrs(attrs) {
 		v, ok := l.scope.vars[a.Name]
 		if !ok {
+			l.masks = append(l.masks, a.Expr.Range()) // a misspelled name may be a secret's
 			l.warnf(&a.NameRange, "Unknown variable", "%s declares no variable %q%s. %s", l.opts.Path, a.Name,
 				didYouMean(a.Name, l.variableNames()), l.declaredVariables())
 			continue
@@ -194,6 +200,20 @@ func (l *loader) readVarFile(path string, values map[string]given) {
 			l.masks = append(l.masks, a.Expr.Range())
 		}
 		values[a.Name] = given{expr: a.Expr, from: path, rng: a.Expr.Range().Ptr()}
+	}
+}
+
+// hideFile hides the text of a variable file that cannot be read as one: any line of it may be a secret.
+func (l *loader) hideFile(path string, diags hcl.Diagnostics) {
+	f := l.files[path]
+	if f == nil {
+		return // it could not even be opened
+	}
+	l.masks = append(l.masks, hcl.Range{Filename: path, End: hcl.Pos{Byte: len(f.Bytes)}})
+	if strings.HasSuffix(path, ".json") { // the JSON parser quotes what it did not expect
+		for _, d := range diags {
+			d.Detail = "This is not valid JSON. The text is not shown, because a variable file may hold secrets."
+		}
 	}
 }
 

@@ -133,6 +133,33 @@ func TestSecretIsNowhere(t *testing.T) {
 	if err := os.WriteFile(varFile, []byte("token = \""+hunter+"\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// Files of variables that are not in order: the secret is on the line that is found fault with.
+	varFiles := map[string]string{
+		"a.hcl": "token = \"" + hunter + "\n", "b.hcl": "tokn = \"" + hunter + "\"\n", "c.hcl": "token = \"" + hunter + "\"\ntoken = \"" + hunter + "\"\n",
+		"d.hcl": "token \"" + hunter + "\" {\n}\n", "e.hcl": "token = " + hunter + "\n", "f.hcl": "token = x(\"" + hunter + "\")\n", "g.hcl": hunter + "\n",
+		"h.hcl": "token = <<EOT\n" + hunter + "\n", "i.hcl": "token: \"" + hunter + "\"\n", "j.hcl": "token = \"${" + hunter + "}\"\n",
+		"a.json": `{"token": ` + hunter + `}`, "b.json": `{"token": "` + hunter, "c.json": `{"tokn": "` + hunter + `"}`, "d.json": `["` + hunter + `"]`,
+		"e.json": `{"token": "` + hunter + `", "token": "` + hunter + `"}`, "g.json": `{"token": {"` + hunter + `": 1}}`,
+		"h.json": hunter, "i.json": `{"token": "\x` + hunter + `"}`, "j.json": `{"token": 1` + hunter + `}`, "k.json": `{` + hunter + `: 1}`,
+	}
+	for name, content := range varFiles {
+		path := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		res, diags := Load(Options{Path: "host.hcl", Source: []byte(withRunner("var.token")), VarFiles: []string{path}})
+		if len(diags) == 0 {
+			t.Errorf("%s: nothing was found in %s", name, content)
+		}
+		for _, d := range diags {
+			if strings.Contains(d.Summary+d.Detail, "hunter2") {
+				t.Errorf("%s: a finding shows the secret: %s", name, text(d))
+			}
+		}
+		if strings.Contains(string(res.Files[path].Bytes), "hunter2") {
+			t.Errorf("%s: a snippet can show the secret: %s: %v", name, res.Files[path].Bytes, diags)
+		}
+	}
 	sensitive := Options{Environ: []string{"FLEETINGD_VAR_token=" + hunter}}
 	for _, tt := range []struct {
 		name, src string
@@ -261,4 +288,28 @@ func plainText(v any) any {
 		return list
 	}
 	return v
+}
+
+func TestReadSecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x")
+	if err := os.WriteFile(path, []byte("value\r\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	env := []string{"A=a\n", "FLEETINGD_VAR_v=b"}
+	for _, tt := range []struct{ from, want, err string }{
+		{"file:" + path, "value", ""},
+		{"file:" + path + "y", "", "no such file"},
+		{"file:/dev/zero", "", "not a regular file"},
+		{"env:A", "a", ""},
+		{"env:B", "", "the environment has no B"},
+		{"var:v", "b", ""},
+		{"var:w", "", "set FLEETINGD_VAR_w in the environment of gitlab-runner.service"},
+		{"spec:x", "", "only be read with the spec"},
+		{"", "", "only be read with the spec"},
+	} {
+		got, err := ReadSecret(tt.from, env)
+		if got != tt.want || (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
+			t.Errorf("%s: %q, %v", tt.from, got, err)
+		}
+	}
 }
