@@ -117,7 +117,7 @@ func TestSecretThatIsUseless(t *testing.T) {
 
 func TestCheckToken(t *testing.T) {
 	for token, want := range map[string]string{
-		"glrt-t3_abc.01.xyz": "", "a\nb": "more than one line", "a ": "blank", "\ta": "blank", "a\u00a0": "blank", `a"b`: "quote", `a\b`: "quote", "a\x7f": "quote",
+		"glrt-t3_abc.01.xyz": "", "a\nb": "more than one line", "\ta": "blank", "a b": "blank", "a\u00a0": "blank", `a"b`: "quote", `a\b`: "quote", "a\x7f": "quote",
 	} {
 		err := CheckToken(token)
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
