@@ -1,6 +1,7 @@
 package hostspec
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -54,15 +55,50 @@ func TestParsePercent(t *testing.T) {
 }
 
 func TestPeriods(t *testing.T) {
-	for _, s := range []string{"* * * * *", "*/5 8-18 * * mon-fri", "0,30 0-23/2 1-31 JAN-dec 0-7", "59 23 31 12 sun"} {
-		if err := checkPeriod(s); err != nil {
+	for _, s := range []string{"* * * * *", "*/5 8-18 * * mon-fri", "0,30 0-23/2 1-31 JAN-dec 0-7", "59 23 31 12 sun", "* * * * sat-sun", "* * * * 5-7",
+		"* * * * mon-sun", "* * * * 0-6"} {
+		if _, err := parsePeriod(s); err != nil {
 			t.Errorf("%q: %v", s, err)
 		}
 	}
 	for _, s := range []string{"", "* * * *", "* * * * * *", "60 * * * *", "* 24 * * *", "* * 0 * *", "* * * 13 *", "* * * * 8", "*/0 * * * *",
 		"1- * * * *", "-1 * * * *", "a * * * *", "* * * * mon-", ", * * * *", "+1 * * * *", "@hourly"} {
-		if err := checkPeriod(s); err == nil {
+		if _, err := parsePeriod(s); err == nil {
 			t.Errorf("%q is taken", s)
+		}
+	}
+}
+
+// TestBackwards: a range that runs backwards is an error that says how to write it, and what it says is taken.
+func TestBackwards(t *testing.T) {
+	for s, want := range map[string]string{
+		"* 18-8 * * *":        "18-23,0-8",
+		"* 22-0 * * *":        "22-23,0",
+		"50-10/5 * * * *":     "50-59/5,0-10/5",
+		"59-1 * * * *":        "59,0-1",
+		"* * 25-5 * *":        "25-31,1-5",
+		"* * * nov-feb *":     "nov-dec,jan-feb",
+		"* * * dec-jan *":     "dec,jan",
+		"* * * 11-2 *":        "11-12,1-2",
+		"* * * * fri-mon":     "fri-sun,mon",
+		"* * * * sun-thu":     "sun,mon-thu",
+		"* * * * 6-2":         "6-7,1-2",
+		"* * * * 6-0":         "6-7",
+		"* * * * fri-0":       "fri-sun",
+		"* * * * mon,sat-tue": "sat-sun,mon-tue",
+	} {
+		_, err := parsePeriod(s)
+		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("write %q", want)) {
+			t.Errorf("%q: %v, want %s", s, err, want)
+		}
+		fields := strings.Fields(s)
+		for i, f := range fields {
+			if strings.Contains(f, "-") {
+				fields[i] = want
+			}
+		}
+		if _, err := parsePeriod(strings.Join(fields, " ")); err != nil {
+			t.Errorf("%q: what was to be written is refused: %v", s, err)
 		}
 	}
 }

@@ -57,6 +57,7 @@ func (l *loader) validateRunner(r *Runner) {
 	for _, p := range r.Policies {
 		l.validatePolicy(p)
 	}
+	l.checkCoverage(r)
 }
 
 func (l *loader) validatePolicy(p *Policy) {
@@ -64,7 +65,7 @@ func (l *loader) validatePolicy(p *Policy) {
 		l.errorf(l.at(p, "periods"), "Invalid periods", "An empty list matches no time. Leave periods away for always.")
 	}
 	for i, period := range p.Periods {
-		if err := checkPeriod(period); err != nil {
+		if _, err := parsePeriod(period); err != nil {
 			l.errorf(l.atElem(p, "periods", i), "Invalid periods", "%s: %v.", quote(period), err)
 		}
 	}

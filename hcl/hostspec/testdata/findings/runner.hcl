@@ -34,7 +34,7 @@ runner "a" {
   capacity_per_instance = 0 # ERROR: may be 1 to
   max_use_count         = -1 # ERROR: may be 0 to
   policy {
-    periods    = ["* * *", "60 * * * *", "* * * * fry", "* 18-8 * * *", "@daily", "* */0 * * *"] # ERROR: and this has 3 && ERROR: the minute "60" is no number from 0 to 59 && ERROR: (did you mean "fri"?) && ERROR: runs backwards: write it as two, such as "18-23,0-8" && ERROR: not an @word && ERROR: the step "0" of the hour
+    periods    = ["* * *", "60 * * * *", "* * * * fry", "* 18-8 * * *", "@daily", "* */0 * * *"] # ERROR: this has 3 && ERROR: the minute "60" must be a number from 0 to 59 && ERROR: (did you mean "fri"?) && ERROR: runs backwards: write "18-23,0-8" && ERROR: not an @word && ERROR: the step "0" of the hour
     timezone   = "europe/berlin" # ERROR: Did you mean "Europe/Berlin"
     idle_count = -1 # ERROR: idle_count is -1
     idle_time  = "-5m" # ERROR: a duration cannot be negative
