@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,6 +25,7 @@ func TestPrebuildSecrets(t *testing.T) {
 	l.img.Prebuild.Steps = append([]plan.Step{
 		{Name: "file[0]: /etc/netrc", File: &plan.StepFile{Path: "/etc/netrc", Mode: "0600", Secret: plan.Text{
 			{Literal: "password "}, {From: "file:/run/secrets/x"}, {Literal: "\n"},
+			{Op: "base64encode", Of: plan.Text{{Literal: "u:"}, {From: "file:/run/secrets/x"}}}, {Literal: "\n"},
 		}}},
 		{Name: "file[1]: /etc/motd", File: &plan.StepFile{Path: "/etc/motd", Mode: "0644", Content: "hello\n"}},
 	}, l.img.Prebuild.Steps...)
@@ -51,11 +53,12 @@ func TestPrebuildSecrets(t *testing.T) {
 	}
 	l.driver.failStep = ""
 	first := l.ensure()
-	if want := "password " + secret + "\n"; !slices.Equal(l.driver.files[len(l.driver.files)-2:], []string{want, "hello\n"}) {
+	encoded := base64.StdEncoding.EncodeToString([]byte("u:" + secret))
+	if want := "password " + secret + "\n" + encoded + "\n"; !slices.Equal(l.driver.files[len(l.driver.files)-2:], []string{want, "hello\n"}) {
 		t.Errorf("the guest got %q", l.driver.files)
 	}
 	shown := strings.Join(l.phases, "\n")
-	if strings.Contains(shown, "CANARY") || !strings.Contains(shown, "did password ***") {
+	if strings.Contains(shown, "CANARY") || strings.Contains(shown, encoded) || !strings.Contains(shown, "did password ***") {
 		t.Errorf("the output shows the secret, or nothing: %s", shown)
 	}
 	nowhere(t, l.dir, "CANARY")
@@ -69,6 +72,16 @@ func TestPrebuildSecrets(t *testing.T) {
 	l.img.Prebuild.Steps[0].File.Secret[1].From = "file:/run/secrets/y"
 	_, got = l.Ensure(t.Context(), l.img)
 	wantError(t, got, `asked for "file:/run/secrets/y"`)
+}
+
+func TestMask(t *testing.T) {
+	var m masker
+	for _, secret := range []string{"abcdef", "abcdefgh\n  second line \r\n\nx\n", ""} {
+		m.add(secret)
+	}
+	if got, want := m.replacer().Replace("abcdefgh abcdef abc second line x"), "*** *** abc *** x"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
 }
 
 // nowhere finds text in files.

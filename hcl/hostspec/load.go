@@ -72,6 +72,8 @@ func newLoader(opts Options) *loader {
 		env:   environ(opts.Environ),
 		files: map[string]*hcl.File{},
 		attrs: map[attrKey]attrInfo{},
+
+		tokens: newTokens(),
 	}
 }
 
@@ -100,7 +102,6 @@ func (l *loader) load() (*Host, []string) {
 	content, diags := body.Content(rootSchema)
 	l.diags = append(l.diags, explain(diags, "A spec", nil, rootSchema.Blocks)...)
 
-	l.tokens = newTokens(l.files[l.opts.Path].Bytes)
 	l.defineScope(content.Blocks)
 	s := l.decode(content)
 	l.setDefaults(s)

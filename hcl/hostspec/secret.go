@@ -2,7 +2,7 @@ package hostspec
 
 import (
 	"bytes"
-	"crypto/sha256"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"iter"
@@ -26,8 +26,8 @@ import (
 // Where an attribute takes secrets, its text is split at the tokens; everywhere else a token is a finding. A function
 // that would need the text itself refuses tokens (see noSecrets), so none is ever cut, compared or rewritten.
 
-// maxSecret is the size limit of a secret, in bytes: a certificate chain fits, a disk does not.
-const maxSecret = 64 << 10
+// maxSecret is the size limit of a secret, in bytes: a bundle of certificates fits.
+const maxSecret = maxFile
 
 const secretForms = `Write token = file("/run/secrets/gitlab-token"), token = env("NAME"), or token = var.NAME ` +
 	`with a variable that is set from outside`
@@ -199,9 +199,9 @@ type tokens struct {
 	bad    map[string]error
 }
 
-// newTokens makes tokens that do not occur in the source: they hold its digest.
-func newTokens(source []byte) tokens {
-	prefix := fmt.Sprintf("@secret:%.16x:", sha256.Sum256(source))
+// newTokens makes tokens that nobody can write into a spec or a variable.
+func newTokens() tokens {
+	prefix := "@secret:" + rand.Text() + ":"
 	return tokens{
 		prefix: prefix, syntax: regexp.MustCompile(regexp.QuoteMeta(prefix) + `([0-9]+)@`),
 		index: map[string]int{}, bad: map[string]error{},

@@ -99,7 +99,7 @@ func TestSecretThatIsUseless(t *testing.T) {
 		"\n":                       "is empty",
 		"a\x00b":                   "not text",
 		"\xff":                     "not text",
-		strings.Repeat("x", 1<<17): "larger than 64 KiB",
+		strings.Repeat("x", 1<<19): "larger than 256 KiB",
 	} {
 		path := filepath.Join(t.TempDir(), "token")
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
