@@ -97,9 +97,7 @@ func (n *network) egress(h *have, six bool) outcome {
 	case len(elsewhere) > 0:
 		detail := fmt.Sprintf("the workers' %s packets leave by %s, not by %s, and the firewall rejects them: %s", family,
 			strings.Join(links, " and "), named, routes(elsewhere))
-		if rel := h.relation(named, links[0]); rel != "" {
-			detail += "; " + rel
-		}
+		detail += h.explain(named, links[0])
 		if keep := n.keepOut(h, captor, src, tap); keep != "" {
 			cure += "; to keep the workers out of that route instead: " + keep
 		}
@@ -112,12 +110,13 @@ func (n *network) egress(h *have, six bool) outcome {
 	case len(nowhere) > 0 && len(right) > 0:
 		return outcome{StatusWarn, fmt.Sprintf("a part of the %s internet cannot be reached: %s", family, routes(nowhere)), "ip route"}
 	case len(nowhere) > 0:
+		rel := h.explain(named, "")
 		flag := ""
 		if six {
 			flag = "-6 "
 		}
-		return outcome{StatusWarn, fmt.Sprintf("this host has no %s route to the internet (%s), so the workers have none either", family,
-			routes(nowhere)), fmt.Sprintf("ip %sroute add default via ROUTER dev %s", flag, named)}
+		return outcome{StatusWarn, fmt.Sprintf("this host has no %s route to the internet (%s), so the workers have none either%s", family,
+			routes(nowhere), rel), fmt.Sprintf("ip %sroute add default via ROUTER dev %s", flag, named)}
 	}
 	return outcome{status: StatusOK, detail: fmt.Sprintf("the workers' %s packets leave by %s: %s", family, named, routes(right))}
 }
@@ -145,7 +144,7 @@ var stacked = map[string]string{"vlan": "a VLAN", "macvlan": "a macvlan", "macvt
 
 // relation says how one link leads to another: "eno1 is a member of the bond bond0, bond0 is a port of the bridge br0". Where it
 // does not, it says of which link the first is a part, or nothing.
-func (h *have) relation(from, to string) string {
+func (h *have) relation(from, to string) (how string, leads bool) {
 	type place struct {
 		name string
 		how  []string
@@ -156,7 +155,7 @@ func (h *have) relation(from, to string) string {
 		at := queue[0]
 		queue = queue[1:]
 		if at.name == to && len(at.how) > 0 {
-			return strings.Join(at.how, ", ")
+			return strings.Join(at.how, ", "), true
 		}
 		l := h.links[at.name]
 		if l == nil {
@@ -187,7 +186,22 @@ func (h *have) relation(from, to string) string {
 			}
 		}
 	}
-	return first
+	return first, false
+}
+
+// explain is what relates the link that the spec names to the one that packets leave by, as a clause, or "".
+func (h *have) explain(named, out string) string {
+	rel, leads := h.relation(named, out)
+	if back, returns := h.relation(out, named); returns && !leads {
+		rel = back
+	}
+	if rel == "" {
+		return ""
+	}
+	if table := h.vrfTable(named); table != 0 {
+		rel += ", whose routes are in table " + tableName(table)
+	}
+	return "; " + rel
 }
 
 // linkNames are the host's links in order, without our TAPs.
@@ -352,8 +366,11 @@ func (n *network) lost(h *have, slots []plan.Slot, six bool, ask func(flow, int)
 			addr = *s.Address6
 		}
 		l, ok := h.links[s.TAP]
-		if !ok || l.Attrs().Flags&unix.IFF_UP == 0 {
+		if !ok || l.Attrs().RawFlags&unix.IFF_UP == 0 {
 			continue // the check of TAPs reports it
+		}
+		if !inUse(l) && skipsIdle(s.TAP, six) {
+			continue // its route counts once a VM opens it
 		}
 		f := flow{dst: addr, in: loopback, uid: h.uid}
 		to, err := ask(f, 0)
@@ -406,7 +423,10 @@ func refused(err error) bool {
 // filtered finds packets that do not go through the host although the way out is right: the workers', or the answers to them. It asks
 // for the first worker whose TAP is up: what it finds concerns all.
 func (n *network) filtered(h *have, slots []plan.Slot, six, leaves bool, ask func(flow, int) (int, error)) ([]Trouble, error) {
-	i := slices.IndexFunc(slots, func(s plan.Slot) bool { l := h.links[s.TAP]; return l != nil && l.Attrs().Flags&unix.IFF_UP != 0 })
+	i := slices.IndexFunc(slots, func(s plan.Slot) bool {
+		l := h.links[s.TAP]
+		return l != nil && l.Attrs().RawFlags&unix.IFF_UP != 0 && (inUse(l) || !skipsIdle(s.TAP, six))
+	})
 	if i < 0 || !leaves || six {
 		return nil, nil // IPv6 has neither: rp_filter is a firewall's there, and forwarding is one switch, which up turns on
 	}
@@ -451,6 +471,20 @@ type direction struct {
 }
 
 func (d direction) flow() flow { return flow{src: d.src, dst: d.dst, in: d.in.Attrs().Name} }
+
+// skipsIdle reports whether lookups pass over routes by the link while it has no carrier, as a TAP that no VM has open.
+func skipsIdle(link string, six bool) bool {
+	family := "ipv4"
+	if six {
+		family = "ipv6"
+	}
+	for _, conf := range []string{"all", link} {
+		if v, err := readSysctl("net/" + family + "/conf/" + conf + "/ignore_routes_with_linkdown"); err == nil && v != "0" {
+			return true
+		}
+	}
+	return false
+}
 
 func forwards(link string) bool {
 	v, err := readSysctl("net/ipv4/conf/" + link + "/forwarding")

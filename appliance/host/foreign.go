@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 )
@@ -33,7 +34,11 @@ func (d *doctor) foreignFirewall(ctx context.Context, h *have, n *network) {
 		case err != nil:
 			d.warn(check, "nft list ruleset", "whether another firewall drops the workers' %s packets could not be tried: %v", family, err)
 		case b != nil:
-			d.fail(check, b.cure(d.plan.Network.Subnet.String(), trialPrefix(d.plan)), "%s", b.describe(family, d.ruleText(ctx, b), d.legacy(six)))
+			subnet := d.plan.Network.Subnet
+			if six {
+				subnet = *d.plan.Network.Subnet6
+			}
+			d.fail(check, b.cure(subnet, trialPrefix(d.plan)), "%s", b.describe(family, d.ruleText(ctx, b), d.legacy(six)))
 		default:
 			passed = append(passed, family)
 		}
@@ -77,6 +82,9 @@ func (b *blockade) describe(family, rule string, legacy bool) string {
 		what = fmt.Sprintf("the internet's %s answers to workers", family)
 	}
 	switch {
+	case b.astray != "":
+		return fmt.Sprintf("%s leave by %s, although by the routes they would not: another firewall marks them for a rule of `ip rule`, and ours "+
+			"rejects them", what, b.astray)
 	case b.untraced && !b.routed:
 		return what + " never get as far as being forwarded: the kernel drops them before, by a route, rp_filter, or a program on the link"
 	case b.untraced && legacy:
@@ -102,7 +110,7 @@ func (b *blockade) describe(family, rule string, legacy bool) string {
 }
 
 // cure is the command that makes the firewall's owner accept the workers' packets in both directions.
-func (b *blockade) cure(subnet, tap string) string {
+func (b *blockade) cure(subnet netip.Prefix, tap string) string {
 	has := func(prefix string) bool {
 		return slices.ContainsFunc(b.chains, func(c string) bool { return strings.HasPrefix(c, prefix) })
 	}
@@ -117,12 +125,18 @@ func (b *blockade) cure(subnet, tap string) string {
 	}
 	xtables := (b.family == "ip" || b.family == "ip6") && b.table == "filter" && b.base == "FORWARD"
 	switch {
+	case b.astray != "":
+		return fmt.Sprintf(`except iifname "%s*" from the rule that sets the mark (nft list ruleset | grep mark), or write egress_interface = %q in the spec`,
+			tap, b.astray)
 	case b.untraced && !b.routed:
 		return "ip route; sysctl -a -r 'rp_filter'"
 	case b.untraced:
 		return iptables(program+"-legacy", "FORWARD")
 	case xtables && has("ufw"):
-		return fmt.Sprintf("ufw route allow in on %[1]s+ && ufw route allow out on %[1]s+", tap)
+		if b.answer {
+			return fmt.Sprintf("ufw route allow out on %s+", tap)
+		}
+		return fmt.Sprintf("ufw route allow in on %s+", tap)
 	case b.table == "firewalld":
 		return fmt.Sprintf("firewall-cmd --permanent --zone=trusted --add-source=%s && firewall-cmd --reload", subnet)
 	case xtables && slices.Contains(b.chains, "DOCKER-USER"):

@@ -51,6 +51,10 @@ var firewalls = []struct {
 	{name: "answers", ruleset: `table inet filter { chain forward { type filter hook forward priority 0; policy drop; iifname "fleet*" accept; }; }`,
 		drops: both("the internet's", "answers to workers: chain forward of table inet filter"), cure: `oifname "fleet*" ct state established,related accept`,
 		run: true, cannot: true},
+	{name: "a mark for another way", before: "ip route add default via 10.20.0.15 table 7; ip rule add fwmark 7 lookup 7", ruleset: `table inet ways {
+		chain pre { type filter hook prerouting priority mangle; iifname "fleet*" meta mark set 7; }
+	}`, drops: map[string]string{"IPv4": "packets to the internet leave by lan0, although by the routes they would not"},
+		cure: `egress_interface = "lan0"`, cannot: true},
 	{name: "Docker's", ruleset: `table ip filter {
 		chain DOCKER-USER { return; }
 		chain DOCKER-FORWARD { oifname "docker0" accept; }

@@ -54,8 +54,11 @@ func NetworkUp(ctx context.Context, p *plan.Plan, o Options) error {
 	return withNetwork(ctx, p, o, func(n *network) error { return n.up(ctx) })
 }
 
-// NetworkDown takes away what NetworkUp made, as far as it is there, and puts back the settings that it changed.
-// Calling it twice is calling it once. It goes on where something fails, and returns all errors.
+// ErrOtherPlan is what NetworkDown returns where there is nothing to do for its plan, and another plan's network stays up.
+var ErrOtherPlan = errors.New("this plan's network is not up, but another plan's is")
+
+// NetworkDown removes what NetworkUp made and restores the settings that it changed. It is idempotent. It continues after a failure,
+// and returns all errors.
 func NetworkDown(ctx context.Context, p *plan.Plan) error {
 	return withNetwork(ctx, p, Options{}, func(n *network) error { return n.down(ctx) })
 }

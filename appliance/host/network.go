@@ -598,7 +598,7 @@ func (n *network) down(context.Context) error {
 		// The tables, and the addresses and settings in the notes, are the other's: all plans of a host share one Paths.Run.
 		err := n.door.deleteTAPs(n.marked(n.plan.Paths.State, own))
 		if len(own) == 0 {
-			err = fmt.Errorf("this plan's network is not up, but another plan's is (%s", describeUp(up))
+			err = fmt.Errorf("%w (%s", ErrOtherPlan, describeUp(up))
 		}
 		return err
 	}

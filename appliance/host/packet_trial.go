@@ -36,6 +36,7 @@ type blockade struct {
 	routed        bool     // it got as far as the forward hook
 	answer        bool     // it was an answer from the internet
 	six           bool     // it was an IPv6 packet
+	astray        string   // nothing stopped it, but it left by this link instead of the plan's
 }
 
 // trialPatience is how long a packet may be on its way. The kernel needs microseconds; a program behind a queue may need more.
@@ -71,8 +72,12 @@ func tryPackets(p *plan.Plan, six bool) (*blockade, error) {
 		dst = internet6[0]
 	}
 	syn := segment{netip.AddrPortFrom(worker, 40000), netip.AddrPortFrom(dst, 443), tcpSYN}
-	if b, err := in.judge(syn); b != nil || err != nil {
+	b, out, err := in.judge(syn)
+	if b != nil || err != nil {
 		return b, err
+	}
+	if l, err := netlink.LinkByIndex(out); err == nil && l.Attrs().Name != p.EgressInterface {
+		return &blockade{astray: l.Attrs().Name, six: six}, nil
 	}
 	wan, err := openTrialLink(trialWAN, trialInternet[six])
 	if err != nil {
@@ -88,7 +93,7 @@ func tryPackets(p *plan.Plan, six bool) (*blockade, error) {
 	if !ok {
 		return nil, nil // what is at home on this host only lets packets out by the links that it knows
 	}
-	b, err := wan.judge(segment{syn.to, seen, tcpSYN | tcpACK})
+	b, _, err = wan.judge(segment{syn.to, seen, tcpSYN | tcpACK})
 	if b != nil {
 		b.answer = true
 	}
@@ -236,36 +241,45 @@ func (t *trialTUN) receive() (netip.AddrPort, bool) {
 	}
 }
 
-// judge sends a packet into the kernel by the link, and says what stopped it on its way through.
-func (t *trialTUN) judge(s segment) (*blockade, error) {
+// judge sends a packet into the kernel by the link, and says what stopped it on its way through, or by which link it was to leave (0: not
+// known).
+func (t *trialTUN) judge(s segment) (b *blockade, out int, err error) {
 	w, err := watch(t.name, s.to.Addr().Is6())
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	defer w.close()
 	if _, err := t.Write(s.packet()); err != nil {
-		return nil, fmt.Errorf("send a packet into %s: %w", t.name, err)
+		return nil, 0, fmt.Errorf("send a packet into %s: %w", t.name, err)
 	}
 	var steps []traced
 	for end := time.Now().Add(trialPatience); ; {
 		passed, err := w.counted(w.last)
-		if passed || err != nil {
-			return nil, err
-		}
-		more, err := w.read(10 * time.Millisecond)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
+		}
+		more, err := w.read(trialPatience / 10)
+		if err != nil {
+			return nil, 0, err
 		}
 		steps = append(steps, more...)
-		dropped := slices.ContainsFunc(steps, traced.dropped)
-		if !dropped && time.Now().Before(end) {
+		last := slices.IndexFunc(steps, func(s traced) bool { return s.table == trialTable && s.chain == w.last.Name && s.out != 0 })
+		if last >= 0 {
+			return nil, int(steps[last].out), nil
+		}
+		over := time.Now().After(end)
+		if over && more == nil && passed {
+			return nil, 0, nil
+		}
+		if !slices.ContainsFunc(steps, traced.dropped) && (!over || more != nil || passed) {
 			continue
 		}
 		routed, err := w.counted(w.first)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
-		return w.blame(steps, routed)
+		b, err := w.blame(steps, routed)
+		return b, 0, err
 	}
 }
 
@@ -390,6 +404,7 @@ type traced struct {
 	kind         uint32 // NFT_TRACETYPE_*: policy 1, return 2, rule 3
 	verdict      uint32
 	policy       uint32
+	out          uint32 // the link that it is to leave by, in the first step of each chain at a hook
 }
 
 const (
@@ -403,7 +418,7 @@ func (s traced) dropped() bool {
 	if s.kind == tracePolicy {
 		v = s.policy
 	}
-	return v == verdictDrop
+	return v == verdictDrop && s.table != trialTable
 }
 
 // read waits so long for traces.
@@ -427,9 +442,7 @@ func (w *watcher) read(patience time.Duration) ([]traced, error) {
 		if err != nil {
 			return nil, fmt.Errorf("packet traces: %w", err)
 		}
-		if s.table != trialTable {
-			steps = append(steps, s)
-		}
+		steps = append(steps, s)
 	}
 	return steps, nil
 }
@@ -451,6 +464,8 @@ func parseTrace(b []byte) (traced, error) {
 			s.handle = ad.Uint64()
 		case unix.NFTA_TRACE_TYPE:
 			s.kind = ad.Uint32()
+		case unix.NFTA_TRACE_OIF:
+			s.out = ad.Uint32()
 		case unix.NFTA_TRACE_POLICY:
 			s.policy = ad.Uint32()
 		case unix.NFTA_TRACE_VERDICT:

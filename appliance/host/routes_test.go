@@ -4,10 +4,15 @@ import (
 	"cmp"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
@@ -184,6 +189,17 @@ var topologies = []struct {
 		stage: "ip route add default via 10.20.0.15 table 99; ip rule add priority 5 iif eno1 lookup 99; echo 1 > /proc/sys/net/ipv4/conf/fleet0/rp_filter",
 		warns: []string{"link fleet0 drops the workers' packets: rp_filter is strict", "way back to 172.16.120.2", "rule 5", "fleet0.rp_filter=2"}},
 	{name: "a link that does not forward", later: true, stage: "echo 0 > /proc/sys/net/ipv4/conf/eno1/forwarding", doctor: "ok", warns: []string{"link eno1 does not forward the internet's answers", "eno1.forwarding=1"}},
+	{name: "routes of idle links are passed over", later: true, stage: "for f in /proc/sys/net/ipv?/conf/*/ignore_routes_with_linkdown; do echo 1 > $f; done", doctor: "ok"},
+	{name: "nexthop objects", stage: `
+		ip nexthop add id 1 via 198.51.100.1 dev eno1; ip nexthop add id 2 via 10.20.0.15 dev lan0; ip nexthop add id 10 group 1/2
+		ip route replace default nhid 1; ip route add 172.16.0.0/12 nhid 10`, doctor: "ok", says: []string{"default via 198.51.100.1 dev eno1"}},
+	{name: "a group of nexthops", stage: `
+		ip nexthop add id 1 via 198.51.100.1 dev eno1; ip nexthop add id 2 via 10.20.0.15 dev lan0; ip nexthop add id 10 group 1/2; ip route replace default nhid 10`,
+		doctor: "warn", says: []string{"some of the workers' IPv4 packets leave by lan0"}},
+	{name: "a worker's address is routed elsewhere later", later: true, stage: "ip route prepend 172.16.120.2 dev lan0", doctor: "ok",
+		lost: []string{"TAP fleet0", "but to lan0", "172.16.120.2 dev lan0 in table main"}},
+	{name: "a worker's address is refused later", later: true, stage: "ip route prepend prohibit 172.16.120.3", doctor: "ok",
+		lost: []string{"TAP fleet1", "172.16.120.3", "prohibit 172.16.120.3 in table main"}},
 	{name: "no default route", stage: "ip route del default", doctor: "warn", says: []string{"no IPv4 route to the internet (no route)"}},
 	{name: "the default route refuses", stage: "ip route replace unreachable default", doctor: "warn", says: []string{"unreachable default in table main"}},
 	{name: "source routing of the workers", stage: "ip route add default via 198.51.100.1 table 7; ip route replace default via 10.20.0.15; ip rule add from 172.16.0.0/12 lookup 7", doctor: "ok"},
@@ -203,6 +219,70 @@ var topologies = []struct {
 const wgQuick = `ip tuntap add wg0 mode tun; ip link set wg0 up; ip addr add 10.66.0.2/32 dev wg0
 	ip route add default dev wg0 table 51820; ip rule add priority 32765 not fwmark 51820 table 51820
 	ip rule add priority 32764 table main suppress_prefixlength 0`
+
+// Kinds of link that this kernel may not have, as netlink shows them.
+func TestRelations(t *testing.T) {
+	attrs := func(name string, index, master, parent int) netlink.LinkAttrs {
+		return netlink.LinkAttrs{Name: name, Index: index, MasterIndex: master, ParentIndex: parent, Flags: net.FlagUp, RawFlags: unix.IFF_UP}
+	}
+	h := &have{links: map[string]netlink.Link{}}
+	for _, l := range []netlink.Link{
+		&netlink.Device{LinkAttrs: attrs("eno1", 1, 10, 0)},
+		&netlink.Device{LinkAttrs: attrs("eno2", 2, 10, 0)},
+		&netlink.Bond{LinkAttrs: attrs("bond0", 10, 0, 0)},
+		&netlink.Vlan{LinkAttrs: attrs("bond0.5", 11, 12, 10), VlanId: 5},
+		&netlink.Bridge{LinkAttrs: attrs("br5", 12, 0, 0)},
+		&netlink.Device{LinkAttrs: attrs("eno3", 3, 20, 0)},
+		&netlink.GenericLink{LinkAttrs: attrs("team0", 20, 0, 0), LinkType: "team"},
+		&netlink.Device{LinkAttrs: attrs("eno4", 4, 30, 0)},
+		&netlink.Vrf{LinkAttrs: attrs("blue", 30, 0, 0), Table: 10},
+		&netlink.Veth{LinkAttrs: attrs("veth0", 5, 0, 1)}, // its parent's number is its peer's, in another namespace
+		&netlink.Device{LinkAttrs: attrs("eno6", 6, 40, 0)},
+		&netlink.GenericLink{LinkAttrs: attrs("ovs-system", 40, 0, 0), LinkType: "openvswitch"},
+	} {
+		h.links[l.Attrs().Name] = l
+	}
+	index := func(name string) int { return h.links[name].Attrs().Index }
+	for _, c := range []struct {
+		named, out string
+		vrf        bool // the default route is in the VRF's table
+		status     Status
+		says       []string
+	}{
+		{named: "eno1", out: "eno1", status: StatusOK},
+		{named: "eno1", out: "bond0", status: StatusFail, says: []string{"; eno1 is a member of the bond bond0", `egress_interface = "bond0"`}},
+		{named: "eno2", out: "bond0.5", status: StatusFail, says: []string{"; eno2 is a member of the bond bond0, bond0.5 is a VLAN on bond0"}},
+		{named: "eno1", out: "br5", status: StatusFail,
+			says: []string{"; eno1 is a member of the bond bond0, bond0.5 is a VLAN on bond0, bond0.5 is a port of the bridge br5"}},
+		{named: "bond0.5", out: "bond0", status: StatusFail, says: []string{"; bond0.5 is a VLAN on bond0"}},
+		{named: "br5", out: "bond0", status: StatusFail, says: []string{"; bond0.5 is a VLAN on bond0, bond0.5 is a port of the bridge br5"}},
+		{named: "eno3", out: "team0", status: StatusFail, says: []string{"; eno3 is a member of the team team0"}},
+		{named: "eno4", out: "eno3", status: StatusFail, says: []string{"; eno4 is in the VRF blue, whose routes are in table 10"}},
+		{named: "blue", out: "eno4", status: StatusFail, says: []string{"; eno4 is in the VRF blue", `egress_interface = "eno4"`}},
+		{named: "eno4", vrf: true, out: "eno4", status: StatusWarn, says: []string{"no IPv4 route to the internet", "; eno4 is in the VRF blue, whose routes are in table 10"}},
+		{named: "eno6", out: "ovs-system", status: StatusFail, says: []string{"eno6 is a part of the openvswitch ovs-system"}},
+		{named: "eno1", out: "veth0", status: StatusFail, says: []string{"leave by veth0", "; eno1 is a member of the bond bond0"}},
+	} {
+		r := netlink.Route{Family: unix.AF_INET, LinkIndex: index(c.out), Gw: net.IPv4(192, 0, 2, 1), Table: unix.RT_TABLE_MAIN, Type: unix.RTN_UNICAST}
+		if c.vrf {
+			r.Table = 10
+		}
+		h.routes = []netlink.Route{r}
+		h.policies = append([]policy{{family: unix.AF_INET, priority: 1000, action: nl.FR_ACT_TO_TBL, l3mdev: true, suppressPrefix: -1, suppressGroup: -1}},
+			defaultPolicies()...)
+		n := &network{plan: &plan.Plan{EgressInterface: c.named, Network: plan.Network{Gateway: netip.MustParseAddr("172.16.120.1")}}}
+		o := n.egress(h, false)
+		text := o.detail + " | " + o.cure
+		if o.status != c.status {
+			t.Errorf("%s, out by %s: %s, want %s: %s", c.named, c.out, o.status, c.status, text)
+		}
+		for _, part := range c.says {
+			if !strings.Contains(text, part) {
+				t.Errorf("%s, out by %s: %q is not said: %s", c.named, c.out, part, text)
+			}
+		}
+	}
+}
 
 func TestTopologies(t *testing.T) {
 	for _, c := range topologies {

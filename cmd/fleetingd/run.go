@@ -350,9 +350,22 @@ func (r *hostRun) network(ctx context.Context) error {
 		ph.done("is up")
 		return nil
 	}
-	r.defers(func() error { return host.NetworkDown(context.WithoutCancel(ctx), r.plan) })
+	r.defers(func() error {
+		err := host.NetworkDown(context.WithoutCancel(ctx), r.plan)
+		if errors.Is(err, host.ErrOtherPlan) { // up has said so
+			return nil
+		}
+		return err
+	})
 	if err := host.NetworkUp(ctx, r.plan, r.user.options()); err != nil {
 		return err
+	}
+	troubles, err := host.Troubles(r.plan, r.plan.Slots)
+	if err != nil {
+		return err
+	}
+	for _, t := range troubles {
+		r.view.log("warning: " + t.String())
 	}
 	ph.done(fmt.Sprintf("%d slots in %s, out by %s", len(r.plan.Slots), r.plan.Network.Subnet, r.plan.EgressInterface))
 	return nil
