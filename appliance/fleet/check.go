@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
@@ -70,6 +72,25 @@ func (g *Group) checkRoutes(p *plan.Plan, slots []plan.Slot) error {
 		g.log.Warn("network", "problem", t)
 	}
 	return err
+}
+
+// tryStart does once, in small, what each worker's start takes of the host beside its VMM: a descriptor of /dev/net/tun, and a clone.
+func tryStart(p *plan.Plan) error {
+	const tun = "/dev/net/tun"
+	fd, err := unix.Open(tun, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	switch {
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return fmt.Errorf("open %s as uid %d: %w: give it back the mode that udev gives it: chmod 0666 %s", tun, os.Getuid(), err, tun)
+	case err != nil:
+		return fmt.Errorf("open %s: %w: load its module: modprobe tun", tun, err)
+	}
+	if err := unix.Close(fd); err != nil {
+		return fmt.Errorf("close %s: %w", tun, err)
+	}
+	if err := image.CanClone(p.Paths.Clones); err != nil {
+		return fmt.Errorf("workers' disks: %w", err)
+	}
+	return nil
 }
 
 // mayOpen reports a TAP of the user's. Root opens any.

@@ -18,9 +18,13 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// create makes a worker whose record is written, until it is running. It undoes nothing: who called it does (end).
+// create makes a worker whose record is written, until it is running. It does not clean up after a failure; the caller does (see end).
 func (g *Group) create(w *worker) error {
 	patience := time.Duration(g.pool.StartTimeout)
+	var err error
+	if w.first, err = g.pace.wait(w.ctx); err != nil {
+		return err
+	}
 	sealed, err := g.sealedFor(w, patience)
 	if err != nil {
 		return err
@@ -40,7 +44,7 @@ func (g *Group) create(w *worker) error {
 		}
 	}
 	defer func() { <-g.turn }()
-	// The time that a worker stood in line is not its guest's fault.
+	// Time spent waiting for a turn does not count against start_timeout.
 	begin := time.Now()
 	ctx, cancel := context.WithTimeoutCause(w.ctx, patience, errStartTimeout)
 	defer cancel()
@@ -62,17 +66,17 @@ func (g *Group) create(w *worker) error {
 		if cause := context.Cause(ctx); cause != nil {
 			// What the step says of a context that has ended is less than why it has.
 			if errors.Is(cause, errStartTimeout) {
-				return fmt.Errorf("%w: start_timeout = %s ran out at: %s%s", cause, patience, s.name, detail(ctx, err))
+				return &startError{s.name, fmt.Errorf("%w: start_timeout = %s ran out%s", cause, patience, detail(ctx, err))}
 			}
 			return cause
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
+			return &startError{s.name, err}
 		}
 	}
 	// From here on it is a worker that runs, and no Shutdown takes it away: its record says so.
 	if err := g.writeRecord(w, sealed); err != nil {
-		return err
+		return &startError{"write its record", err}
 	}
 	if !g.setRunning(w) {
 		return context.Cause(w.ctx)

@@ -261,6 +261,8 @@ func (h *host) group() *Group {
 	g := New(Options{Version: "1.2.3", BuildInfo: "test", Driver: func(plan.Hypervisor, *slog.Logger) (vm.Driver, error) { return h.driver, nil }})
 	g.openImages = func(*plan.Plan, image.Options) (images, error) { return h.images, nil }
 	g.checkLinks = func(*plan.Plan, []plan.Slot) error { return nil }
+	g.tryStart = func(*plan.Plan) error { return nil }
+	g.pace.least = 10 * time.Millisecond
 	g.waitReady = func(ctx context.Context, _ *Group, w *worker, _ *image.Sealed) error {
 		if h.ready != nil {
 			return h.ready(ctx, w)

@@ -78,6 +78,7 @@ type Group struct {
 	// What tests replace to inject faults.
 	openImages func(*plan.Plan, image.Options) (images, error)
 	checkLinks func(*plan.Plan, []plan.Slot) error
+	tryStart   func(*plan.Plan) error
 	waitReady  func(context.Context, *Group, *worker, *image.Sealed) error
 	boots      int           // how many VMs boot at once
 	backoff    time.Duration // after the first failure of an image
@@ -91,6 +92,7 @@ type Group struct {
 	driver   vm.Driver
 	images   images
 	sealed   *sealer
+	pace     *pacer
 	lock     *state.Lock
 	ids      *idSource
 
@@ -119,6 +121,8 @@ func New(o Options) *Group {
 			return image.Open(p, io)
 		},
 		checkLinks: checkLinks,
+		tryStart:   tryStart,
+		pace:       newPacer(),
 		waitReady:  waitReady,
 		// A boot is mostly work for the CPU. More at once only make each of them later.
 		boots:   max(2, runtime.NumCPU()),
@@ -184,20 +188,8 @@ func (g *Group) Init(ctx context.Context, log hclog.Logger, settings provider.Se
 
 func (g *Group) init(ctx context.Context) error {
 	start := time.Now()
-	p, err := g.loadPlan()
+	p, err := g.load()
 	if err != nil {
-		return err
-	}
-	if g.pool, err = p.Pool(g.cfg.pool); err != nil {
-		return fmt.Errorf("plugin_config pool: %w", err)
-	}
-	if err := p.CanStart(g.pool); err != nil {
-		return err
-	}
-	if g.image, err = p.Image(g.pool.Image); err != nil {
-		return err
-	}
-	if err := checkSettings(g.settings, g.image.User); err != nil {
 		return err
 	}
 	if err := g.take(ctx, p); err != nil {
@@ -208,11 +200,11 @@ func (g *Group) init(ctx context.Context) error {
 			return err
 		}
 	}
-	driver, err := g.probe(ctx, p)
-	if err := errors.Join(err, g.checkLinks(p, p.PoolSlots(g.pool)), g.makeFolders(p)); err != nil {
+	driver, err := g.canStart(ctx, p)
+	if err := errors.Join(err, g.makeFolders(p)); err != nil {
 		return err
 	}
-	if err := g.checkRoutes(p, p.PoolSlots(g.pool)); err != nil {
+	if err := g.tryStart(p); err != nil {
 		return err
 	}
 	progress := newProgressLog(g.log)
@@ -235,8 +227,60 @@ func (g *Group) init(ctx context.Context) error {
 		return err
 	}
 	g.prepareImage()
-	g.log.Info("plugin ready", "host", p.Host, "pool", g.pool.Name, "slots", g.pool.MaxInstances, "ms", ms(start))
+	g.log.Info("plugin ready", "host", p.Host, "pool", g.pool.Name, "slots", g.pool.MaxInstances, "adopted", len(g.workers), "ms", ms(start))
 	return nil
+}
+
+// load reads the plan, finds the pool in it, and checks what the runner wants of it.
+func (g *Group) load() (*plan.Plan, error) {
+	p, err := g.loadPlan()
+	if err != nil {
+		return nil, err
+	}
+	if g.pool, err = p.Pool(g.cfg.pool); err != nil {
+		return nil, fmt.Errorf("plugin_config pool: %w", err)
+	}
+	if err := p.CanStart(g.pool); err != nil {
+		return nil, err
+	}
+	if g.image, err = p.Image(g.pool.Image); err != nil {
+		return nil, err
+	}
+	return p, checkSettings(g.settings, g.image.User)
+}
+
+// canStart looks whether the host has what workers need: it changes nothing.
+func (g *Group) canStart(ctx context.Context, p *plan.Plan) (vm.Driver, error) {
+	driver, err := g.probe(ctx, p)
+	if err := errors.Join(err, g.checkLinks(p, p.PoolSlots(g.pool))); err != nil {
+		return nil, err
+	}
+	return driver, g.checkRoutes(p, p.PoolSlots(g.pool))
+}
+
+// tryOut is as much of Init as can be done beside the process that has the pool.
+func (g *Group) tryOut(ctx context.Context, settings provider.Settings) error {
+	g.log, g.settings = hclog.NewNullLogger(), settings
+	g.slog = newSlog(g.log)
+	p, err := g.load()
+	if err != nil || g.cfg.keys != nil { // the network of the predecessor's keys is the plugin's to make
+		return err
+	}
+	_, err = g.canStart(ctx, p)
+	return err
+}
+
+// creating is how many workers are being made.
+func (g *Group) creating() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	n := 0
+	for _, w := range g.workers {
+		if w.state == provider.StateCreating {
+			n++
+		}
+	}
+	return n
 }
 
 // lockTimeout is how long a plugin that was killed may take to be gone: its lock goes with its last thread, and the
@@ -382,7 +426,7 @@ func (g *Group) add() error {
 	}
 	w := g.newWorker(g.ids.next(), slot)
 	if err := g.writeRecord(w, nil); err != nil {
-		err = fmt.Errorf("worker %s: %w", w.id, err)
+		err = fmt.Errorf("worker %s: write its record: %w", w.id, err)
 		g.giveSlot(slot)
 		return errors.Join(err, g.removeRecord(w.id))
 	}

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -45,6 +46,9 @@ const (
 	envHold   = "FLEET_TEST_HOLD"   // TAP of the slot whose VM never starts
 )
 
+// backSuffix is appended to envPID's file for the plugin's back half.
+const backSuffix = ".back"
+
 func TestMain(m *testing.M) {
 	switch {
 	case os.Getenv(envVM) != "":
@@ -67,12 +71,18 @@ func exit(err error) {
 
 // servePlugin is the plugin with VMs that are processes.
 func servePlugin() error {
-	if err := os.WriteFile(os.Getenv(envPID), []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
+	watchInterval = 50 * time.Millisecond
+	pidFile := os.Getenv(envPID)
+	if os.Getenv(backVariable) != "" {
+		pidFile += backSuffix
+	}
+	if err := os.WriteFile(pidFile, []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
 		return err
 	}
 	g := New(Options{Version: "1.2.3", Driver: func(plan.Hypervisor, *slog.Logger) (vm.Driver, error) { return processDriver{}, nil }})
 	g.openImages = func(*plan.Plan, image.Options) (images, error) { return &fakeImages{noGuest: true}, nil }
 	g.checkLinks = func(*plan.Plan, []plan.Slot) error { return nil }
+	g.tryStart = func(*plan.Plan) error { return nil }
 	Serve(g, plugin.VersionInfo{Name: "test"})
 	return nil
 }
@@ -98,7 +108,10 @@ func beRunner(planPath string) error {
 	if n, err := g.Increase(context.Background(), 2); n != 2 || err != nil {
 		return fmt.Errorf("Increase = %d, %w", n, err)
 	}
-	select {}
+	quit := make(chan os.Signal, 1)
+	signal.Notify(quit, unix.SIGQUIT)
+	<-quit
+	return os.WriteFile(planPath+".quit", nil, 0o600)
 }
 
 func testSettings() provider.Settings {
@@ -462,6 +475,21 @@ func TestOtherSignals(t *testing.T) {
 	}
 }
 
+// records counts the workers' records that say "ready" so.
+func (h *host) records(ready string) int {
+	n := 0
+	files, err := filepath.Glob(filepath.Join(h.plan.Paths.Workers, pool, "*.json"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), `"ready":`+ready) {
+			n++
+		}
+	}
+	return n
+}
+
 // orphan ends a plugin without a word: what ran goes on and is adopted, what was being made is cleaned up.
 func orphan(t *testing.T, end func(runner *exec.Cmd, plugin int) error) {
 	h := processHost(t)
@@ -480,20 +508,7 @@ func orphan(t *testing.T, end func(runner *exec.Cmd, plugin int) error) {
 		runner.Process.Kill()
 		runner.Wait()
 	})
-	records := func(ready string) int {
-		n := 0
-		files, err := filepath.Glob(filepath.Join(h.plan.Paths.Workers, pool, "*.json"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, f := range files {
-			if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), `"ready":`+ready) {
-				n++
-			}
-		}
-		return n
-	}
-	waitFor(t, "one worker ready, one held", func() bool { return records("true") == 1 && records("false") == 1 })
+	waitFor(t, "one worker ready, one held", func() bool { return h.records("true") == 1 && h.records("false") == 1 })
 	plugin, err := readPID(os.Getenv(envPID))
 	if err != nil {
 		t.Fatal(err)
@@ -502,7 +517,7 @@ func orphan(t *testing.T, end func(runner *exec.Cmd, plugin int) error) {
 		t.Fatal(err)
 	}
 	waitGone(t, plugin)
-	if records("true") != 1 || records("false") != 0 {
+	if h.records("true") != 1 || h.records("false") != 0 {
 		t.Errorf("left: %v\n%s", h.left(), h.log)
 	}
 

@@ -54,17 +54,17 @@ func (g *Group) writeRecord(w *worker, sealed *image.Sealed) error {
 	}
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return fmt.Errorf("write its record: %w", err)
+		return err
 	}
 	_, err = f.Write(append(data, '\n'))
 	if err := errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("write its record: %w", err)
+		return err
 	}
 	if name == path {
 		return nil
 	}
 	if err := os.Rename(name, path); err != nil {
-		return fmt.Errorf("write its record: %w", err)
+		return err
 	}
 	return nil
 }

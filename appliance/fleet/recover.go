@@ -74,7 +74,7 @@ func (g *Group) liveAgain(w *worker, why error) {
 		g.end(w, fmt.Errorf("left by an earlier process: %w", why))
 		return
 	}
-	g.log.Info("worker adopted", "worker", w.id, "pid", w.vm.PID(), "address", w.slot.Address.String())
+	g.log.Debug("adopted worker", "worker", w.id, "pid", w.vm.PID(), "address", w.slot.Address.String())
 	g.watch(w)
 }
 
@@ -129,7 +129,7 @@ func (g *Group) adopt(ctx context.Context, id string) (*worker, error) {
 	case r.ID != id || r.Pool != g.pool.Name:
 		return w, errors.New("its record is another worker's")
 	case !r.Ready:
-		return w, errors.New("it was not ready yet")
+		return w, errUnfinished
 	case r.User != g.image.User:
 		return w, fmt.Errorf("its user is %q, and the plan says %q now", r.User, g.image.User)
 	}

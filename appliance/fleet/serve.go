@@ -3,6 +3,7 @@ package fleet
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/signal"
 	"time"
@@ -14,11 +15,20 @@ import (
 // endTimeout is how long a plugin that was told to end, or lost its parent, may clean up.
 const endTimeout = time.Minute
 
-// Serve is the plugin's main function: it serves the Group to the process that started this one, or answers
-// `version` and `bootstrap`. It returns when that process is done with it. When that process dies without a
+// Serve is the plugin's main function, of both of its halves (see front.go). It serves to the process that started this one, or
+// answers `version` and `bootstrap`. It returns when that process is done with it. When that process dies without a
 // word, and at SIGTERM, it ends this one in order: see Shutdown. go-plugin itself ignores SIGINT.
 func Serve(g *Group, v plugin.VersionInfo) {
-	// Caught and not ignored, since an ignored signal stays so in the VMMs that are started. A write to the log
+	if os.Getenv(backVariable) != "" {
+		os.Exit(serveBack(g))
+	}
+	l, err := newLauncher()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "fleetingd:", err)
+		os.Exit(1)
+	}
+	f := newFront(g.UnmarshalJSON, l.launch)
+	// Caught and not ignored, since an ignored signal stays so in what is started. A write to the log
 	// of a parent that is gone must not end the cleaning up (SIGPIPE); a service manager may send the runner's
 	// SIGQUIT, which lets its jobs end, to all of its processes; and SIGHUP has the runner read its config
 	// again.
@@ -39,24 +49,18 @@ func Serve(g *Group, v plugin.VersionInfo) {
 		case <-orphaned:
 			reason = "the process that started the plugin is gone"
 		}
-		os.Exit(g.endOnce(reason))
+		os.Exit(f.endOnce(reason))
 	}()
-	plugin.Main(g, v)
-	g.endOnce("done")
+	plugin.Main(f, v)
+	f.endOnce("done")
 }
 
 // endOnce shuts the Group down and gives the exit code.
 func (g *Group) endOnce(reason string) int {
 	ctx, cancel := context.WithTimeout(context.Background(), endTimeout)
 	defer cancel()
-	g.life.Lock()
-	log := g.log
-	g.life.Unlock()
-	if log != nil {
-		log.Info("the plugin ends", "reason", reason)
-	}
 	if err := g.Shutdown(ctx); err != nil {
-		log.Error("the plugin ends", "reason", reason, "error", err)
+		g.log.Error("plugin shutting down", "reason", reason, "error", err)
 		return 1
 	}
 	return 0

@@ -39,6 +39,8 @@ type worker struct {
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 
+	first bool // it tries to start for all that stand in line (pacer); only live and what it calls look at it
+
 	key []byte // private, PEM; never in a record or a log. Set before state is running, as is vm
 
 	// Guarded by Group.mu.
@@ -50,6 +52,9 @@ type worker struct {
 	shown  bool // Update has shown it
 	rounds int  // how often Update has shown it as gone
 }
+
+// errUnfinished is a worker that an earlier process was making when it ended: that is no failure.
+var errUnfinished = errors.New("it was not ready yet")
 
 var errStartTimeout = errors.New("the worker was not ready in time")
 
@@ -76,6 +81,8 @@ func (g *Group) live(w *worker) {
 		g.end(w, err)
 		return
 	}
+	g.pace.ended(w.first, true, "")
+	w.first = false
 	g.watch(w)
 }
 
@@ -100,16 +107,7 @@ func (g *Group) end(w *worker, why error) {
 	g.mu.Lock()
 	w.state, w.err = provider.StateDeleting, why
 	g.mu.Unlock()
-	switch {
-	case errors.Is(why, errDeleted), errors.Is(why, errShutdown):
-		g.log.Debug("worker is removed", "worker", w.id, "reason", why)
-	default:
-		args := []any{"worker", w.id, "error", oneLine(why), "age_ms", ms(w.created)}
-		if tail := g.consoleTail(w.id); tail != nil {
-			args = append(args, "console", tail)
-		}
-		g.log.Error("worker failed and is removed", args...)
-	}
+	g.logEnd(w, why)
 	start := time.Now()
 	if !g.teardownUntilDone(w) {
 		return
@@ -123,6 +121,26 @@ func (g *Group) end(w *worker, why error) {
 	g.giveSlotLocked(w.slot)
 	g.mu.Unlock()
 	g.log.Info("worker removed", "worker", w.id, "state", string(final), "phase", "remove", "ms", ms(start))
+}
+
+// logEnd says why a worker ends, and lets those in line behind it know.
+func (g *Group) logEnd(w *worker, why error) {
+	if failed, ok := errors.AsType[*startError](why); ok {
+		g.failed(w, failed)
+		return
+	}
+	if w.first {
+		g.pace.ended(true, false, "")
+	}
+	if errors.Is(why, errDeleted) || errors.Is(why, errShutdown) || errors.Is(why, errUnfinished) {
+		g.log.Debug("removing worker", "worker", w.id, "reason", why)
+		return
+	}
+	args := []any{"worker", w.id, "error", oneLine(why), "age_ms", ms(w.created)}
+	if tail := g.consoleTail(w.id); tail != nil {
+		args = append(args, "console", tail)
+	}
+	g.log.Error("worker failed; removing it", args...)
 }
 
 // teardownUntilDone retries a failed teardown until the Group ends; the record stays then, and the next

@@ -318,6 +318,9 @@ func TestFakeLife(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if adj, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", v.PID())); err != nil || strings.TrimSpace(string(adj)) != oomScoreAdj {
+			t.Errorf("the kernel's score for it is raised by %q, %v; want %s", adj, err, oomScoreAdj)
+		}
 		again, err := b.Adopt(t.Context(), cfg.Dir)
 		if err != nil || again.PID() != v.PID() {
 			t.Fatalf("Adopt: %v", err)

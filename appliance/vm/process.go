@@ -197,8 +197,15 @@ func (p *process) started() error {
 	if err := unix.Prlimit(pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil); err != nil {
 		return fmt.Errorf("forbid core dumps: %w", err)
 	}
+	// Where memory runs out the kernel is to take a worker first, and the plugin and the runner last: one lost job and not all.
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte(oomScoreAdj), 0); err != nil {
+		return fmt.Errorf("tell the kernel to end it first when memory runs out: %w", err)
+	}
 	return p.save()
 }
+
+// oomScoreAdj is added to the share of memory that a process has, in thousandths, when the kernel looks for one to end (proc(5)).
+const oomScoreAdj = "500"
 
 // running marks the VM as one that may be adopted.
 func (p *process) running() error {
