@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/fleetingd/fleetingd/appliance/netrange"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
@@ -33,20 +34,6 @@ const (
 	chainFromWorker = "from_worker"
 	chainToHost     = "to_host"
 )
-
-// private4 is what a worker does not reach by default: what IANA's IPv4 Special-Purpose Address Registry has as
-// not globally reachable, and multicast. Metadata services live in 169.254.0.0/16, carriers' NAT in 100.64.0.0/10.
-var private4 = []string{
-	"0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
-	"192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3",
-}
-
-// private6 is all but global unicast (2000::/3), and of that what embeds or replaces other addresses: Teredo and the
-// rest of 2001::/23, documentation, and 6to4, through which 10.0.0.1 is 2002:a00:1::. 64:ff9b::/96 (NAT64) is in
-// the first: a translator would lead to private IPv4.
-var private6 = []string{
-	"::/3", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "4000::/2", "8000::/1",
-}
 
 // Ruleset is the firewall of a host: it judges what comes from and goes to the slots' TAPs and nothing else. A packet
 // that it accepts, another table may still drop (nftables asks every table).
@@ -92,11 +79,11 @@ func (r *ruler) sets() []plan.Set {
 	sets := []plan.Set{
 		{Name: setTAPs, Key: []plan.DataType{plan.TypeIFName}, Slots: true},
 		{Name: setWorkers, Key: []plan.DataType{plan.TypeIFName, plan.TypeIPv4}, Slots: true},
-		{Name: setPrivate, Key: []plan.DataType{plan.TypeIPv4}, Interval: true, Elements: private4},
+		{Name: setPrivate, Key: []plan.DataType{plan.TypeIPv4}, Interval: true, Elements: texts(netrange.Private4)},
 		// Unreachable, time exceeded, parameter problem. No redirect: connection tracking calls that one related too.
 		{Name: setICMPErrors, Key: []plan.DataType{plan.TypeICMP}, Elements: []string{"3", "11", "12"}},
 	}
-	if res := r.resolvers(netip.Addr.Is4, private4); len(res) > 0 {
+	if res := r.resolvers(netip.Addr.Is4); len(res) > 0 {
 		sets = append(sets, plan.Set{Name: setResolvers, Key: []plan.DataType{plan.TypeIPv4}, Elements: res})
 	}
 	if !r.six {
@@ -104,25 +91,32 @@ func (r *ruler) sets() []plan.Set {
 	}
 	sets = append(sets,
 		plan.Set{Name: setWorkers6, Key: []plan.DataType{plan.TypeIFName, plan.TypeIPv6}, Slots: true},
-		plan.Set{Name: setPrivate6, Key: []plan.DataType{plan.TypeIPv6}, Interval: true, Elements: private6},
+		plan.Set{Name: setPrivate6, Key: []plan.DataType{plan.TypeIPv6}, Interval: true, Elements: texts(netrange.Private6)},
 		// Unreachable, packet too big (path MTU), time exceeded, parameter problem.
 		plan.Set{Name: setICMPv6Errors, Key: []plan.DataType{plan.TypeICMPv6}, Elements: []string{"1", "2", "3", "4"}})
-	if res := r.resolvers(netip.Addr.Is6, private6); len(res) > 0 {
+	if res := r.resolvers(netip.Addr.Is6); len(res) > 0 {
 		sets = append(sets, plan.Set{Name: setResolvers6, Key: []plan.DataType{plan.TypeIPv6}, Elements: res})
 	}
 	return sets
 }
 
+func texts(prefixes []netip.Prefix) []string {
+	all := make([]string, len(prefixes))
+	for i, p := range prefixes {
+		all[i] = p.String()
+	}
+	return all
+}
+
 // resolvers are the DNS servers of one family that lie where workers are not let by default.
-func (r *ruler) resolvers(family func(netip.Addr) bool, private []string) []string {
+func (r *ruler) resolvers(family func(netip.Addr) bool) []string {
 	var found []string
 	for _, a := range r.net.DNS {
 		if !family(a) {
 			continue
 		}
 		own := r.net.Subnet.Contains(a) || r.six && r.net.Subnet6.Contains(a) // the host's own, on the gateway's address
-		inside := slices.ContainsFunc(private, func(p string) bool { return netip.MustParsePrefix(p).Contains(a) })
-		if (own || inside) && !slices.Contains(found, a.String()) {
+		if (own || netrange.Private(a)) && !slices.Contains(found, a.String()) {
 			found = append(found, a.String())
 		}
 	}
@@ -213,10 +207,10 @@ func (r *ruler) dns() []plan.Rule {
 			rules = append(rules, rule("the resolvers of the spec", verdict(plan.Accept), in(dest, set), is(port, "53")))
 		}
 	}
-	if len(r.resolvers(netip.Addr.Is4, private4)) > 0 {
+	if len(r.resolvers(netip.Addr.Is4)) > 0 {
 		add(plan.IPDest, setResolvers)
 	}
-	if r.six && len(r.resolvers(netip.Addr.Is6, private6)) > 0 {
+	if r.six && len(r.resolvers(netip.Addr.Is6)) > 0 {
 		add(plan.IP6Dest, setResolvers6)
 	}
 	return rules

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
@@ -27,11 +28,14 @@ type Finding struct {
 	Cure   string `json:"cure,omitempty"` // a command where there is one, else what to do; "" when ok
 }
 
-// Probes are what Doctor cannot find out itself, since it knows neither hypervisors nor images.
+// Probes are what Doctor cannot find out itself, since it knows neither hypervisors nor images, nor the spec.
 type Probes struct {
 	KVM      func(context.Context) error                             // runs a guest
 	Driver   func(context.Context) (binary, version string, _ error) // the plan's hypervisor; an error beside a version is KVM's
 	CanClone func(dir string) error                                  // why files in dir cannot be cloned
+
+	Destinations []Destination // servers that jobs need
+	Resolve      func(ctx context.Context, name string) ([]netip.Addr, error)
 }
 
 // Doctor says what this host lacks for the plan, and how each is cured. It changes nothing that lasts: it loads the
@@ -61,6 +65,7 @@ func (d *doctor) examine(ctx context.Context) []Finding {
 	d.tun()
 	d.nftables()
 	d.links(ctx)
+	d.destinations(ctx)
 	d.sysctls()
 	d.stateDir()
 	d.disks()

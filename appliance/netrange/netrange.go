@@ -1,5 +1,5 @@
-// Package netrange knows address ranges that software on many machines takes by
-// default, and finds a range for workers that collides with none of them.
+// Package netrange knows address ranges: those that software on many machines takes by default, with a
+// range for workers that collides with none of them, and those that workers do not reach unless a spec allows it.
 package netrange
 
 import (
@@ -90,4 +90,31 @@ func Free(bits int, used func(netip.Prefix) bool) (netip.Prefix, bool) {
 		}
 	}
 	return netip.Prefix{}, false
+}
+
+// Private4 is what a worker does not reach by default: what IANA's IPv4 Special-Purpose Address Registry has as
+// not globally reachable, and multicast. Metadata services live in 169.254.0.0/16, carriers' NAT in 100.64.0.0/10.
+var Private4 = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+	"192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3")
+
+// Private6 is all but global unicast (2000::/3), and of that what embeds or replaces other addresses: Teredo and the
+// rest of 2001::/23, documentation, and 6to4, through which 10.0.0.1 is 2002:a00:1::. 64:ff9b::/96 (NAT64) is in
+// the first: a translator would lead to private IPv4.
+var Private6 = prefixes("::/3", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "4000::/2", "8000::/1")
+
+func prefixes(texts ...string) []netip.Prefix {
+	all := make([]netip.Prefix, len(texts))
+	for i, text := range texts {
+		all[i] = netip.MustParsePrefix(text)
+	}
+	return all
+}
+
+// Private reports whether an address is in Private4 or Private6.
+func Private(a netip.Addr) bool {
+	private := Private6
+	if a.Is4() {
+		private = Private4
+	}
+	return slices.ContainsFunc(private, func(p netip.Prefix) bool { return p.Contains(a) })
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
+	"net/netip"
 	"slices"
 	"text/tabwriter"
 
@@ -16,6 +18,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/vm"
+	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
 func doctorCommand() *cli.Command {
@@ -37,7 +40,7 @@ func doctorAction(c *cli.Context) error {
 	if c.NArg() != 1 {
 		return usageError{fmt.Errorf("doctor takes one spec, and was given %d: fleetingd doctor HOST.hcl", c.NArg())}
 	}
-	_, p, err := compileSpec(c, compile.Options{})
+	res, p, err := compileSpec(c, compile.Options{})
 	if err != nil {
 		return err
 	}
@@ -45,6 +48,11 @@ func doctorAction(c *cli.Context) error {
 		KVM:      vm.ProbeKVM,
 		Driver:   func(ctx context.Context) (binary, version string, _ error) { return probeDriver(ctx, p.Hypervisor) },
 		CanClone: image.CanClone,
+
+		Destinations: destinations(res.Host),
+		Resolve: func(ctx context.Context, name string) ([]netip.Addr, error) {
+			return net.DefaultResolver.LookupNetIP(ctx, "ip", name)
+		},
 	})
 	report := newDoctorReport(p.Host, found)
 	write := report.table
@@ -58,6 +66,25 @@ func doctorAction(c *cli.Context) error {
 		return errDiagnosed
 	}
 	return nil
+}
+
+// destinations are the servers that jobs need and that go by a name, each once.
+func destinations(h *hostspec.Host) []host.Destination {
+	var all []host.Destination
+	for _, r := range h.Runners {
+		for _, d := range r.Destinations() {
+			if _, err := netip.ParseAddr(d.Host); err == nil ||
+				slices.ContainsFunc(all, func(o host.Destination) bool { return o.Name == d.Host && o.Port == d.Port }) {
+				continue
+			}
+			all = append(all, host.Destination{
+				What: d.What, Name: d.Host, Port: d.Port,
+				Denies: func(a netip.Addr) string { return h.Network.Denies(a, d.Port) },
+				Cure:   func(a netip.Addr) string { return h.Network.CureFor(d, a) },
+			})
+		}
+	}
+	return all
 }
 
 func probeDriver(ctx context.Context, h plan.Hypervisor) (binary, version string, _ error) {

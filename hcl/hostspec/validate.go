@@ -30,6 +30,11 @@ func (l *loader) validate(s *spec) {
 	}
 	l.checkPlaces(s)
 	l.validateRunners(s)
+	for _, h := range s.hosts {
+		for _, r := range s.runners {
+			l.checkDestinations(h, r)
+		}
+	}
 }
 
 // maxPlaces is the most workers and images of a host. Each has a TAP, and each is named in the plan, which has a largest size.
