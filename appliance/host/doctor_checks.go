@@ -397,7 +397,7 @@ func (d *doctor) dns(h *have, n *network) {
 	case len(without) < len(resolvers):
 		d.warn(check, "leave them out of dns in the spec's network block", "some of the workers' resolvers cannot be reached (%s)",
 			strings.Join(without, "; "))
-	case d.onlyIPv6(h, n):
+	case d.onlyIPv6(h):
 		cure := `write dns = ["2606:4700:4700::1113", "2606:4700:4700::1003"] in the spec's network block`
 		if d.plan.Network.Subnet6 == nil {
 			cure = `write subnet6 = "fd7e:1ee7::/64" and dns = ["2606:4700:4700::1113", "2606:4700:4700::1003"] in the spec's network block`
@@ -411,7 +411,7 @@ func (d *doctor) dns(h *have, n *network) {
 }
 
 // onlyIPv6 reports a host that has a route to the internet in IPv6 alone, and resolvers of IPv4 alone.
-func (d *doctor) onlyIPv6(h *have, n *network) bool {
+func (d *doctor) onlyIPv6(h *have) bool {
 	if slices.ContainsFunc(d.plan.Network.DNS, netip.Addr.Is6) {
 		return false
 	}

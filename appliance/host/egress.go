@@ -98,7 +98,7 @@ func (n *network) egress(h *have, six bool) outcome {
 		detail := fmt.Sprintf("the workers' %s packets leave by %s, not by %s, and the firewall rejects them: %s", family,
 			strings.Join(links, " and "), named, routes(elsewhere))
 		detail += h.explain(named, links[0])
-		if keep := n.keepOut(h, captor, src, tap); keep != "" {
+		if keep := n.keepOut(h, captor, six); keep != "" {
 			cure += "; to keep the workers out of that route instead: " + keep
 		}
 		return outcome{StatusFail, detail, cure}
@@ -122,11 +122,11 @@ func (n *network) egress(h *have, six bool) outcome {
 }
 
 // keepOut is the command that makes the workers use table main, where that leads out by the right link and another table does not.
-func (n *network) keepOut(h *have, p path, src netip.Addr, tap string) string {
+func (n *network) keepOut(h *have, p path, six bool) string {
 	if p.rule == nil || p.rule.table == unix.RT_TABLE_MAIN || p.rule.priority <= rulePriority+1 {
 		return ""
 	}
-	subnet, flag, six := n.plan.Network.Subnet, "", src.Is6()
+	subnet, flag := n.plan.Network.Subnet, ""
 	if six {
 		subnet, flag = *n.plan.Network.Subnet6, "-6 "
 	}
@@ -232,12 +232,12 @@ func (n *network) overlaps(h *have) []error {
 		}
 		for i := range h.routes {
 			r := &h.routes[i]
-			if dst := routeDst(r); !dst.IsValid() || dst.Bits() == 0 || !dst.Overlaps(*subnet) || !h.reached(r) || n.ours(h, r) {
+			if dst := routeDst(r); !dst.IsValid() || dst.Bits() == 0 || !dst.Overlaps(*subnet) || !h.reached(r) || n.ours(r) {
 				continue
 			}
 			conflict := h.takesNetwork(r, *subnet)
 			if r.Table == unix.RT_TABLE_LOCAL || refusals[r.Type] != "" {
-				conflict = n.takesWorker(h, r)
+				conflict = n.takesWorker(r)
 			}
 			if conflict {
 				errs = append(errs, fmt.Errorf("%s %s overlaps route %s; choose another subnet", key, subnet, h.onLink(r)))
@@ -253,7 +253,7 @@ func (h *have) onLink(r *netlink.Route) string {
 }
 
 // ours reports a route that NetworkUp or Doctor made.
-func (n *network) ours(h *have, r *netlink.Route) bool {
+func (n *network) ours(r *netlink.Route) bool {
 	if r.Table == unix.RT_TABLE_LOCAL { // the kernel makes one for each address
 		return routeDst(r).IsSingleIP() && slices.Contains(append(n.gateways(), n.notedAddresses()...), routeDst(r).Addr())
 	}
@@ -302,7 +302,7 @@ func (h *have) takesNetwork(r *netlink.Route, subnet netip.Prefix) bool {
 }
 
 // takesWorker reports a route that takes a worker's address, whatever our rule says: in table local, or of the same length in main.
-func (n *network) takesWorker(h *have, r *netlink.Route) bool {
+func (n *network) takesWorker(r *netlink.Route) bool {
 	if r.Table != unix.RT_TABLE_LOCAL && (!routeDst(r).IsSingleIP() || r.Table != unix.RT_TABLE_MAIN && r.Table != 0) {
 		return false
 	}
