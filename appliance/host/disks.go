@@ -35,11 +35,10 @@ func (d Disks) String() string {
 // minXFS is what mkfs.xfs takes since xfsprogs 5.19.
 const minXFS = 300 << 20
 
-// DisksUp gives the Plan's disks folder a file system that can clone: what the backing says, and for "auto" the
-// folder itself where canClone finds nothing against it, else an XFS image on a loop device. Calling it twice is
-// calling it once. When it fails, nothing stays mounted. It needs root.
+// DisksUp gives the Plan's disks folder a file system that can clone files. With backing "auto" that is the folder's own if canClone
+// finds nothing against it, else an XFS image on a loop device. It is idempotent. When it fails, nothing stays mounted. It needs root.
 //
-// An image that is there already is mounted as it is, whatever size the Plan says now.
+// An existing image is mounted as it is, whatever size the Plan gives now.
 func DisksUp(ctx context.Context, p *plan.Plan, canClone func(dir string) error) (Disks, error) {
 	d := Disks{Dir: p.Paths.Disks, Backing: p.Disks.Backing}
 	if err := os.MkdirAll(d.Dir, 0o755); err != nil {
@@ -56,7 +55,7 @@ func DisksUp(ctx context.Context, p *plan.Plan, canClone func(dir string) error)
 	why := canClone(d.Dir)
 	switch {
 	case why != nil && mounted > 0:
-		return d, fmt.Errorf("disks: something is mounted on %s already, and it will not do: %w", d.Dir, why)
+		return d, fmt.Errorf("disks: what is mounted on %s cannot be used: %w", d.Dir, why)
 	case why != nil && d.Backing == "directory":
 		return d, fmt.Errorf("disks: backing = \"directory\": %w; write backing = \"xfs-image\" in the disks block", why)
 	case why == nil && !ours && (d.Backing == "directory" || d.Backing == "auto" || mounted > 0):
@@ -104,8 +103,8 @@ func disksMount(ctx context.Context, p *plan.Plan, d *Disks) error {
 	return command(ctx, "mount", "-t", "xfs", "-o", p.Disks.MountOptions, d.Image, d.Dir)
 }
 
-// DisksDown unmounts what DisksUp mounted, as far as it is there. The image stays: the sealed images are in it. What is on a
-// tmpfs is gone. Calling it twice is calling it once.
+// DisksDown unmounts what DisksUp mounted. The image stays, since the sealed images are in it; what is on a tmpfs is lost. It is
+// idempotent.
 func DisksDown(ctx context.Context, p *plan.Plan) error {
 	var errs []error
 	// Only our own mounts: the image on the disks folder, and the tmpfs that may hold it.
@@ -136,8 +135,8 @@ func DisksDown(ctx context.Context, p *plan.Plan) error {
 	return errors.Join(errs...)
 }
 
-// makeXFS makes the image, unless it is there, under another name until it is whole. It is sparse: size is what it may
-// grow to. Where size is 0 that is four fifths of what the file system below has free.
+// makeXFS creates the image if it does not exist, under a temporary name until it is complete. The image is sparse: size is what it may
+// grow to; 0 means four fifths of the free space below it.
 func makeXFS(ctx context.Context, path string, size int64) error {
 	if _, err := os.Stat(path); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -150,7 +149,7 @@ func makeXFS(ctx context.Context, path string, size int64) error {
 		size = int64(st.Bavail) * st.Bsize / 5 * 4
 	}
 	if size < minXFS {
-		return fmt.Errorf("%s would have %d MiB, and XFS needs 300: free some space, or write another state_dir", path, size>>20)
+		return fmt.Errorf("%s would have %d MiB, but XFS needs 300; free some space, or set another state_dir", path, size>>20)
 	}
 	part := path + ".new"
 	f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)

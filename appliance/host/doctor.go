@@ -12,8 +12,8 @@ import (
 // Status is how a check of Doctor ended.
 type Status string
 
-// With StatusFail the host cannot do what the plan says. With StatusWarn it can, but less well, or somebody else will
-// see to it.
+// StatusFail means that the host cannot do what the plan says, StatusWarn that it can do so less well, or that something else will
+// fix it.
 const (
 	StatusOK   Status = "ok"
 	StatusWarn Status = "warn"
@@ -28,7 +28,7 @@ type Finding struct {
 	Cure   string `json:"cure,omitempty"` // a command where there is one, else what to do; "" when ok
 }
 
-// Probes are what Doctor cannot find out itself, since it knows neither hypervisors nor images, nor the spec.
+// Probes answer what Doctor cannot find out itself, since this package knows neither hypervisors nor images nor the spec.
 type Probes struct {
 	KVM      func(context.Context) error                             // runs a guest
 	Driver   func(context.Context) (binary, version string, _ error) // the plan's hypervisor; an error beside a version is KVM's
@@ -38,9 +38,9 @@ type Probes struct {
 	Resolve      func(ctx context.Context, name string) ([]netip.Addr, error)
 }
 
-// Doctor says what this host lacks for the plan, and how each is cured. It changes nothing that lasts: it loads the
-// ruleset in a network namespace of its own, makes a file and removes it, runs a guest of a few instructions. What only
-// root can try is a warning for others.
+// Doctor checks this host against the plan and suggests fixes. It changes nothing that lasts: it loads the ruleset in a separate
+// network namespace, sends packets that never leave the host, creates and removes a file, and runs a guest of a few instructions. Checks
+// that need root become warnings for other users.
 func Doctor(ctx context.Context, p *plan.Plan, probes Probes) []Finding {
 	return (&doctor{plan: p, probes: probes, machine: realMachine()}).examine(ctx)
 }
@@ -96,7 +96,7 @@ func (d *doctor) fail(check, cure, format string, args ...any) {
 // asRoot is the cure where a check is root's.
 const asRoot = "sudo fleetingd doctor HOST"
 
-// install is the command that installs a package, under its Debian or its Fedora name.
+// install returns the command that installs a package, given its Debian and its Fedora name.
 func (d *doctor) install(deb, rpm string) string {
 	if _, err := d.machine.lookPath("apt-get"); err == nil {
 		return "apt-get install -y --no-install-recommends " + deb
@@ -107,14 +107,14 @@ func (d *doctor) install(deb, rpm string) string {
 	return "install " + deb + " with this system's package manager"
 }
 
-// needsKVM says whether workers run on KVM alone, and wantsKVM whether they use it where it works.
+// needsKVM reports whether workers run on KVM alone; wantsKVM, whether they use it if it works.
 func (d *doctor) needsKVM() bool {
 	return d.plan.Hypervisor.Driver == "cloud-hypervisor" || d.plan.Hypervisor.Accel == "kvm"
 }
 
 func (d *doctor) wantsKVM() bool { return d.needsKVM() || d.plan.Hypervisor.Accel != "tcg" }
 
-// withoutKVM is fail where workers need KVM, and warn where they are only slow without.
+// withoutKVM is fail if workers need KVM, and warn if they are only slow without it.
 func (d *doctor) withoutKVM() Status {
 	if d.needsKVM() {
 		return StatusFail

@@ -17,7 +17,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-const firmwareCure = "turn on VT-x or AMD-V (SVM) in the machine's firmware, " +
+const firmwareCure = "enable VT-x or AMD-V (SVM) in the machine's firmware, " +
 	"or nested virtualization in the hypervisor above it"
 
 // cpuFlag finds Intel's or AMD's virtualization among the flags of /proc/cpuinfo.
@@ -52,7 +52,7 @@ func (d *doctor) kvm(ctx context.Context) {
 	}
 	cure := firmwareCure
 	if d.needsKVM() {
-		cure += `; or take another machine, or hypervisor "qemu" in the spec`
+		cure += `; or use another machine, or hypervisor "qemu" in the spec`
 	}
 	switch err := d.machine.openAs(nil, "/dev/kvm"); {
 	case errors.Is(err, fs.ErrPermission):
@@ -98,8 +98,12 @@ func (d *doctor) systemd(ctx context.Context) {
 	}
 	out, err := d.machine.output(ctx, "systemctl", "--version")
 	m := systemdVersion.FindStringSubmatch(out)
-	if err != nil || m == nil {
-		d.fail(check, d.install("systemd", "systemd"), "its version is not known: %q %v", firstLine(out), err)
+	switch {
+	case err != nil:
+		d.fail(check, d.install("systemd", "systemd"), "cannot read the version of systemd: %v", err)
+		return
+	case m == nil:
+		d.fail(check, d.install("systemd", "systemd"), "cannot read the version of systemd in %q", firstLine(out))
 		return
 	}
 	if v, err := strconv.Atoi(m[1]); err != nil || v < minSystemd {
@@ -165,13 +169,13 @@ func (d *doctor) user() {
 		d.fail(check, "getent passwd "+name, "%v", err)
 	case a == nil:
 		d.warn(check, "useradd --system --user-group --groups kvm --home-dir "+d.plan.Paths.State+" --shell /usr/sbin/nologin "+name,
-			"user %s does not exist yet: systemd-sysusers makes it from the files of fleetingd compile", name)
+			"user %s does not exist yet; systemd-sysusers creates it from what fleetingd compile writes", name)
 	case a.uid == 0:
-		d.fail(check, "userdel "+name, "user %s is root: the plugin and the VMs run as an ordinary user", name)
+		d.fail(check, "userdel "+name, "user %s is root; the plugin and the VMs must run as an ordinary user", name)
 	case !d.wantsKVM():
 		d.ok(check, "user %s, uid %d", name, a.uid)
 	case !d.machine.root:
-		d.warn(check, asRoot, "only root can try what user %s may open", name)
+		d.warn(check, asRoot, "only root can check what user %s may open", name)
 	default:
 		err := d.machine.openAs(a, "/dev/kvm")
 		switch {
@@ -278,14 +282,14 @@ func (d *doctor) tun() {
 func (d *doctor) nftables() {
 	const check = "nftables"
 	if !d.machine.root {
-		d.warn(check, asRoot, "only root can try the firewall")
+		d.warn(check, asRoot, "only root can check the firewall")
 		return
 	}
 	if err := d.machine.trial(d.plan.Network.Ruleset, d.plan.Slots); err != nil {
 		d.fail(check, "modprobe nf_tables", "%v", err)
 		return
 	}
-	d.ok(check, "the kernel takes the plan's ruleset (tried in a network namespace of its own)")
+	d.ok(check, "the kernel accepts the plan's ruleset (tested in a separate network namespace)")
 }
 
 func (d *doctor) links(ctx context.Context) {
@@ -312,10 +316,10 @@ func (d *doctor) egressInterface(h *have, n *network) {
 	l, ok := h.links[name]
 	if !ok {
 		others := slices.DeleteFunc(h.linkNames(), func(n string) bool { return n == loopback })
-		cure := "write one of them as egress_interface in the spec"
+		cure := "set egress_interface to one of them in the spec"
 		src, tap := n.guest(false)
 		if way := h.outLinks(h.lookup(flow{src: src, dst: internet4[0], in: tap}).route); len(way) > 0 {
-			cure = fmt.Sprintf("write egress_interface = %q in the spec: the default route goes there", way[0])
+			cure = fmt.Sprintf("write egress_interface = %q in the spec; the default route uses it", way[0])
 		}
 		d.fail(check, cure, "%s does not exist; this host has: %s", name, strings.Join(others, ", "))
 		return
@@ -332,7 +336,7 @@ func (d *doctor) subnet(h *have, n *network) {
 	const check = "subnet"
 	errs := n.overlaps(h)
 	if len(errs) == 0 {
-		d.ok(check, "no route overlaps %s", d.plan.Network.Subnet)
+		d.freeNow(check)
 		return
 	}
 	cure := "write another subnet in the spec's network block"
@@ -340,6 +344,20 @@ func (d *doctor) subnet(h *have, n *network) {
 		cure = fmt.Sprintf("write subnet = %q in the spec's network block; it is free on this host", free)
 	}
 	d.fail(check, cure, "%v", errors.Join(errs...))
+}
+
+// freeNow reports a subnet that no route overlaps. It may be one that other software takes as soon as it is installed.
+func (d *doctor) freeNow(check string) {
+	subnet := d.plan.Network.Subnet
+	if !slices.ContainsFunc(defaultRanges, subnet.Overlaps) {
+		d.ok(check, "no route overlaps %s", subnet)
+		return
+	}
+	cure := "write another subnet in the spec's network block"
+	if free, ok := freeSubnet(d.plan, d.machine.network); ok {
+		cure = fmt.Sprintf("write subnet = %q in the spec's network block; it is free on this host", free)
+	}
+	d.warn(check, cure, "no route overlaps %s, but Docker or other common software takes it by default, on this host or in a worker", subnet)
 }
 
 // workerRoutes looks at the routes of a network that is up.
@@ -458,7 +476,9 @@ var subnetPools = []netip.Prefix{
 
 // defaultRanges are taken by common software unless it is told otherwise.
 var defaultRanges = []netip.Prefix{
-	netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("192.168.0.0/16"), // Docker, libvirt, home routers
+	// Docker's default_address_pools (172.17.0.0/16 to 172.31.0.0/16 and 192.168.0.0/16), libvirt, home routers
+	netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("172.18.0.0/15"), netip.MustParsePrefix("172.20.0.0/14"),
+	netip.MustParsePrefix("172.24.0.0/13"), netip.MustParsePrefix("192.168.0.0/16"),
 	netip.MustParsePrefix("10.42.0.0/15"), netip.MustParsePrefix("10.88.0.0/16"), // k3s, Podman
 }
 
@@ -506,10 +526,10 @@ func (d *doctor) stateDir() {
 			d.fail(check, "ls -ld "+at, "%v", err)
 			return
 		case !st.IsDir():
-			d.fail(check, "write another state_dir in the spec", "%s is not a folder", at)
+			d.fail(check, "write another state_dir in the spec", "%s is not a directory", at)
 			return
 		case !a.passes(st):
-			d.fail(check, "chmod o+x "+at, "user %s does not get through %s, which has mode %04o", d.plan.User, at,
+			d.fail(check, "chmod o+x "+at, "user %s cannot traverse %s (mode %04o)", d.plan.User, at,
 				st.Mode().Perm())
 			return
 		}
@@ -518,10 +538,10 @@ func (d *doctor) stateDir() {
 		}
 	}
 	if there == dir {
-		d.ok(check, "%s is there and can be reached", dir)
+		d.ok(check, "%s exists and is reachable", dir)
 		return
 	}
-	d.ok(check, "%s will be made in %s", dir, there)
+	d.ok(check, "%s will be created in %s", dir, there)
 }
 
 func (d *doctor) disks() {
@@ -541,14 +561,14 @@ func (d *doctor) disks() {
 	err = d.probes.CanClone(there)
 	switch {
 	case err == nil:
-		d.ok(check, "the file system of %s clones files", there)
+		d.ok(check, "the file system of %s can clone files", there)
 	case errors.Is(err, fs.ErrPermission):
-		d.warn(check, asRoot, "only root can try whether files clone in %s", there)
+		d.warn(check, asRoot, "only root can check whether files in %s can be cloned", there)
 	case backing == "directory":
 		d.fail(check, `write disks { backing = "auto" } in the spec`, "%v", err)
 	default:
 		if d.haveXFS(check) {
-			d.ok(check, "the file system of %s does not clone: an XFS image will be mounted on %s", there, d.plan.Paths.Disks)
+			d.ok(check, "the file system of %s cannot clone files; an XFS image will be mounted on %s", there, d.plan.Paths.Disks)
 		}
 	}
 }
@@ -556,7 +576,7 @@ func (d *doctor) disks() {
 // haveXFS reports whether an XFS image can be made, and where it cannot says so.
 func (d *doctor) haveXFS(check string) bool {
 	if _, err := d.machine.lookPath("mkfs.xfs"); err != nil {
-		d.fail(check, d.install("xfsprogs", "xfsprogs"), "the disks need an XFS image, and mkfs.xfs is not here")
+		d.fail(check, d.install("xfsprogs", "xfsprogs"), "the disks need an XFS image, but mkfs.xfs is not installed")
 		return false
 	}
 	return true
@@ -592,12 +612,12 @@ func (d *doctor) space() {
 	cure := "free space on " + there + ", or lower disk or max_instances in the spec's pools"
 	if size := float64(d.plan.Disks.Size); d.plan.Disks.Backing == "xfs-image" && size > float64(free) {
 		d.warn(check, "free space on "+there+", or lower size in the spec's disks block",
-			"%s has %.1f GiB free, and the XFS image may grow to %.1f GiB", there, float64(free)/gib, size/gib)
+			"%s has %.1f GiB free, but the XFS image may grow to %.1f GiB", there, float64(free)/gib, size/gib)
 		return
 	}
 	switch have := float64(free); {
 	case have < largest:
-		d.fail(check, cure, "%s has %.1f GiB free, and one worker's disk may grow to %.1f GiB", there, have/gib, largest/gib)
+		d.fail(check, cure, "%s has %.1f GiB free, but one worker's disk may grow to %.1f GiB", there, have/gib, largest/gib)
 	case have < need:
 		d.warn(check, cure, "%s has %.1f GiB free; the disks of all workers are sparse and may grow to %.1f GiB", there,
 			have/gib, need/gib)
@@ -614,7 +634,10 @@ func (d *doctor) memory() {
 	b, err := d.machine.readFile("/proc/meminfo")
 	m := memTotal.FindSubmatch(b)
 	if err != nil || m == nil {
-		d.fail(check, "mount -t proc proc /proc", "no MemTotal in /proc/meminfo: %v", err)
+		if err == nil {
+			err = errors.New("no line MemTotal")
+		}
+		d.fail(check, "mount -t proc proc /proc", "/proc/meminfo: %v", err)
 		return
 	}
 	kib, err := strconv.ParseInt(string(m[1]), 10, 64)
@@ -631,10 +654,10 @@ func (d *doctor) memory() {
 	}
 	if need > have {
 		d.fail(check, "lower memory or max_instances in the spec's pools",
-			"this host has %.1f GiB, and all workers together may use %.1f GiB", have/gib, need/gib)
+			"this host has %.1f GiB of memory, but all workers together may use %.1f GiB", have/gib, need/gib)
 		return
 	}
-	d.ok(check, "this host has %.1f GiB; all workers together may use %.1f GiB", have/gib, need/gib)
+	d.ok(check, "this host has %.1f GiB of memory; all workers together may use %.1f GiB", have/gib, need/gib)
 }
 
 // tools are the programs that images are made with.
@@ -643,17 +666,17 @@ func (d *doctor) tools() {
 		return slices.ContainsFunc(d.plan.Images, func(im plan.Image) bool { return is(im.Source) })
 	}
 	if uses(func(s plan.Source) bool { return s.Debian == nil }) {
-		d.tool("qemu-img", "qemu-utils", "qemu-img", "images are converted with it")
+		d.tool("qemu-img", "qemu-utils", "qemu-img", "it converts images")
 	}
 	if !uses(func(s plan.Source) bool { return s.Debian != nil }) {
 		return
 	}
-	d.tool("mmdebstrap", "mmdebstrap", "mmdebstrap", "the debian source is built with it")
-	d.tool("mke2fs", "e2fsprogs", "e2fsprogs", "the debian source is built with it")
+	d.tool("mmdebstrap", "mmdebstrap", "mmdebstrap", "it builds images of the debian source")
+	d.tool("mke2fs", "e2fsprogs", "e2fsprogs", "it builds images of the debian source")
 	const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 	if _, err := d.machine.stat(keyring); err != nil {
 		d.fail("debian-archive-keyring", d.install("debian-archive-keyring", "debian-keyring"),
-			"Debian's packages are verified with it: %v", err)
+			"it verifies Debian's packages: %v", err)
 		return
 	}
 	d.ok("debian-archive-keyring", "%s", keyring)
@@ -672,7 +695,7 @@ func (d *doctor) tool(name, deb, rpm, why string) {
 func (d *doctor) clock() {
 	const (
 		check = "clock"
-		free  = "the clock is not synchronised, and workers take their time from it"
+		free  = "the clock is not synchronised, and workers set theirs from it"
 	)
 	synced, err := d.machine.synced()
 	switch {
@@ -729,13 +752,13 @@ func (d *doctor) runner(ctx context.Context) {
 	}
 	m := runnerVersion.FindStringSubmatch(out)
 	if m == nil {
-		d.warn(check, cure, "%s does not say a version that is known: %.80q", path, firstLine(out))
+		d.warn(check, cure, "%s reports no known version: %.80q", path, firstLine(out))
 		return
 	}
 	major, _ := strconv.Atoi(m[1]) // at most four digits
 	minor, _ := strconv.Atoi(m[2])
 	if major < minRunnerMajor || major == minRunnerMajor && minor < minRunnerMinor {
-		d.fail(check, cure, "gitlab-runner %s.%s is older than %d.%d, which brought state_storage", m[1], m[2],
+		d.fail(check, cure, "gitlab-runner %s.%s is older than %d.%d, the first with state_storage", m[1], m[2],
 			minRunnerMajor, minRunnerMinor)
 		return
 	}

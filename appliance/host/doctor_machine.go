@@ -92,7 +92,7 @@ func output(ctx context.Context, name string, args ...string) (string, error) {
 	return string(out), nil
 }
 
-// findAccount returns nil where there is no such user.
+// findAccount returns nil if there is no such user.
 func findAccount(name string) (*account, error) {
 	u, err := user.Lookup(name)
 	var unknown user.UnknownUserError

@@ -181,7 +181,7 @@ func TestDoctorFaults(t *testing.T) {
 			withFile(d, "/proc/cpuinfo", []byte("flags\t: fpu\n"))
 		}, "cpu-virtualization", StatusWarn, "neither vmx nor svm", "AMD-V"},
 		{"KVM hangs", func(d *doctor) { d.probes.KVM = func(context.Context) error { return errors.New("did not finish") } },
-			"kvm", StatusFail, "did not finish", "take another machine"},
+			"kvm", StatusFail, "did not finish", "use another machine"},
 		{"no KVM", func(d *doctor) {
 			d.machine.openAs = func(*account, string) error { return unix.ENODEV }
 			d.probes.KVM = func(context.Context) error { return errors.New("there is no /dev/kvm") }
@@ -258,15 +258,15 @@ func TestDoctorFaults(t *testing.T) {
 		{"state_dir cannot be reached", func(d *doctor) { d.plan.Paths.State = "/secret/x"; privateDir(d, "/secret") },
 			"state-dir", StatusFail, "mode 0700", "chmod o+x /secret"},
 		{"state_dir is a file", func(d *doctor) { d.plan.Paths.State = "/dev/kvm" },
-			"state-dir", StatusFail, "not a folder", "another state_dir"},
+			"state-dir", StatusFail, "not a directory", "another state_dir"},
 		{"no clones, no XFS", func(d *doctor) {
 			d.probes.CanClone = func(string) error { return errors.New("ext4 cannot") }
 			withoutProgram(d, "mkfs.xfs")
-		}, "disks", StatusFail, "mkfs.xfs is not here", "apt-get install -y --no-install-recommends xfsprogs"},
+		}, "disks", StatusFail, "mkfs.xfs is not installed", "apt-get install -y --no-install-recommends xfsprogs"},
 		{"no clones, on Fedora", func(d *doctor) {
 			d.probes.CanClone = func(string) error { return errors.New("ext4 cannot") }
 			withoutProgram(d, "mkfs.xfs", "apt-get")
-		}, "disks", StatusFail, "mkfs.xfs is not here", "dnf install -y xfsprogs"},
+		}, "disks", StatusFail, "mkfs.xfs is not installed", "dnf install -y xfsprogs"},
 		{"no clones in a directory", func(d *doctor) {
 			d.plan.Disks.Backing = "directory"
 			d.probes.CanClone = func(string) error { return errors.New("ext4 cannot") }
@@ -280,7 +280,7 @@ func TestDoctorFaults(t *testing.T) {
 		{"no space for the image", func(d *doctor) { d.plan.Disks = plan.Disks{Backing: "xfs-image", Size: 300 << 30} },
 			"disk-space", StatusWarn, "300.0 GiB", "lower size"},
 		{"no memory", func(d *doctor) { d.plan.Pools[0].MaxInstances = 9 },
-			"memory", StatusFail, "32.0 GiB, and all workers together may use 36.0", "max_instances"},
+			"memory", StatusFail, "32.0 GiB of memory, but all workers together may use 36.0", "max_instances"},
 		{"no memory, and no wrapping around", func(d *doctor) { d.plan.Pools[0].Memory, d.plan.Pools[0].MaxInstances = 1<<62, 4 },
 			"memory", StatusFail, "17179869184.0 GiB", "max_instances"},
 		{"no memory for a tmpfs", func(d *doctor) { d.plan.Disks = plan.Disks{Backing: "tmpfs", Size: 20 << 30} },
@@ -289,7 +289,7 @@ func TestDoctorFaults(t *testing.T) {
 		{"no mmdebstrap", func(d *doctor) { withoutProgram(d, "mmdebstrap") }, "mmdebstrap", StatusFail, "not on PATH",
 			"install-recommends mmdebstrap"},
 		{"no keys", func(d *doctor) { without(d, "/usr/share/keyrings/debian-archive-keyring.gpg") },
-			"debian-archive-keyring", StatusFail, "verified", "debian-archive-keyring"},
+			"debian-archive-keyring", StatusFail, "verifies", "debian-archive-keyring"},
 		{"clock is free", func(d *doctor) { d.machine.synced = func() (bool, error) { return false, nil } },
 			"clock", StatusWarn, "not synchronised", "timedatectl set-ntp true"},
 		{"clock is free, no NTP", func(d *doctor) {
@@ -325,7 +325,7 @@ func TestDoctorFaults(t *testing.T) {
 		{"old runner", func(d *doctor) { answers(d, "gitlab-runner", "Version:      17.4.2\n") },
 			"gitlab-runner", StatusFail, "17.4 is older than 17.5", "apt-get"},
 		{"a runner of no version", func(d *doctor) { answers(d, "gitlab-runner", "Version:      development version\n") },
-			"gitlab-runner", StatusWarn, "does not say", "apt-get"},
+			"gitlab-runner", StatusWarn, "no known version", "apt-get"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			d := healthy()

@@ -701,7 +701,7 @@ func inspectTable(c *nftables.Conn, want *fwTable, chains []*nftables.Chain) (ta
 		}
 	}
 	for name := range have {
-		state.diff = append(state.diff, "chain "+name+" is not the plan's")
+		state.diff = append(state.diff, "chain "+name+" is not in the plan")
 	}
 	sets, err := diffSets(c, want)
 	slices.Sort(state.diff)
@@ -733,7 +733,7 @@ func diffRules(t *nftables.Table, want, have []*nftables.Rule) string {
 		if !slices.EqualFunc(want[i].Exprs, have[i].Exprs, func(a, b expr.Any) bool { return sameExpr(t, a, b) }) ||
 			!bytes.Equal(want[i].UserData, have[i].UserData) {
 			comment, _ := userdata.GetString(want[i].UserData, userdata.TypeComment)
-			return fmt.Sprintf("rule %d (%s) is not the plan's", i+1, comment)
+			return fmt.Sprintf("rule %d (%s) is not in the plan", i+1, comment)
 		}
 	}
 	return ""
@@ -783,11 +783,11 @@ func diffSets(c *nftables.Conn, want *fwTable) ([]string, error) {
 		}
 		missing, extra := diffElements(w.elements, elements)
 		if missing+extra > 0 {
-			diff = append(diff, fmt.Sprintf("set %s: %d elements are missing, %d are too many", w.set.Name, missing, extra))
+			diff = append(diff, fmt.Sprintf("set %s: %d elements missing, %d unexpected", w.set.Name, missing, extra))
 		}
 	}
 	for name := range have {
-		diff = append(diff, "set "+name+" is not the plan's")
+		diff = append(diff, "set "+name+" is not in the plan")
 	}
 	slices.Sort(diff)
 	return diff, nil

@@ -118,10 +118,10 @@ func TestDriftIsSeen(t *testing.T) {
 		{"nft add rule inet fleetingd forward accept", "chain forward: 6 rules instead of 5"},
 		{"nft insert rule inet fleetingd forward accept; nft delete rule inet fleetingd forward handle " +
 			"$(nft -a list chain inet fleetingd forward | sed -n 's/.*oifname.*handle //p')", "chain forward: rule 1"},
-		{"nft add element inet fleetingd private '{ 8.0.0.0/8 }'", "set private: 0 elements are missing, 2 are too many"},
-		{"nft delete element inet fleetingd workers '{ \"fleet1\" . 172.16.120.3 }'", "set workers: 1 elements are missing"},
-		{"nft add chain inet fleetingd mine", "chain mine is not the plan's"},
-		{"nft add set inet fleetingd mine '{ type ipv4_addr; }'", "set mine is not the plan's"},
+		{"nft add element inet fleetingd private '{ 8.0.0.0/8 }'", "set private: 0 elements missing, 2 unexpected"},
+		{"nft delete element inet fleetingd workers '{ \"fleet1\" . 172.16.120.3 }'", "set workers: 1 elements missing"},
+		{"nft add chain inet fleetingd mine", "chain mine is not in the plan"},
+		{"nft add set inet fleetingd mine '{ type ipv4_addr; }'", "set mine is not in the plan"},
 		{"nft flush chain arp fleetingd input; nft delete chain arp fleetingd input", "chain input is missing"},
 		{"nft add chain inet fleetingd input '{ policy drop; }'", "chain input has another hook"},
 	} {

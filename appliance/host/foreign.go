@@ -14,7 +14,7 @@ import (
 func (d *doctor) foreignFirewall(ctx context.Context, h *have, n *network) {
 	const check = "foreign-firewall"
 	if !d.machine.root {
-		d.warn(check, asRoot, "only root can try whether another firewall drops the workers' packets")
+		d.warn(check, asRoot, "only root can check whether another firewall drops the workers' packets")
 		return
 	}
 	var passed []string

@@ -1,5 +1,5 @@
-// Package host is the door to a real host: what a Plan says of its network is made
-// here, read back, and taken away. It touches only what it made itself, which it knows by a
+// Package host is the door to a real host: it makes, reads back and removes what a Plan says of
+// its network. It touches only what it made itself, which it knows by a
 // mark (a link's alias, a rule's comment) or by its own notes, never by a name alone. It
 // decides nothing: rules, names and addresses are the Plan's.
 package host
@@ -44,12 +44,11 @@ func (d Difference) String() string {
 }
 
 // NetworkUp makes the host's network equal to the plan: firewall, routing, the gateway's address, and a TAP with its
-// route for each slot. Calling it twice is calling it once. It needs root, or CAP_NET_ADMIN. It works in the network namespace
+// route for each slot. It is idempotent. It needs root, or CAP_NET_ADMIN. It works in the network namespace
 // of the calling thread, and stays on that thread.
 //
-// When it fails, what it did is undone, and the error names the object. It refuses, before it changes anything, what would
-// break others: an address range or a name in use, the network of another plan, a TAP that a VM has open and that would have to be
-// made anew.
+// When it fails, it undoes its changes, and the error names the object. Before it changes anything it refuses what would break others:
+// an address range or a name in use, the network of another plan, a TAP that a VM has open and that would have to be recreated.
 func NetworkUp(ctx context.Context, p *plan.Plan, o Options) error {
 	return withNetwork(ctx, p, o, func(n *network) error { return n.up(ctx) })
 }
@@ -63,8 +62,8 @@ func NetworkDown(ctx context.Context, p *plan.Plan) error {
 	return withNetwork(ctx, p, Options{}, func(n *network) error { return n.down(ctx) })
 }
 
-// NetworkDownAll takes away every network that NetworkUp made on this host, whichever plan it was of, and returns the names of the TAPs by
-// their plan's state folder. run is the plans' common Paths.Run, beside which the notes are. Otherwise it is as NetworkDown.
+// NetworkDownAll removes every network that NetworkUp made on this host, whatever its plan, and returns the names of the TAPs by their
+// plan's state folder. run is the plans' common Paths.Run; the notes lie beside it. Otherwise it works like NetworkDown.
 func NetworkDownAll(ctx context.Context, run string) (taps map[string][]string, err error) {
 	p := &plan.Plan{Paths: plan.Paths{Run: run}}
 	err = withNetwork(ctx, p, Options{}, func(n *network) (err error) {
@@ -87,7 +86,7 @@ func NetworkCheck(ctx context.Context, p *plan.Plan, o Options) ([]Difference, e
 	return found, err
 }
 
-// NetworkIsUp reports whether there are TAPs of the plan's state_dir, be they of this plan or of an earlier one.
+// NetworkIsUp reports whether TAPs of the plan's state_dir exist, of this plan or an earlier one.
 func NetworkIsUp(p *plan.Plan) (bool, error) {
 	links, err := whole(netlink.LinkList)
 	if err != nil {
@@ -112,7 +111,7 @@ func withNetwork(ctx context.Context, p *plan.Plan, o Options, do func(*network)
 	}
 	lock, err := state.WaitLock(ctx, filepath.Join(notesDir(p), "lock"))
 	if err != nil {
-		return fmt.Errorf("network: another fleetingd is at work on it: %w", err)
+		return fmt.Errorf("network: another fleetingd is changing it: %w", err)
 	}
 	defer lock.Unlock()
 	k, err := openKernel()
@@ -123,7 +122,7 @@ func withNetwork(ctx context.Context, p *plan.Plan, o Options, do func(*network)
 	return work(p, o, k, do)
 }
 
-// work reads the notes and does the work: tests come in here with a door that fails.
+// work reads the notes and does the work. Tests call it with a door that fails.
 func work(p *plan.Plan, o Options, d door, do func(*network) error) error {
 	notes, err := readNotes(p)
 	if err != nil {
@@ -135,14 +134,14 @@ func work(p *plan.Plan, o Options, d door, do func(*network) error) error {
 	return nil
 }
 
-// owner is who may open the TAPs.
+// owner returns the user and group that may open the TAPs.
 func (n *network) owner() (uid, gid int, err error) {
 	if n.opts.UID != 0 || n.opts.GID != 0 {
 		return n.opts.UID, n.opts.GID, nil
 	}
 	u, err := user.Lookup(n.plan.User)
 	if err != nil {
-		return 0, 0, fmt.Errorf("the TAPs' owner: %w (systemd-sysusers makes the user once the host is applied)", err)
+		return 0, 0, fmt.Errorf("the TAPs' owner: %w (systemd-sysusers creates the user when the host is applied)", err)
 	}
 	uid, err = strconv.Atoi(u.Uid)
 	if err != nil {
@@ -161,7 +160,7 @@ func (n *network) up(ctx context.Context) error {
 		return err
 	}
 	before := *n.notes
-	// Noted before it is done: whoever finds the notes after a crash knows what may be there.
+	// Noted before it is done, so that the notes show after a crash what may exist.
 	if err := n.noteIntent(); err != nil {
 		return err
 	}

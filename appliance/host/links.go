@@ -37,7 +37,7 @@ type tap struct {
 	mark     string
 }
 
-// flags are those that the TAP is made with, and that who opens it must give too.
+// flags are those that the TAP is created with; whoever opens it must give the same.
 func (t *tap) flags() netlink.TuntapFlag {
 	f := netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR
 	if t.Queues > 1 {
@@ -202,8 +202,8 @@ func (k *kernel) makeLink(t *tap) (index int, err error) {
 	return link.Attrs().Index, nil
 }
 
-// repairTAPs gives existing TAPs of ours what they lack and takes what is there and not wanted: from all of them first, because
-// what one loses another may get.
+// repairTAPs adds to our existing TAPs what they lack, and removes what they should not have: from all of them first, because one TAP
+// may get what another loses.
 func (k *kernel) repairTAPs(repairs []repair) error {
 	indexes := make([]int, len(repairs))
 	for i, r := range repairs {
@@ -227,14 +227,14 @@ func (k *kernel) repairTAPs(repairs []repair) error {
 	return nil
 }
 
-// hangings are the routes and neighbours of one link.
-type hangings struct {
+// attached are the routes and neighbours of one link.
+type attached struct {
 	routes []netlink.Route
 	neighs []netlink.Neigh
 }
 
 // clear removes our routes and the permanent neighbours that the TAP is not to have.
-func (k *kernel) clear(t *tap, index int, there hangings) error {
+func (k *kernel) clear(t *tap, index int, there attached) error {
 	want := t.routes(index)
 	for _, r := range there.routes {
 		if r.Protocol != routeProtocol || slices.ContainsFunc(want, func(w netlink.Route) bool { return sameRoute(w, r) }) {
@@ -326,7 +326,7 @@ func (t *tap) setLink(index int) error {
 	return nil
 }
 
-// addRoute never replaces a route: one to the same address on another link is somebody else's.
+// addRoute never replaces a route: a route to the same address on another link belongs to someone else.
 func (k *kernel) addRoute(r netlink.Route) error {
 	err := k.handle.RouteAdd(&r)
 	if !errors.Is(err, unix.EEXIST) {
@@ -345,7 +345,7 @@ func (k *kernel) addRoute(r netlink.Route) error {
 	if slices.ContainsFunc(have, func(h netlink.Route) bool { return sameRoute(r, h) }) {
 		return nil
 	}
-	return fmt.Errorf("route to %s: there is already another one to this address: %w", r.Dst, err)
+	return fmt.Errorf("route to %s: another route to this address exists: %w", r.Dst, err)
 }
 
 func sameRoute(a, b netlink.Route) bool {
@@ -353,8 +353,8 @@ func sameRoute(a, b netlink.Route) bool {
 		a.Dst.String() == b.Dst.String()
 }
 
-// linkGroup is the group of our TAPs ("flee" as a number), which makes it quick to delete them all. It is no mark: anybody may
-// put a link into any group.
+// linkGroup is the group of our TAPs ("flee" as a number), which makes deleting them all quick. It does not mark them as ours: anyone
+// may put a link into any group.
 const linkGroup = 0x666c6565
 
 // deleteTAPs deletes links together, as a group: one by one, each would wait until no CPU can still hold a packet

@@ -17,7 +17,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// door is what changes a network. The real one is *kernel; a test's fails when it is told to.
+// door makes the changes. The real one is *kernel; tests have one that fails on demand.
 type door interface {
 	makeTAPs(context.Context, []tap) error
 	repairTAPs([]repair) error
@@ -34,7 +34,7 @@ type door interface {
 
 var _ door = (*kernel)(nil)
 
-// step is one change, which differences it mends, and how it is taken back.
+// step is one change, the differences that it fixes, and how to undo it.
 type step struct {
 	name  string
 	fixes []Difference
@@ -47,8 +47,8 @@ type have struct {
 	links     map[string]netlink.Link
 	policies  []policy         // none: the kernel has no policy routing
 	routes    []netlink.Route  // of all tables: see readRoutes
-	uid       uint32           // who the workers are called by
-	hangings  map[int]hangings // by the link's index
+	uid       uint32           // of the process that calls the workers
+	attached  map[int]attached // by the link's index
 	addresses []netip.Addr     // on lo
 	tables    map[tableID]tableState
 }
@@ -63,7 +63,7 @@ func (n *network) survey() (*have, error) {
 	if err != nil {
 		return nil, err
 	}
-	found.hangings = map[int]hangings{}
+	found.attached = map[int]attached{}
 	neighs, err := whole(func() ([]netlink.Neigh, error) { return h.NeighList(0, unix.AF_UNSPEC) })
 	if err != nil {
 		return nil, fmt.Errorf("list neighbours: %w", err)
@@ -76,14 +76,14 @@ func (n *network) survey() (*have, error) {
 		if r.Table != unix.RT_TABLE_MAIN {
 			continue
 		}
-		on := found.hangings[r.LinkIndex]
+		on := found.attached[r.LinkIndex]
 		on.routes = append(on.routes, r)
-		found.hangings[r.LinkIndex] = on
+		found.attached[r.LinkIndex] = on
 	}
 	for _, e := range append(neighs, proxies...) {
-		on := found.hangings[e.LinkIndex]
+		on := found.attached[e.LinkIndex]
 		on.neighs = append(on.neighs, e)
-		found.hangings[e.LinkIndex] = on
+		found.attached[e.LinkIndex] = on
 	}
 	if found.addresses, err = loopbackAddresses(); err != nil {
 		return nil, err
@@ -92,7 +92,7 @@ func (n *network) survey() (*have, error) {
 	return found, err
 }
 
-// whole asks the kernel again where something changed while it listed. On a busy host that is usual.
+// whole repeats a listing that changed while the kernel made it, which is common on a busy host.
 func whole[T any](list func() ([]T, error)) ([]T, error) {
 	for range 9 {
 		if l, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -161,8 +161,8 @@ func (n *network) routing() []forwarding {
 	return []forwarding{forwarding4, forwarding6}
 }
 
-// steps are what makes the host's network equal to the plan. The order is such that no TAP is open to its owner
-// without rules: what goes, goes before the rules that do not know it any more, and what comes, comes after.
+// steps make the host's network equal to the plan. In their order no TAP is open to its owner without firewall rules: TAPs are removed
+// before rules that no longer know them are loaded, and created after.
 func (n *network) steps(context.Context) ([]step, error) {
 	h, err := n.survey()
 	if err != nil {
@@ -201,7 +201,7 @@ func (n *network) steps(context.Context) ([]step, error) {
 	return append(steps, n.formerSteps(h)...), nil
 }
 
-// refuse finds what must not be touched and what cannot work, before anything is changed.
+// refuse finds what must not be touched and what cannot work, before anything changes.
 func (n *network) refuse(h *have) error {
 	var errs []error
 	if _, ok := h.links[n.plan.EgressInterface]; !ok {
@@ -218,12 +218,12 @@ func (n *network) refuse(h *have) error {
 	}
 	for id, t := range h.tables {
 		if t.exists && !t.ours {
-			errs = append(errs, fmt.Errorf("%s exists and was not made by fleetingd (its first rule does not say so): "+
-				"rename or delete it (nft delete %s)", id, id))
+			errs = append(errs, fmt.Errorf("%s exists but was not made by fleetingd (its first rule lacks our marker); "+
+				"rename it, or delete it: nft delete %s", id, id))
 		}
 	}
 	errs = append(errs, n.overlaps(h)...)
-	return errors.Join(append(errs, n.silent())...)
+	return errors.Join(append(errs, n.unanswered())...)
 }
 
 func prefixOf(n *net.IPNet) netip.Prefix {
@@ -238,19 +238,19 @@ func prefixOf(n *net.IPNet) netip.Prefix {
 	return netip.PrefixFrom(addr, ones)
 }
 
-// silent finds settings under which the kernel would not answer for the gateway.
-func (n *network) silent() error {
+// unanswered finds settings under which the kernel would not answer for the gateway.
+func (n *network) unanswered() error {
 	// The kernel takes the larger of this and the TAP's own.
 	if v, err := readSysctl("net/ipv4/conf/all/arp_ignore"); err == nil && v != "0" {
 		return fmt.Errorf("sysctl net.ipv4.conf.all.arp_ignore is %s: the host would not answer its workers' ARP for the gateway %s, "+
-			"which is on lo; set it to 0, and on the interfaces that need it set their own", v, n.plan.Network.Gateway)
+			"which is on lo; set it to 0, and set it only on the interfaces that need it", v, n.plan.Network.Gateway)
 	}
 	if n.plan.Network.Subnet6 == nil {
 		return nil
 	}
 	if v, err := readSysctl("net/ipv6/conf/" + loopback + "/disable_ipv6"); err != nil || v != "0" {
-		return errors.New("network.subnet6 is set, and this host has no IPv6 (sysctl net.ipv6.conf.lo.disable_ipv6): " +
-			"turn it on, or leave subnet6 out")
+		return errors.New("network.subnet6 is set, but this host has no IPv6 (sysctl net.ipv6.conf.lo.disable_ipv6); " +
+			"enable IPv6, or omit subnet6")
 	}
 	return nil
 }
@@ -262,14 +262,14 @@ type tapWork struct {
 	why            map[string]string // of those to be removed or created, by name
 }
 
-// repair is a TAP of ours that is not as it should be, and what hangs on it.
+// repair is one of our TAPs that differs from the plan, and what is attached to it.
 type repair struct {
 	tap     tap
 	problem string
-	there   hangings
+	there   attached
 }
 
-// sort decides for each TAP whether it stays, is repaired, or is made anew.
+// sort decides for each TAP whether it stays, is repaired or is recreated.
 func (n *network) sort(h *have, want []tap) (*tapWork, error) {
 	w := &tapWork{why: map[string]string{}}
 	var errs []error
@@ -283,18 +283,18 @@ func (n *network) sort(h *have, want []tap) (*tapWork, error) {
 			continue
 		}
 		if l.Attrs().Alias != t.mark {
-			errs = append(errs, fmt.Errorf("TAP %s: there is a %s link of this name that is not ours: rename or delete it", t.TAP, l.Type()))
+			errs = append(errs, fmt.Errorf("TAP %s: a %s link of this name exists and is not ours; rename or delete it", t.TAP, l.Type()))
 			continue
 		}
 		if why := t.mustBeNew(l); why != "" {
 			if inUse(l) {
-				errs = append(errs, fmt.Errorf("TAP %s %s, and a running VM has it open: end that worker first", t.TAP, why))
+				errs = append(errs, fmt.Errorf("TAP %s %s, but a running VM has it open; end that worker first", t.TAP, why))
 				continue
 			}
 			w.remove, w.create, w.why[t.TAP] = append(w.remove, *t), append(w.create, *t), why
 			continue
 		}
-		there := h.hangings[l.Attrs().Index]
+		there := h.attached[l.Attrs().Index]
 		if why := t.lacks(l.Attrs(), there); why != "" {
 			w.repair = append(w.repair, repair{*t, why, there})
 		}
@@ -304,7 +304,7 @@ func (n *network) sort(h *have, want []tap) (*tapWork, error) {
 			continue
 		}
 		if inUse(l) {
-			errs = append(errs, fmt.Errorf("TAP %s is not in the plan any more, and a running VM has it open: end that worker first", name))
+			errs = append(errs, fmt.Errorf("TAP %s is no longer in the plan, but a running VM has it open; end that worker first", name))
 			continue
 		}
 		w.remove = append(w.remove, tap{Slot: plan.Slot{TAP: name}, mark: n.mark()})
@@ -322,7 +322,7 @@ func inUse(l netlink.Link) bool {
 	return l.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
 }
 
-// mustBeNew says how a link of ours differs in what cannot be changed.
+// mustBeNew says how our link differs in what cannot be changed in place.
 func (t *tap) mustBeNew(l netlink.Link) string {
 	tun, ok := l.(*netlink.Tuntap)
 	const known = netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR | netlink.TUNTAP_MULTI_QUEUE
@@ -330,15 +330,15 @@ func (t *tap) mustBeNew(l netlink.Link) string {
 	case !ok || tun.Mode != netlink.TUNTAP_MODE_TAP || tun.NonPersist:
 		return "is not a persistent TAP"
 	case tun.Flags&known != t.flags():
-		return fmt.Sprintf("is made for another number of queues than %d", t.Queues)
+		return fmt.Sprintf("has another number of queues than %d", t.Queues)
 	case int(tun.Owner) != t.uid || int(tun.Group) != t.gid:
 		return fmt.Sprintf("belongs to %d:%d instead of %d:%d", tun.Owner, tun.Group, t.uid, t.gid)
 	}
 	return ""
 }
 
-// lacks says how a TAP of ours differs in what can be mended in place.
-func (t *tap) lacks(a *netlink.LinkAttrs, there hangings) string {
+// lacks says how our TAP differs in what can be fixed in place.
+func (t *tap) lacks(a *netlink.LinkAttrs, there attached) string {
 	if a.Flags&net.FlagUp == 0 {
 		return "is down"
 	}
@@ -439,7 +439,7 @@ func (n *network) repairStep(repairs []repair) step {
 		s.fixes = append(s.fixes, Difference{Object: "TAP " + r.tap.TAP, Problem: r.problem})
 	}
 	s.undo = func(context.Context) error {
-		back := n.earlier(taps) // where there is no earlier plan: mended, they stay mended
+		back := n.earlier(taps) // without an earlier plan, what is fixed stays fixed
 		undo := make([]repair, len(back))
 		for i, t := range back {
 			l, err := netlink.LinkByName(t.TAP)
@@ -448,7 +448,7 @@ func (n *network) repairStep(repairs []repair) step {
 			}
 			index := l.Attrs().Index
 			now := taps[slices.IndexFunc(taps, func(n tap) bool { return n.TAP == t.TAP })]
-			undo[i] = repair{tap: t, there: hangings{now.routes(index), now.neighbours(index)}}
+			undo[i] = repair{tap: t, there: attached{now.routes(index), now.neighbours(index)}}
 		}
 		return n.door.repairTAPs(undo)
 	}
@@ -559,7 +559,7 @@ func (n *network) ruleSteps(h *have) []step {
 		}
 		steps = append(steps, step{
 			name:  "delete the rule " + r.String(),
-			fixes: []Difference{{Object: "rule " + r.String(), Problem: "is not the plan's"}},
+			fixes: []Difference{{Object: "rule " + r.String(), Problem: "is not in the plan"}},
 			do:    func(context.Context) error { return n.door.deleteRule(r) },
 			undo:  func(context.Context) error { return n.door.addRule(r) },
 		})
@@ -567,8 +567,8 @@ func (n *network) ruleSteps(h *have) []step {
 	return steps
 }
 
-// formerSteps delete the gateway's addresses of an earlier plan: last, because the kernel takes the routes along whose source
-// such an address is.
+// formerSteps delete the gateway's addresses of an earlier plan: last, because with an address the kernel also deletes the routes that
+// have it as their source.
 func (n *network) formerSteps(h *have) []step {
 	var steps []step
 	for _, a := range n.notes.Addresses {
@@ -585,7 +585,7 @@ func (n *network) formerSteps(h *have) []step {
 	return steps
 }
 
-// down deletes TAPs before rules: no worker is without them.
+// down deletes TAPs before rules, so that no worker is ever without them.
 func (n *network) down(context.Context) error {
 	h, err := n.survey()
 	if err != nil {

@@ -277,7 +277,7 @@ func TestUpRefuses(t *testing.T) {
 		{name: "no egress interface", change: func(p *plan.Plan) { p.EgressInterface = "eno7" },
 			want: []string{`egress_interface "eno7" does not exist`, "br0", "eno1", "lan0"}},
 		{name: "a bridge of a TAP's name", prepare: "ip link add fleet1 type bridge",
-			want: []string{"TAP fleet1", "a bridge link of this name that is not ours"}},
+			want: []string{"TAP fleet1", "a bridge link of this name exists and is not ours"}},
 		{name: "a TAP of a TAP's name", prepare: "ip tuntap add fleet1 mode tap vnet_hdr user 54321 group 54321",
 			want: []string{"TAP fleet1", "not ours"}},
 		{name: "a table of our name", prepare: "nft 'add table inet fleetingd; add chain inet fleetingd prerouting'",
@@ -408,7 +408,7 @@ func TestTAPInUse(t *testing.T) {
 	wantError(t, err, "TAP fleet1", "number of queues", "a running VM has it open")
 	q.Slots = p.Slots[:1]
 	err = l.in(l.host, func() error { return NetworkUp(t.Context(), &q, owner) })
-	wantError(t, err, "TAP fleet1", "not in the plan any more", "a running VM has it open")
+	wantError(t, err, "TAP fleet1", "no longer in the plan", "a running VM has it open")
 	if diff := cmp.Diff(before, l.state()); diff != "" {
 		t.Errorf("it changed:\n%s", diff)
 	}
@@ -501,9 +501,9 @@ func TestNotes(t *testing.T) {
 	write(`{"boot":`)
 	wantError(t, read(), "network.json", "damaged", "remove it")
 	write(`{"boot":"` + boot + `","sysctls":[{"path":"net/ipv4/../../kernel/core_pattern","value":"1"}]}`)
-	wantError(t, read(), "network.json", "not of our writing", "core_pattern")
+	wantError(t, read(), "network.json", "not written by fleetingd", "core_pattern")
 	write(`{"boot":"` + boot + `","sysctls":[{"path":"net/ipv4/ip_forward","value":"1; rm"}]}`)
-	wantError(t, read(), "not of our writing")
+	wantError(t, read(), "not written by fleetingd")
 	write(`{"boot":"earlier","addresses":["10.0.0.1"]}`)
 	if n, err := readNotes(p); err != nil || len(n.Addresses) != 0 || n.Boot != boot {
 		t.Errorf("the notes of another boot are read as %+v, %v", n, err)

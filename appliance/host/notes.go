@@ -18,7 +18,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
-// notes are what NetworkUp must remember: what was there before, and what it applied last.
+// notes are what NetworkUp must remember: the state before it, and what it applied last.
 type notes struct {
 	Boot      string       `json:"boot"` // the kernel's boot id: the network of another boot is gone
 	Sysctls   []noted      `json:"sysctls,omitempty"`
@@ -42,16 +42,16 @@ type applied struct {
 // maxNotes bounds the notes' size in bytes: those of 65,536 slots are a fifth of it.
 const maxNotes = 64 << 20
 
-// notesDir lies beside Paths.Run, not in it: that one belongs to the runtime user, who must not be able to tell root
-// which settings to write.
+// notesDir lies beside Paths.Run, not in it: the runtime user owns Paths.Run, and must not be able to tell root which settings to
+// write.
 func notesDir(p *plan.Plan) string { return p.Paths.Run + "-network" }
 
 func notesPath(p *plan.Plan) string { return filepath.Join(notesDir(p), "network.json") }
 
-// notedSetting is what notes may hold; anything else was not written by us.
+// notedSetting matches the settings that notes may hold; we write no others.
 var notedSetting = regexp.MustCompile(`^net/ipv[46]/(ip_forward|conf/[^/]{1,15}/forwarding)$`)
 
-// readNotes returns empty notes where there are none, or only those of another boot.
+// readNotes returns empty notes if there are none, or only those of another boot.
 func readNotes(p *plan.Plan) (*notes, error) {
 	boot, err := bootID()
 	if err != nil {
@@ -71,7 +71,7 @@ func readNotes(p *plan.Plan) (*notes, error) {
 		return nil, fmt.Errorf("stat %s: %w", f.Name(), err)
 	}
 	if int(st.Uid) != os.Geteuid() {
-		return nil, fmt.Errorf("%s belongs to uid %d and not to us: remove it", f.Name(), st.Uid)
+		return nil, fmt.Errorf("%s belongs to uid %d, not to us; remove it", f.Name(), st.Uid)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxNotes))
 	if err != nil {
@@ -83,7 +83,7 @@ func readNotes(p *plan.Plan) (*notes, error) {
 	}
 	for _, s := range n.Sysctls {
 		if !notedSetting.MatchString(s.Path) || (s.Value != "0" && s.Value != "1") {
-			return nil, fmt.Errorf("%s is not of our writing (it notes %q = %q): remove it", f.Name(), s.Path, s.Value)
+			return nil, fmt.Errorf("%s was not written by fleetingd (it contains %q = %q); remove it", f.Name(), s.Path, s.Value)
 		}
 	}
 	if n.Boot != boot {
@@ -92,7 +92,7 @@ func readNotes(p *plan.Plan) (*notes, error) {
 	return &n, nil
 }
 
-// writeNotes keeps the notes, or removes the file where there is nothing to remember.
+// writeNotes keeps the notes, or removes the file if there is nothing to remember.
 func writeNotes(p *plan.Plan, n *notes) error {
 	if len(n.Sysctls) == 0 && len(n.Addresses) == 0 && n.Applied == nil {
 		if err := os.Remove(notesPath(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -24,11 +24,11 @@ import (
 func doctorCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "doctor",
-		Usage:     "say what this host lacks for a spec, and how to cure it",
+		Usage:     "check this host against a spec and suggest fixes",
 		ArgsUsage: "HOST",
-		Description: `Tries on this machine what HOST needs: that KVM runs a guest, that the kernel takes the firewall, that files clone,
-that memory and disk are enough, and so on. Each finding comes with the command that cures it. It changes
-nothing. Some things only root can try.
+		Description: `Checks what HOST needs of this machine: that KVM runs a guest, that the kernel accepts the firewall, that no other firewall
+drops the workers' packets, that files can be cloned, that there is enough memory and disk, and so on. Each finding comes
+with the command that fixes it. It changes nothing. Some checks need root.
 
 Exits with 0 when nothing fails; warnings do not fail.`,
 		Flags:  append(specFlags(), &cli.BoolFlag{Name: "json", Usage: "print the findings as JSON"}),
@@ -129,7 +129,7 @@ func (r doctorReport) table(w io.Writer) error {
 	if err := tw.Flush(); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintf(w, "\nhost %s: %d ok, %d to look at, %d failed\n", r.Host, counts[host.StatusOK], counts[host.StatusWarn],
+	_, err := fmt.Fprintf(w, "\nhost %s: %d passed, %d warnings, %d failed\n", r.Host, counts[host.StatusOK], counts[host.StatusWarn],
 		counts[host.StatusFail])
 	return err
 }

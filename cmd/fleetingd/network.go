@@ -20,14 +20,14 @@ import (
 func networkCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "network",
-		Usage: "make the workers' links, routes and firewall, take them down, compare them with the plan",
+		Usage: "set up, tear down or check the workers' network",
 		Subcommands: []*cli.Command{
 			{
 				Name:  "up",
-				Usage: "make this host's network equal to the plan",
-				Description: "Needs root. Changes only what differs, so a second run changes nothing. What it did is undone when it fails.\n" +
-					"It stops before it changes anything where that would take an address range or a name from somebody else, or a\n" +
-					"TAP from a VM that runs.",
+				Usage: "set up the network as the plan says",
+				Description: "Needs root. It changes only what differs, so a second run changes nothing, and undoes its changes if it fails.\n" +
+					"It refuses, before it changes anything, to take an address range or a name that others use, or a TAP that a\n" +
+					"running VM has open. Warnings name what keeps workers from the internet although the network is up.",
 				Flags: []cli.Flag{planFlag()},
 				Action: func(c *cli.Context) error {
 					return onNetwork(c, networkUp(c))
@@ -43,8 +43,8 @@ func networkCommand() *cli.Command {
 			},
 			{
 				Name:        "check",
-				Usage:       "list what is not as the plan says",
-				Description: "Needs root, to read the firewall. Changes nothing. Exits with 1 where something differs.",
+				Usage:       "list what differs from the plan",
+				Description: "Needs root, to read the firewall. Changes nothing. Exits with 1 if something differs, or if routes or rules of\nthis host keep the network from working.",
 				Flags:       []cli.Flag{planFlag(), &cli.BoolFlag{Name: "json", Usage: "print JSON"}},
 				Action:      func(c *cli.Context) error { return onNetwork(c, checkNetwork(c)) },
 			},
