@@ -189,10 +189,10 @@ func (d *doctor) user() {
 	}
 }
 
-// hiddenDirs are where the units of the plugin and the refresh see nothing, or something else: ProtectHome= and PrivateTmp=.
+// hiddenDirs are hidden from the plugin and the refresh by their units' ProtectHome= and PrivateTmp=.
 var hiddenDirs = []string{"/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/"}
 
-// secrets finds secrets of prebuilds that the plugin and the refresh cannot read, when they build an image.
+// secrets finds secrets that prebuilds need and that the plugin and the refresh cannot read.
 func (d *doctor) secrets() {
 	const check = "secrets"
 	var places []string
@@ -227,20 +227,20 @@ func (d *doctor) secrets() {
 				name = "FLEETINGD_VAR_" + place
 			}
 			d.warn(check, "systemctl edit gitlab-runner.service fleetingd-refresh.service # EnvironmentFile=… with "+name,
-				"a prebuild needs %s, and takes it from the environment of the services that build images; fleetingd run passes it on by itself", from)
+				"a prebuild needs %s and reads it from the environment of the services that build images; fleetingd run passes it on by itself", from)
 		case hidden:
 			d.fail(check, "move it to /etc/fleetingd or /run/secrets, and change the spec",
-				"a prebuild needs %s, and the services that build images do not see what lies there", place)
+				"a prebuild needs %s, which the services that build images cannot see", place)
 		case err != nil || a == nil:
-			d.warn(check, "systemd-sysusers, and try again", "a prebuild needs %s; whether user %s may read it can be tried once that user exists", place, user)
+			d.warn(check, "systemd-sysusers, then run doctor again", "a prebuild needs %s; user %s does not exist yet, so access cannot be checked", place, user)
 		case !d.machine.root:
-			d.warn(check, asRoot, "a prebuild needs %s; only root can try whether user %s may read it", place, user)
+			d.warn(check, asRoot, "a prebuild needs %s; only root can check whether user %s can read it", place, user)
 		default:
 			d.secretFile(check, a, place)
 		}
 	}
 	if len(d.found) == found {
-		d.ok(check, "user %s may read what the prebuilds need (%d)", user, len(places))
+		d.ok(check, "user %s can read all secrets of the prebuilds (%d)", user, len(places))
 	}
 }
 
@@ -250,7 +250,7 @@ func (d *doctor) secretFile(check string, a *account, file string) {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		d.fail(check, fmt.Sprintf("chgrp %s %s && chmod g+r %s", user, file, file),
-			"a prebuild needs %s, and user %s, who builds images, may not read it", file, user)
+			"a prebuild needs %s, which user %s cannot read", file, user)
 	case errors.Is(err, fs.ErrNotExist):
 		d.fail(check, "put the secret there", "a prebuild needs %s, which does not exist", file)
 	case err != nil:

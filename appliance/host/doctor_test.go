@@ -297,27 +297,27 @@ func TestDoctorFaults(t *testing.T) {
 			without(d, "/usr/lib/systemd/systemd-timesyncd")
 			withoutProgram(d, "chronyd")
 		}, "clock", StatusWarn, "not synchronised", "systemd-timesyncd"},
-		{"a prebuild's secret", func(d *doctor) { needsSecret(d, "file:/run/secrets/key") }, "secrets", StatusOK, "may read", ""},
+		{"a prebuild's secret", func(d *doctor) { needsSecret(d, "file:/run/secrets/key") }, "secrets", StatusOK, "can read all secrets", ""},
 		{"a prebuild's secret that is root's alone", func(d *doctor) {
 			needsSecret(d, "file:/run/secrets/key")
 			d.machine.readAs = func(*account, string) error { return refused }
-		}, "secrets", StatusFail, "may not read it", "chgrp fleetingd /run/secrets/key && chmod g+r"},
+		}, "secrets", StatusFail, "which user fleetingd cannot read", "chgrp fleetingd /run/secrets/key && chmod g+r"},
 		{"a prebuild's secret that does not exist", func(d *doctor) {
 			needsSecret(d, "file:/run/secrets/key")
 			d.machine.readAs = func(*account, string) error { return fs.ErrNotExist }
 		}, "secrets", StatusFail, "does not exist", "put the secret there"},
 		{"a prebuild's secret where services see nothing", func(d *doctor) { needsSecret(d, "file:/root/key") },
-			"secrets", StatusFail, "do not see", "/etc/fleetingd"},
+			"secrets", StatusFail, "cannot see", "/etc/fleetingd"},
 		{"a prebuild's secret in the environment", func(d *doctor) { needsSecret(d, "env:KEY") }, "secrets", StatusWarn, "env:KEY", "EnvironmentFile=… with KEY"},
 		{"a prebuild's secret in a variable", func(d *doctor) { needsSecret(d, "var:key") }, "secrets", StatusWarn, "var:key", "FLEETINGD_VAR_key"},
 		{"a prebuild's secret, and no user", func(d *doctor) {
 			needsSecret(d, "file:/run/secrets/key")
 			d.machine.account = func(string) (*account, error) { return nil, nil }
-		}, "secrets", StatusWarn, "once that user exists", "systemd-sysusers"},
+		}, "secrets", StatusWarn, "does not exist yet", "systemd-sysusers"},
 		{"a prebuild's secret, and not root", func(d *doctor) {
 			needsSecret(d, "file:/run/secrets/key")
 			d.machine.root = false
-		}, "secrets", StatusWarn, "only root can try", asRoot},
+		}, "secrets", StatusWarn, "only root can check", asRoot},
 		{"no runner", func(d *doctor) { withoutProgram(d, "gitlab-runner") }, "gitlab-runner", StatusFail, "not on PATH",
 			"script.deb.sh | bash && apt-get install -y gitlab-runner"},
 		{"no runner on Fedora", func(d *doctor) { withoutProgram(d, "gitlab-runner", "apt-get") },

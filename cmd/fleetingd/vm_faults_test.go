@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -135,8 +136,8 @@ func (l *lab) serve(dir string) string {
 	return "http://" + ln.Addr().String()
 }
 
-// TestFailingStep: a prebuild step that fails ends the run, is named, and shows its last lines. A secret that only root can read reaches
-// the guest all the same, and is neither shown nor kept on the host.
+// TestFailingStep: a prebuild step that fails ends the run, is named, and shows its last lines. Secrets that only root can read reach
+// the guest all the same. They are neither shown nor kept on the host, and no process of another user has them in its arguments or environment.
 func TestFailingStep(t *testing.T) {
 	l := newLab(t)
 	// The package mirror is outside of the namespace.
@@ -148,12 +149,16 @@ func TestFailingStep(t *testing.T) {
 		t.Fatal(err)
 	}
 	broken := strings.Replace(string(text), `"echo prebuilt > /etc/fleetingd-test"`,
-		`"test \"$(cat /etc/test-secret)\" = \"key=$(echo Q0FOQVJZLTA0Nw== | base64 -d)\"", "echo the cause of it >&2; cat /etc/test-secret; exit 42", "echo never"]
+		`"test \"$(cat /etc/test-secret)\" = \"key=$(echo Q0FOQVJZLTA0Nw== | base64 -d)\"; test \"$(cat /etc/test-env)\" = \"$(echo Q0FOQVJZLTA0OA== | base64 -d)\"", "echo the cause of it >&2; cat /etc/test-secret; exit 42", "echo never"]
     file "/etc/test-secret" {
       content = "key=${file("`+l.dir+`/secret")}"
       mode    = "0600"
     }
+    file "/etc/test-env" {
+      content = env("FLEETINGD_TEST_SECRET")
+    }
     packages = [`, 1)
+	t.Setenv("FLEETINGD_TEST_SECRET", "CANARY-048")
 	if err := os.WriteFile(filepath.Join(l.dir, "secret"), []byte("CANARY-047\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -161,9 +166,20 @@ func TestFailingStep(t *testing.T) {
 	if err := os.WriteFile(spec, []byte(broken), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	res := l.run(spec, "--", "true")
+	cmd, result := l.start(spec, "--", "true")
+	ended := make(chan struct{})
+	watched := make(chan map[string]bool)
+	go func() { watched <- watchProcesses(t, "CANARY", ended) }()
+	err = cmd.Wait()
+	close(ended)
+	seen := <-watched
+	res := result(err)
 	if res.code != 1 {
 		t.Errorf("exit code %d", res.code)
+	}
+	// What was started by /proc/self/exe is called exe by kernels before 6.14; a name has 15 bytes.
+	if !seen["fleetingd"] && !seen["exe"] || !seen["qemu-system-x86"] {
+		t.Errorf("the processes of the runtime user were not seen: %v", seen)
 	}
 	for _, want := range []string{"run[1]", "42", "the cause of it", "key=***"} {
 		if !strings.Contains(res.stderr, want) {
@@ -174,10 +190,42 @@ func TestFailingStep(t *testing.T) {
 		t.Error("the secret is shown")
 	}
 	// The disks' file may still hold what the guest wrote: every job may read it there, too.
-	if out, err := exec.Command("grep", "-rlF", "--exclude=disks.xfs", "CANARY-047", l.state).CombinedOutput(); len(out) > 0 {
+	if out, err := exec.Command("grep", "-rlF", "--exclude=disks.xfs", "CANARY-04", l.state).CombinedOutput(); len(out) > 0 {
 		t.Errorf("the secret is in: %s (%v)", out, err)
 	}
 	l.nothingLeft()
+}
+
+// watchProcesses looks for text in the arguments and environment of all processes that are not root's, until ended, and gives the names of
+// those processes.
+func watchProcesses(t *testing.T, text string, ended <-chan struct{}) map[string]bool {
+	seen := map[string]bool{}
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		dirs, err := filepath.Glob("/proc/[0-9]*")
+		if err != nil {
+			t.Error(err)
+		}
+		for _, dir := range dirs {
+			st, err := os.Stat(dir)
+			if err != nil || st.Sys().(*syscall.Stat_t).Uid == 0 {
+				continue
+			}
+			name, _ := os.ReadFile(filepath.Join(dir, "comm")) // it may have ended
+			seen[strings.TrimSpace(string(name))] = true
+			for _, file := range []string{"cmdline", "environ"} {
+				if b, _ := os.ReadFile(filepath.Join(dir, file)); bytes.Contains(b, []byte(text)) {
+					t.Errorf("the secret is in the %s of %s", file, name)
+				}
+			}
+		}
+		select {
+		case <-ended:
+			return seen
+		case <-tick.C:
+		}
+	}
 }
 
 const silentConfig = "FLEETINGD_TEST_SILENT"

@@ -34,8 +34,8 @@ func (l *loader) evalIn(expr hcl.Expression, ctx *hcl.EvalContext) (cty.Value, b
 		// Of a sensitive variable only text is known to stand somewhere; anything else would be computed with.
 		// Without a mark it is most often what an earlier finding has left unknown.
 		if holdsSecret(val) || !l.diags.HasErrors() && l.mentionsSecret(expr) {
-			l.errorf(expr.Range().Ptr(), "A secret that is no text", "Of a sensitive variable only text can be kept secret: "+
-				"declare it as a string. Numbers and booleans are written to the plan; take sensitive = true away from their variable.")
+			l.errorf(expr.Range().Ptr(), "Secret is not text", "Only text can be kept secret: declare the sensitive variable as a string. "+
+				"Numbers and booleans are written to the plan, so remove sensitive = true from their variable.")
 		}
 		return cty.DynamicVal, false
 	}

@@ -115,9 +115,9 @@ func noSecrets(name string, f function.Function) function.Function {
 func refuseSecrets(name string, args []cty.Value) error {
 	for i, a := range args {
 		if holdsSecret(a) {
-			return function.NewArgErrorf(i, "this is a secret, which is read only when it is written, so %s cannot work on it. Secrets can be put "+
-				"into templates, lists and maps, and into join, format with %%s, trimspace, chomp, jsonencode and base64encode. "+
-				"Store the secret as it is wanted, or each part of it in a file of its own", name)
+			return function.NewArgErrorf(i, "this is a secret, which is read only when it is written, so %s cannot work on it. Secrets can be used in "+
+				"templates, lists and maps, and with join, format (%%s), trimspace, chomp, jsonencode and base64encode. Otherwise store the secret "+
+				"in its final form, with one file for each part", name)
 		}
 	}
 	return nil

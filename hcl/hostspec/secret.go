@@ -21,10 +21,10 @@ import (
 	"github.com/zclconf/go-cty/cty/convert"
 )
 
-// A secret is never part of what an expression evaluates to. file() with an absolute path, env() and sensitive variables
-// give a token in its place, a word that only this loader can make and that templates and functions carry along.
-// Where an attribute takes secrets, its text is split at the tokens; everywhere else a token is a finding. A function
-// that would need the text itself refuses tokens (see noSecrets), so none is ever cut, compared or rewritten.
+// Expressions never evaluate to a secret. file() with an absolute path, env() and sensitive variables evaluate to a token
+// instead: a word that only this loader can make, and that templates and functions carry along. Where an attribute takes
+// secrets, its text is split at the tokens; everywhere else a token is a finding. Functions that need the text itself
+// refuse tokens (see noSecrets), so a token is never cut, compared or rewritten.
 
 // maxSecret is the size limit of a secret, in bytes: a bundle of certificates fits.
 const maxSecret = maxFile
@@ -314,7 +314,7 @@ func (t *tokens) account(v cty.Value) error {
 	var bad error
 	_ = cty.Walk(bare, func(_ cty.Path, v cty.Value) (bool, error) {
 		if t.inKey(v) {
-			bad = errors.New("a secret is a value, and no key of a map")
+			bad = errors.New("a secret cannot be a map key")
 		}
 		if v.Type() == cty.String && v.IsKnown() && !v.IsNull() {
 			for _, m := range t.syntax.FindAllStringSubmatch(v.AsString(), -1) {
@@ -342,12 +342,12 @@ func (t *tokens) account(v cty.Value) error {
 				if e, err := p.Path.Apply(bare); err == nil && e.Type() == cty.String && t.holds(e.AsString()) {
 					continue // an element of a sensitive map
 				}
-				return errors.New("of a sensitive variable only text can be kept secret. Declare it as a string, or as an object " +
-					"type that names its attributes; numbers, booleans and the keys of a map cannot be secret")
+				return errors.New("only text can be kept secret: declare the sensitive variable as a string, or as an object type with " +
+					"string attributes. Numbers, booleans and map keys cannot be secret")
 			case tokenMark:
 				if !found[int(m)] {
-					return errors.New("this depends on a secret without holding it. A secret is read only when it is written, so " +
-						"nothing can be decided by it. Declare an ordinary variable for the decision")
+					return errors.New("the value depends on a secret but does not contain it. A secret is read only when it is written, so " +
+						"nothing can depend on what it is. Use an ordinary variable for the decision")
 				}
 			}
 		}
@@ -560,8 +560,8 @@ func (l *loader) hideText(v *variable, val cty.Value, from string) cty.Value {
 		}})
 	}
 	if v.byDefault {
-		l.tokens.refuse(from, fmt.Errorf("the variable %q has its default, and a secret there could be read by all who can read the spec. "+
-			"Leave the default away, and set the variable with %s%s or --var-file", v.name, envVarPrefix, v.name))
+		l.tokens.refuse(from, fmt.Errorf("the variable %q has its default, which everyone who can read the spec can read. "+
+			"Omit the default, and set the variable with %s%s or --var-file", v.name, envVarPrefix, v.name))
 	}
 	secret := val.AsString()
 	return l.tokens.of(Secret{From: from, read: func() (string, error) {
@@ -632,8 +632,8 @@ func (l *loader) decides(expr hcl.Expression) bool {
 	if at == nil {
 		return false
 	}
-	l.errorf(at, "Nothing can be decided by a secret", "A secret is read only when it is written, after this has been evaluated. "+
-		"Declare an ordinary variable for the decision, or set the secret to what is wanted.")
+	l.errorf(at, "Condition depends on a secret", "A secret is read only when it is written, after this expression has been evaluated. "+
+		"Use an ordinary variable for the decision.")
 	return true
 }
 

@@ -64,7 +64,7 @@ runner "b" {
 runner "c" {
   pool  = pool.small # ERROR: has the pool "small" already
   url   = var.token # ERROR: The value comes from a secret
-  token = var.token # ERROR: has its default, and a secret there could be read
+  token = var.token # ERROR: has its default, which everyone who can read the spec can read
   settings = { environment = ["X=${local.secret}"] } # ERROR: The variable "token" has its default
 }
 
