@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -33,6 +34,7 @@ type cloudConfig struct {
 	SSHPwauth      bool        `yaml:"ssh_pwauth"`
 	DisableRoot    bool        `yaml:"disable_root"`
 	Users          []cloudUser `yaml:"users"`
+	BootCmd        [][]string  `yaml:"bootcmd,omitempty"`
 	WriteFiles     []cloudFile `yaml:"write_files,omitempty"`
 	RunCmd         [][]string  `yaml:"runcmd,omitempty"`
 }
@@ -135,8 +137,11 @@ func (s *Seed) cloudConfig() cloudConfig {
 		// "localhost" adds the name to 127.0.1.1's line and rewrites nothing else: without it sudo waits for DNS.
 		ManageEtcHosts: "localhost",
 		DisableRoot:    true,
-		Users:          []cloudUser{}, // not left out: cloud-init would then make the distribution's default user
+		Users:          []cloudUser{}, // never omitted: cloud-init would create the distribution's default user
 		RunCmd:         s.RunCmd,
+	}
+	if s.Network != nil {
+		c.BootCmd = s.Network.bootCmd()
 	}
 	for _, u := range s.Users {
 		user := cloudUser{
@@ -158,8 +163,36 @@ func (s *Seed) cloudConfig() cloudConfig {
 	return c
 }
 
-// config matches the interface by its MAC and leaves it its name: a rename can
-// fail when something has brought the link up already, and nobody asks for one.
+// keepGateways does for a guest whose network cloud-init sets up what the guest part does itself (keepGateway in
+// appliance/guest says what and why). Its arguments are the interface's MAC, then each address of the worker with its gateway. It
+// always succeeds: if the guest's ip(8) cannot do this, all else works.
+const keepGateways = `dev=$(ip -o link | sed -n "s/^[0-9]*: \\([^:@]*\\)[:@].* link\\/ether $1 .*/\\1/p" | head -n 1)
+shift
+while [ $# -ge 2 ]; do
+  case $1 in *:*) f=-6 ;; *) f=-4 ;; esac
+  ip $f route replace "$2" dev "$dev" proto kernel
+  ip $f rule show | grep -q not ||
+    { ip $f rule add not from "$1" to "$2" iif lo lookup local pref 0 protocol kernel && ip $f rule del pref 0 lookup local; }
+  shift 2
+done
+exit 0
+`
+
+// bootCmd runs at every boot, once the network is up.
+func (n *Network) bootCmd() [][]string {
+	cmd := []string{"sh", "-c", keepGateways, "keep-gateways", strings.ToLower(n.MAC)}
+	for _, g := range n.Gateways {
+		for _, a := range n.Addresses {
+			if a.Is4() == g.Is4() {
+				cmd = append(cmd, a.String(), g.String())
+			}
+		}
+	}
+	return [][]string{cmd}
+}
+
+// config matches the interface by its MAC and keeps its name: renaming can
+// fail once something has brought the link up, and nothing needs it.
 func (n *Network) config() networkConfig {
 	e := ethernet{
 		Match: match{n.MAC},
@@ -182,7 +215,7 @@ func (n *Network) config() networkConfig {
 		if g.Is6() {
 			to = "::/0"
 		}
-		// The gateway is outside of the address's own /32: it is to be found on the link without a route to it.
+		// The gateway is outside the address's own /32: it is on the link without a route to it.
 		e.Routes = append(e.Routes, route{To: to, Via: g.String(), OnLink: true})
 	}
 	for _, a := range n.DNS {

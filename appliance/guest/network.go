@@ -63,6 +63,61 @@ func applyNetwork(ctx context.Context, n *seed.Network, sysctl string) error {
 			return fmt.Errorf("set the default route via %s on %s: %w", g, name, err)
 		}
 	}
+	for _, g := range n.Gateways {
+		for _, a := range n.Addresses {
+			if a.Is4() != g.Is4() {
+				continue
+			}
+			if err := keepGateway(link, a, g); err != nil {
+				return fmt.Errorf("keep the way from %s to the gateway %s: %w", a, g, err)
+			}
+		}
+	}
+	return nil
+}
+
+// keepGateway keeps the worker's way back to its gateway, where its SSH sessions come from, whatever networks a job makes. It needs two
+// things:
+//
+// A route to the gateway alone. It is more specific than that of a bridge whose network covers the gateway. Docker also sees
+// it when it looks for a network that is free, and takes another one than this.
+//
+// A rule for local addresses that leaves out what the worker itself sends to the gateway ("iif lo"), instead of the kernel's
+// "0: from all lookup local", for a bridge that has the gateway's very address: 172.17.0.1, say, Docker's default.
+//
+//	0: not from WORKER to GATEWAY iif lo lookup local
+//
+// The kernel judges the source of what comes in by the same rules (fib_validate_source), so packets from the gateway are not
+// martians either. Containers reach the bridge's address as ever. It is one rule in the place of one, since the kernel puts
+// rules that name no priority, such as those of wg-quick, before the second in the list (fib_default_rule_pref).
+//
+// Both have the protocol "kernel": systemd-networkd removes those of others (networkd.conf(5), ManageForeignRoutes=).
+func keepGateway(link netlink.Link, worker, gateway netip.Addr) error {
+	family, scope := netlink.FAMILY_V6, netlink.SCOPE_UNIVERSE
+	if worker.Is4() {
+		family, scope = netlink.FAMILY_V4, netlink.SCOPE_LINK
+	}
+	route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(gateway), Scope: scope, Protocol: unix.RTPROT_KERNEL}
+	if err := netlink.RouteReplace(route); err != nil {
+		return fmt.Errorf("route to %s on %s: %w", gateway, link.Attrs().Name, err)
+	}
+	rule := netlink.NewRule()
+	rule.Family, rule.Priority, rule.Table, rule.Protocol = family, 0, unix.RT_TABLE_LOCAL, unix.RTPROT_KERNEL
+	rule.Invert, rule.IifName, rule.Src, rule.Dst = true, "lo", host(worker), host(gateway)
+	switch err := netlink.RuleAdd(rule); {
+	case errors.Is(err, unix.EEXIST):
+		return nil // this program was started again
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return nil // a kernel without CONFIG_IP_MULTIPLE_TABLES does without
+	case err != nil:
+		return fmt.Errorf("rule %s: %w", rule, err)
+	}
+	// The kernel's own. It is the first in the list that these fields describe; ours, the second, has them too.
+	own := netlink.NewRule()
+	own.Family, own.Priority, own.Table = family, 0, unix.RT_TABLE_LOCAL
+	if err := netlink.RuleDel(own); err != nil {
+		return fmt.Errorf("remove rule %s: %w", own, err)
+	}
 	return nil
 }
 
