@@ -261,9 +261,7 @@ func (r *jobRun) job(ctx context.Context, i fleeting.Instance) jobResult {
 	defer stderr.Close()
 	r.v.clear()
 	start := time.Now()
-	err = connector.Run(ctx, info, connector.ConnectorOptions{
-		RunOptions: connector.RunOptions{Command: shellCommand(r.req.Command), Stdout: stdout, Stderr: stderr},
-	})
+	err = newWorkerSession().run(ctx, info, connector.RunOptions{Command: shellCommand(r.req.Command), Stdout: stdout, Stderr: stderr})
 	r.v.add(Phase{Name: "command", Worker: i.ID(), Detail: i.ID(), Seconds: time.Since(start).Seconds()})
 	var exit *connector.ExitError
 	switch {
