@@ -391,17 +391,17 @@ func (s *section) settings(name string, to *map[string]any) {
 	}
 	*to = got.(map[string]any)
 	s.done(a)
-	s.noteKeys(a.Expr, name)
+	s.noteKeys(a.Expr, settingPath{name})
 	s.settingSecrets(*to, settingPath{name})
 }
 
 // noteKeys notes where the keys of a map are, and the elements of its lists, as far as they are written out.
-func (s *section) noteKeys(expr hcl.Expression, name string) {
+func (s *section) noteKeys(expr hcl.Expression, p settingPath) {
 	if elems, diags := hcl.ExprList(expr); !diags.HasErrors() {
 		for i, e := range elems {
-			name := fmt.Sprintf("%s[%d]", name, i)
-			s.l.attrs[attrKey{s.owner, name}] = attrInfo{rng: e.Range(), ok: true}
-			s.noteKeys(e, name)
+			at := p.to(fmt.Sprintf("[%d]", i))
+			s.l.attrs[attrKey{s.owner, at.id()}] = attrInfo{rng: e.Range(), ok: true}
+			s.noteKeys(e, at)
 		}
 	}
 	pairs, diags := hcl.ExprMap(expr)
@@ -410,9 +410,9 @@ func (s *section) noteKeys(expr hcl.Expression, name string) {
 	}
 	for _, pair := range pairs {
 		if key, diags := s.l.value(pair.Key, nil); !diags.HasErrors() && key.Type() == cty.String && key.IsKnown() && !key.IsNull() {
-			name := name + "." + key.AsString()
-			s.l.attrs[attrKey{s.owner, name}] = attrInfo{rng: pair.Key.Range(), ok: true, expr: pair.Value}
-			s.noteKeys(pair.Value, name)
+			at := p.to(key.AsString())
+			s.l.attrs[attrKey{s.owner, at.id()}] = attrInfo{rng: pair.Key.Range(), ok: true, expr: pair.Value}
+			s.noteKeys(pair.Value, at)
 		}
 	}
 }
@@ -422,7 +422,7 @@ func (s *section) noteKeys(expr hcl.Expression, name string) {
 func (s *section) settingSecrets(table map[string]any, at settingPath) {
 	for key, v := range table {
 		place := at.to(key)
-		info := s.l.attrs[attrKey{s.owner, place.String()}]
+		info := s.l.attrs[attrKey{s.owner, place.id()}]
 		if !isSecretSetting(place[1:]) {
 			if inner, ok := v.(map[string]any); ok {
 				s.settingSecrets(inner, place)

@@ -272,7 +272,7 @@ image "x" {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.suite == "" {
-				if got := findings(tt.opts, src); !strings.Contains(got, `"a=b" is no name of a Debian package`) {
+				if got := findings(tt.opts, src); !strings.Contains(got, `"a=b" is not the name of a Debian package`) {
 					t.Error(got)
 				}
 				return

@@ -14,11 +14,11 @@ import (
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 )
 
-// settingsCheck compares settings with what GitLab Runner reads. It ignores keys that it does not know without a word, and does not
-// start at all with a value of another type.
+// settingsCheck compares settings with what GitLab Runner reads. GitLab Runner silently ignores unknown keys, and refuses to
+// start on a value of the wrong type.
 //
-// What is known to be wrong is an error: a type, a key that belongs elsewhere, one in another spelling. A key that is
-// in no table is a warning only, even if it looks like a typo: GitLab adds keys, and nobody should have to wait for a fleetingd that knows them.
+// What is known to be wrong is an error: a type, a key in the wrong table, another spelling. A key in no table is only a
+// warning, even if it looks like a typo: GitLab adds keys, and must not have to wait for fleetingd.
 type settingsCheck struct {
 	l     *loader
 	owner any    // the struct that the settings belong to
@@ -32,10 +32,10 @@ func (l *loader) checkSettings(r *Runner) {
 	if !l.ok(r, "settings") {
 		return
 	}
-	c := settingsCheck{l: l, owner: r, attr: "settings", root: runnerSettings, what: "a runner's settings"}
+	c := settingsCheck{l: l, owner: r, attr: "settings", root: runnerSettings, what: "a [[runners]] section"}
 	c.table(nil, r.Settings, runnerSettings)
-	for key, s := range runnerSettings {
-		if _, ok := r.Settings[key]; ok && s.executor != "" && s.executor != r.Executor && l.ok(r, "executor") == l.given(r, "executor") {
+	for _, key := range slices.Sorted(maps.Keys(r.Settings)) {
+		if s := runnerSettings[key]; s.executor != "" && s.executor != r.Executor && l.ok(r, "executor") == l.given(r, "executor") {
 			l.warnf(c.at(settingPath{key}), "A setting without effect", "%s is for executor = %q, and this runner has %q: GitLab Runner does not use it.",
 				quote(key), s.executor, r.Executor)
 		}
@@ -52,16 +52,16 @@ func (l *loader) checkConnector(r *Runner, user string) {
 		l.errorf(l.placeOf(r, at), "Invalid settings", "%s is %s, but %s", quote(at[1:].String()), quote(text(key)), fmt.Sprintf(detail, args...))
 	}
 	if v := text("protocol"); v != "" && v != "ssh" {
-		bad("protocol", "workers are reached over SSH. Leave it out.")
+		bad("protocol", "workers are reached over SSH. Omit it.")
 	}
 	if v := text("os"); v != "" && v != "linux" {
-		bad("os", "workers run Linux. Leave it out.")
+		bad("os", "workers run Linux. Omit it.")
 	}
 	if static, _ := connector["use_static_credentials"].(bool); static {
 		return
 	}
 	if v := text("username"); v != "" && user != "" && v != user {
-		bad("username", "a worker's key is made for the image's user %q. Leave it out, or write user = %s in the image block.", user, strconv.Quote(v))
+		bad("username", "a worker's key is made for the image's user %q. Omit it, or write user = %s in the image block.", user, strconv.Quote(v))
 	}
 }
 
@@ -87,6 +87,9 @@ func (p settingPath) String() string {
 	return b.String()
 }
 
+// id names the path among a block's attributes: "cache.s3" as one key is another place than s3 in cache.
+func (p settingPath) id() string { return strings.Join(p, "\x00") }
+
 // to is the path of what is in it.
 func (p settingPath) to(step string) settingPath { return append(slices.Clip(p), step) }
 
@@ -110,7 +113,7 @@ func (p settingPath) nested(value string) string {
 // placeOf is where a setting is, or the nearest table around it. The path begins with the attribute's name.
 func (l *loader) placeOf(owner any, p settingPath) *hcl.Range {
 	for ; len(p) > 1; p = p[:len(p)-1] {
-		if at, ok := l.attrs[attrKey{owner, p.String()}]; ok {
+		if at, ok := l.attrs[attrKey{owner, p.id()}]; ok {
 			return &at.rng
 		}
 	}
@@ -186,11 +189,9 @@ func (c *settingsCheck) unknown(p settingPath, key string, value any, known sett
 		c.errorf(at, "%s", cure)
 		return
 	}
-	suggestion := ""
+	suggestion := "."
 	if near := nearest(key, slices.Collect(maps.Keys(known))); near != "" {
 		suggestion = fmt.Sprintf("; did you mean %q?", p.to(near).String())
-	} else {
-		suggestion = "."
 	}
 	c.warnf(at, "%s is not a setting of GitLab Runner %s%s GitLab Runner ignores unknown settings.", quote(at.String()), runnerVersion, suggestion)
 }
@@ -201,7 +202,7 @@ func (c *settingsCheck) elsewhere(p settingPath, key string, value any) string {
 		return c.dotted(p, key, value)
 	}
 	if len(p) == 0 && c.attr == "settings" && (key == "runners" || key == "settings") {
-		return fmt.Sprintf("settings is the [[runners]] section itself. Take %s = { … } away from around its settings.", key)
+		return fmt.Sprintf("settings is the [[runners]] section itself. Write its settings without %s = { … } around them.", key)
 	}
 	is := fmt.Sprintf("%s is not a setting of %s.", quote(p.to(key).String()), c.tableName(p))
 	if places := placesOf(c.root, nil, key); len(places) > 0 {
@@ -214,17 +215,30 @@ func (c *settingsCheck) elsewhere(p settingPath, key string, value any) string {
 		}
 		return fmt.Sprintf("%s Write %s.", is, strings.Join(ways, " or "))
 	}
+	if cure := replacement(runnerSettings, key); cure != "" {
+		return fmt.Sprintf("%s may not have %s: %s.", c.attr, quote(p.to(key).String()), cure)
+	}
 	if c.attr == "settings" {
 		if places := placesOf(globalSettings, nil, key); len(places) > 0 {
 			return fmt.Sprintf("%s It is global in config.toml. Write gitlab_runner { %s } in the host block.", is, places[0].nested("…"))
 		}
 		return ""
 	}
-	if s := runnerSettings[key]; s.ours != "" {
-		return fmt.Sprintf("gitlab_runner may not have %s: %s.", quote(key), s.ours)
-	}
 	if places := placesOf(runnerSettings, nil, key); len(places) > 0 {
 		return fmt.Sprintf("%s It belongs to each runner. Write settings = { %s } in the runner block.", is, places[0].nested("…"))
+	}
+	return ""
+}
+
+// replacement is what to write instead of a setting that the spec has its own words for, wherever it was written.
+func replacement(known settings, key string) string {
+	if s := known[key]; s.ours != "" {
+		return s.ours
+	}
+	for _, name := range slices.Sorted(maps.Keys(known)) {
+		if cure := replacement(known[name].keys, key); cure != "" {
+			return cure
+		}
 	}
 	return ""
 }
@@ -237,7 +251,7 @@ func (c *settingsCheck) tableName(p settingPath) string {
 	return quote(p.String())
 }
 
-// dotted is the cure for a key such as "cache.s3" or "runners.cache.s3": HCL and TOML have tables for that.
+// dotted is the cure for a key such as "cache.s3" or "runners.cache.s3", where a table is needed.
 func (c *settingsCheck) dotted(p settingPath, key string, value any) string {
 	shown := "…"
 	if _, table := value.(map[string]any); table {
@@ -259,7 +273,7 @@ func (c *settingsCheck) dotted(p settingPath, key string, value any) string {
 	return fmt.Sprintf("A key names one setting, and %s has a dot. Write nested tables, such as cache = { s3 = { … } }.", quote(key))
 }
 
-// find is the setting at a path.
+// find returns the setting at a path.
 func find(known settings, p settingPath) (setting, bool) {
 	s, ok := known[p[0]]
 	if !ok || len(p) == 1 {
@@ -268,7 +282,7 @@ func find(known settings, p settingPath) (setting, bool) {
 	return find(s.keys, p[1:])
 }
 
-// placesOf are the paths of the settings with a name, those higher up first. Rarely used tables are left out.
+// placesOf returns the paths of the settings with a name, the shortest first. It leaves out rarely used tables.
 func placesOf(known settings, p settingPath, name string) []settingPath {
 	var places []settingPath
 	if s, ok := known[name]; ok && s.ours == "" {
@@ -364,7 +378,11 @@ func (c *settingsCheck) text(p settingPath, value any, s setting) {
 		case s.values != nil && !slices.Contains(s.values, v):
 			c.errorf(p, "%s must be one of %s; got %s%s.", quote(p.String()), quotedList(nonEmpty(s.values)), quote(v), didYouMean(v, s.values))
 		case s.kind == kindAddress:
-			if host, port, err := net.SplitHostPort(v); err != nil || !isPort(port) || strings.Contains(host, "/") {
+			address := v
+			if s.portless && !strings.Contains(strings.Trim(v, "[]"), ":") && v != "" {
+				address += ":1"
+			}
+			if host, port, err := net.SplitHostPort(address); err != nil || !isPort(port) || strings.Contains(host, "/") {
 				c.errorf(p, "%s must be an address with a port; got %s. %s", quote(p.String()), quote(v), p.write(`"127.0.0.1:9252" or ":9252", for example`))
 			}
 		}

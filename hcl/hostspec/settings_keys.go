@@ -1,6 +1,6 @@
 package hostspec
 
-// kind is the type that GitLab Runner reads a setting as. It starts with no other.
+// kind is the type of a setting in config.toml. GitLab Runner refuses to start on any other.
 type kind int
 
 const (
@@ -24,6 +24,7 @@ type setting struct {
 	kind     kind
 	elem     *setting // of a list or map
 	keys     settings // of a table
+	portless bool     // an address may lack its port
 	values   []string // the only texts that are taken, if not nil
 	least    int64    // of a whole number, if not 0
 	secret   bool     // whoever can read the value can use it: a literal is refused, and none is ever shown
@@ -59,7 +60,7 @@ func wordsFor(cure string) setting { return setting{kind: kindAny, ours: cure} }
 
 // foreign is the table of an executor that runners here never have.
 func foreign(executor string) setting {
-	return wordsFor("it belongs to the " + executor + " executor; pools take its place, so leave it out")
+	return wordsFor("it belongs to the " + executor + " executor; pools replace it, so omit it")
 }
 
 const atGitLab = "it is set in GitLab, where the runner was created"
@@ -91,7 +92,7 @@ var globalSettings = settings{
 		}),
 	}),
 	"labels":         textMapSetting,
-	"listen_address": addressSetting,
+	"listen_address": {kind: kindAddress, portless: true}, // 9252 then
 	"log_format":     oneOfTexts("runner", "text", "json"),
 	"log_level":      oneOfTexts("debug", "info", "warn", "error", "fatal", "panic", "trace", "warning"),
 	"machine":        foreign("docker+machine"),

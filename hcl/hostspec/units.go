@@ -126,6 +126,9 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
 	switch {
 	case err != nil:
+		if host, _, _ := strings.Cut(s, "/"); hostSyntax.MatchString(strings.ToLower(host)) && strings.ContainsFunc(host, isLetter) {
+			return netip.Prefix{}, errors.New(`a rule is for addresses, and names are not resolved: write the name's addresses, such as "203.0.113.7/32"`)
+		}
 		return netip.Prefix{}, errors.New(`a network is written as "10.0.0.0/24" or "fd00::/64"`)
 	case p.Addr().Is4In6():
 		return netip.Prefix{}, errors.New("an IPv4 network is written without ::ffff:")
@@ -138,6 +141,8 @@ func parsePrefix(s string) (netip.Prefix, error) {
 
 var portSyntax = regexp.MustCompile(`^([a-z]+)/([0-9]{1,5})(?:-([0-9]{1,5}))?$`)
 
+func isLetter(r rune) bool { return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' }
+
 // parsePorts reads "tcp/443" or "udp/5000-5010".
 func parsePorts(s string) (PortRange, error) {
 	m := portSyntax.FindStringSubmatch(s)
@@ -145,7 +150,7 @@ func parsePorts(s string) (PortRange, error) {
 		return PortRange{}, fmt.Errorf(`a port is written as "tcp/443", a range as "tcp/9000-9001"%s`, guessPort(s))
 	}
 	if m[1] != "tcp" && m[1] != "udp" {
-		return PortRange{}, fmt.Errorf("ports are tcp or udp, not %s: write %q, or leave ports away for every protocol", m[1], "tcp/"+m[2])
+		return PortRange{}, fmt.Errorf("ports are tcp or udp, not %s: write %q, or leave ports out for every protocol", m[1], "tcp/"+m[2])
 	}
 	first, _ := strconv.Atoi(m[2])
 	last := first
@@ -161,24 +166,42 @@ func parsePorts(s string) (PortRange, error) {
 	return PortRange{Protocol: m[1], First: uint16(first), Last: uint16(last)}, nil
 }
 
-// guessPort turns 443, 443/tcp and tcp:443 round.
+// services are names that people write for ports.
+var services = map[string]string{
+	"dns": "udp/53", "domain": "udp/53", "ftp": "tcp/21", "git": "tcp/9418", "http": "tcp/80", "https": "tcp/443", "ldap": "tcp/389", "ldaps": "tcp/636",
+	"ntp": "udp/123", "smtp": "tcp/25", "ssh": "tcp/22",
+}
+
+// guessPort is what 443, 443/tcp, tcp:443, https or tcp/80,443 was meant to be.
 func guessPort(s string) string {
-	fields := strings.FieldsFunc(strings.ToLower(s), func(r rune) bool { return strings.ContainsRune("/: ", r) })
-	proto, port := "tcp", ""
-	for _, f := range fields {
+	s = strings.ToLower(s)
+	if port := services[s]; port != "" {
+		return fmt.Sprintf(": write %q", port)
+	}
+	if strings.HasPrefix(s, "icmp") {
+		return ": ICMP has none. Leave ports out for every protocol"
+	}
+	proto := "tcp"
+	var ports []string
+	for _, f := range strings.FieldsFunc(s, func(r rune) bool { return strings.ContainsRune("/:, ", r) }) {
 		switch {
 		case f == "tcp" || f == "udp":
 			proto = f
-		case port == "" && strings.Trim(f, "0123456789-") == "":
-			port = f
+		case strings.Trim(f, "0123456789-") == "":
+			ports = append(ports, f)
 		default:
 			return ""
 		}
 	}
-	if port == "" || !portSyntax.MatchString(proto+"/"+port) {
+	for i, port := range ports {
+		if ports[i] = fmt.Sprintf("%q", proto+"/"+port); !portSyntax.MatchString(proto + "/" + port) {
+			return ""
+		}
+	}
+	if len(ports) == 0 {
 		return ""
 	}
-	return fmt.Sprintf(": write %q", proto+"/"+port)
+	return ": write " + strings.Join(ports, ", ")
 }
 
 // formatSize is bytes as they are written in a spec.

@@ -418,7 +418,13 @@ func (l *loader) validateEgress(e *Egress, n *Network) {
 	if !egressSyntax.MatchString(e.Name) || len(e.Name) > maxHost {
 		l.errorf(l.at(e, "label"), "Invalid name", "%s cannot be an egress block's name: use at most %d letters, digits, - _ and dots.", quote(e.Name), maxHost)
 	}
-	l.oneOf(e, "action", e.Action, "allow", "deny")
+	// What other firewalls call it.
+	synonym := map[string]string{"accept": "allow", "pass": "allow", "permit": "allow", "block": "deny", "drop": "deny", "reject": "deny"}[strings.ToLower(e.Action)]
+	if l.ok(e, "action") && synonym != "" {
+		l.errorf(l.at(e, "action"), "Invalid action", "action must be \"allow\" or \"deny\"; got %s. Write action = %q.", quote(e.Action), synonym)
+	} else {
+		l.oneOf(e, "action", e.Action, "allow", "deny")
+	}
 	for _, name := range []string{"to", "ports"} {
 		if l.ok(e, name) && (name == "to" && len(e.To) == 0 || name == "ports" && len(e.Ports) == 0) {
 			l.errorf(l.at(e, name), "Invalid "+name, "An empty list matches nothing. Leave %s away to match everything.", name)

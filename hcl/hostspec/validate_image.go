@@ -192,12 +192,34 @@ func lastOf(byNumber map[string]string) string {
 	return ""
 }
 
+// packageCure says what was meant.
+func packageCure(p string) string {
+	words := strings.Fields(strings.ToLower(p))
+	for _, word := range words {
+		if !packageSyntax.MatchString(word) {
+			return `Write each package by itself, such as ["git", "podman"].`
+		}
+	}
+	if len(words) == 0 {
+		return "Leave it out."
+	}
+	return "Write " + strings.Join(quoteAll(words), ", ") + "."
+}
+
+func quoteAll(words []string) []string {
+	quoted := make([]string, len(words))
+	for i, w := range words {
+		quoted[i] = strconv.Quote(w)
+	}
+	return quoted
+}
+
 func (l *loader) checkPackages(owner any, packages []string) {
 	seen := map[string]bool{}
 	for i, p := range packages {
 		at := l.atElem(owner, "packages", i)
 		if !packageSyntax.MatchString(p) {
-			l.errorf(at, "Invalid packages", "%s is no name of a Debian package. Write each package by itself, such as [\"git\", \"podman\"].", quote(p))
+			l.errorf(at, "Invalid packages", "%s is not the name of a Debian package. %s", quote(p), packageCure(p))
 		} else if seen[p] {
 			l.warnf(at, "Named twice", "The package %s is in the list twice.", p)
 		}

@@ -11,7 +11,7 @@ image "two" { # ERROR: has the sources "ubuntu" and "debian". Keep one
   }
   debian {
     suite    = "Debian 13" # ERROR: is no code name. Write one in lower case, such as "trixie"
-    packages = ["git curl", "-o=x"] # ERROR: "git curl" is no name of a Debian package && ERROR: "-o=x" is no name
+    packages = ["git curl", "-o=x"] # ERROR: "git curl" is not the name of a Debian package. Write "git", "curl". && ERROR: "-o=x" is not the name
     mirror   = "ftp://mirror" # ERROR: does not begin with https:// or http://
     arch     = "x86_64" # ERROR: "x86_64" is no arch. Write one of "amd64", "arm64" and "riscv64"
   }

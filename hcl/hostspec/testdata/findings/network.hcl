@@ -78,6 +78,17 @@ host "g" {
 }
 
 # What others take by default; the proposal leaves out what the spec itself names.
+host "cures" {
+  egress_interface = "eno1"
+  network {
+    egress "x" {
+      action = "drop" # ERROR: action must be "allow" or "deny"; got "drop". Write action = "deny".
+      to     = ["gitlab.example.com", "gitlab/32"] # ERROR: "gitlab.example.com": a rule is for addresses, and names are not resolved && ERROR: "gitlab/32": a rule is for addresses
+      ports  = [443, "https", "tcp/80,443", "dns", "icmp", "80 udp/90", "what"] # ERROR: "443": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: "https": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: write "tcp/80", "tcp/443" && ERROR: write "udp/53" && ERROR: ICMP has none. Leave ports out for every protocol && ERROR: write "udp/80", "udp/90" && ERROR: "what": a port is written as "tcp/443", a range as "tcp/9000-9001".
+    }
+  }
+}
+
 host "h" {
   egress_interface = "eno1"
   network {

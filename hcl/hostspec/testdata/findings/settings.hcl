@@ -92,7 +92,7 @@ runner "types" {
       instance_life_duration_buckets = [1, 2.5, "5"] # ERROR: "autoscaler.instance_life_duration_buckets[2]" must be a number; got the string "5". Write 5 in its place.
       scale_throttle   = { limit = 2, burst = "10" } # ERROR: "autoscaler.scale_throttle.burst" must be a whole number; got the string "10". Write burst = 10.
       connector_config = {
-        username = "gitlab"              # ERROR: "autoscaler.connector_config.username" is "gitlab", but a worker's key is made for the image's user "ci". Leave it out, or write user = "gitlab" in the image block.
+        username = "gitlab"              # ERROR: "autoscaler.connector_config.username" is "gitlab", but a worker's key is made for the image's user "ci". Omit it, or write user = "gitlab" in the image block.
         protocol = "winrm"               # ERROR: but workers are reached over SSH
         os       = "windows"             # ERROR: but workers run Linux
         password = "hunter2"             # ERROR: "autoscaler.connector_config.password" is a secret
@@ -115,7 +115,8 @@ runner "places" {
     runners            = {}              # ERROR: settings is the [[runners]] section itself
     listen_address     = ":9252"         # ERROR: It is global in config.toml. Write gitlab_runner { listen_address = … } in the host block.
     session_timeout    = 1800            # ERROR: Write gitlab_runner { session_server = { session_timeout = … } } in the host block.
-    privileged         = true            # ERROR: "privileged" is not a setting of a runner's settings. Write docker = { privileged = … }.
+    privileged         = true            # ERROR: "privileged" is not a setting of a [[runners]] section. Write docker = { privileged = … }.
+    max_instances      = 4               # ERROR: settings may not have "max_instances": write max_instances = … in the pool block.
     BucketName         = "x"             # ERROR: Write cache = { gcs = { BucketName = … } } or cache = { s3 = { BucketName = … } }.
     tags               = ["a"]           # ERROR: settings may not have "tags": it is set in GitLab, where the runner was created.
     kubernetes         = { bearer_token = "x" } # ERROR: settings may not have "kubernetes": it belongs to the kubernetes executor && ERROR: "kubernetes.bearer_token" is a secret
