@@ -2,7 +2,6 @@ package host
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/fleetingd/fleetingd/appliance/netrange"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
@@ -340,7 +340,7 @@ func (d *doctor) subnet(h *have, n *network) {
 		return
 	}
 	cure := "write another subnet in the spec's network block"
-	if free, ok := freeSubnet(d.plan, d.machine.network); ok {
+	if free, ok := d.freeSubnet(); ok {
 		cure = fmt.Sprintf("write subnet = %q in the spec's network block; it is free on this host", free)
 	}
 	d.fail(check, cure, "%v", errors.Join(errs...))
@@ -349,15 +349,16 @@ func (d *doctor) subnet(h *have, n *network) {
 // freeNow reports a subnet that no route overlaps. It may be one that other software takes as soon as it is installed.
 func (d *doctor) freeNow(check string) {
 	subnet := d.plan.Network.Subnet
-	if !slices.ContainsFunc(defaultRanges, subnet.Overlaps) {
+	takers := netrange.Takers(subnet)
+	if len(takers) == 0 {
 		d.ok(check, "no route overlaps %s", subnet)
 		return
 	}
 	cure := "write another subnet in the spec's network block"
-	if free, ok := freeSubnet(d.plan, d.machine.network); ok {
+	if free, ok := d.freeSubnet(); ok {
 		cure = fmt.Sprintf("write subnet = %q in the spec's network block; it is free on this host", free)
 	}
-	d.warn(check, cure, "no route overlaps %s, but Docker or other common software takes it by default, on this host or in a worker", subnet)
+	d.warn(check, cure, "no route overlaps %s, but %s may take it by default, on this host or in a worker", subnet, strings.Join(takers, ", "))
 }
 
 // workerRoutes looks at the routes of a network that is up.
@@ -439,47 +440,26 @@ func (d *doctor) onlyIPv6(h *have) bool {
 	return !slices.ContainsFunc(internet4, reaches) && slices.ContainsFunc(internet6, reaches)
 }
 
-// freeSubnet is a network of the plan's size in a private range (RFC 1918) that nobody takes by default and no route overlaps.
-func freeSubnet(p *plan.Plan, survey func(*plan.Plan) (*have, error)) (netip.Prefix, bool) {
-	bits := p.Network.Subnet.Bits()
-	try := *p
+// freeSubnet is a network of the plan's size that nobody takes by default and no route overlaps.
+func (d *doctor) freeSubnet() (netip.Prefix, bool) {
+	try := *d.plan
 	try.Network.Subnet6 = nil
-	for _, pool := range subnetPools {
-		if bits < pool.Bits() {
-			continue
-		}
-		// One look is enough for all of the pool: what matters of a route depends on the subnet, so it is as wide as the pool here.
-		try.Network.Subnet = pool
-		h, err := survey(&try)
-		if err != nil {
-			return netip.Prefix{}, false
-		}
-		first := binary.BigEndian.Uint32(pool.Addr().AsSlice())
-		step := uint32(1) << max(32-bits, 12) // of 4,096 addresses or more: a finer search finds little more
-		for i := range min(1<<(32-pool.Bits())/step, 1024) {
-			try.Network.Subnet = netip.PrefixFrom(netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, first+i*step))), bits)
-			try.Network.Gateway = try.Network.Subnet.Addr().Next()
-			taken := slices.ContainsFunc(defaultRanges, try.Network.Subnet.Overlaps)
-			if !taken && len((&network{plan: &try}).overlaps(h)) == 0 {
-				return try.Network.Subnet, true
+	// One look at the host is enough for each private range (RFC 1918): which routes it returns depends on the subnet.
+	seen := map[netip.Prefix]*have{}
+	return netrange.Free(d.plan.Network.Subnet.Bits(), func(p netip.Prefix) bool {
+		wide := netip.PrefixFrom(p.Addr(), 8).Masked()
+		h := seen[wide]
+		if h == nil {
+			try.Network.Subnet = wide
+			var err error
+			if h, err = d.machine.network(&try); err != nil {
+				return true
 			}
+			seen[wide] = h
 		}
-	}
-	return netip.Prefix{}, false
-}
-
-// subnetPools are where freeSubnet looks, in this order.
-var subnetPools = []netip.Prefix{
-	netip.MustParsePrefix("172.16.0.0/16"), netip.MustParsePrefix("10.64.0.0/10"), netip.MustParsePrefix("10.128.0.0/9"),
-	netip.MustParsePrefix("10.0.0.0/10"),
-}
-
-// defaultRanges are taken by common software unless it is told otherwise.
-var defaultRanges = []netip.Prefix{
-	// Docker's default_address_pools (172.17.0.0/16 to 172.31.0.0/16 and 192.168.0.0/16), libvirt, home routers
-	netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("172.18.0.0/15"), netip.MustParsePrefix("172.20.0.0/14"),
-	netip.MustParsePrefix("172.24.0.0/13"), netip.MustParsePrefix("192.168.0.0/16"),
-	netip.MustParsePrefix("10.42.0.0/15"), netip.MustParsePrefix("10.88.0.0/16"), // k3s, Podman
+		try.Network.Subnet, try.Network.Gateway = p, p.Addr().Next()
+		return len((&network{plan: &try}).overlaps(h)) > 0
+	})
 }
 
 func (d *doctor) sysctls() {

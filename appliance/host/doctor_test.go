@@ -246,7 +246,24 @@ func TestDoctorFaults(t *testing.T) {
 		{"subnet in use", func(d *doctor) {
 			d.machine.network = func(*plan.Plan) (*have, error) { return network1("172.16.0.0/16"), nil }
 		},
-			"subnet", StatusFail, "overlaps route 172.16.0.0/16 on eno1 in table main", `subnet = "10.64.0.0/22"`},
+			"subnet", StatusFail, "overlaps route 172.16.0.0/16 on eno1 in table main", `subnet = "10.2.0.0/22"`},
+		{"Docker's subnet", func(d *doctor) { d.plan.Network.Subnet = netip.MustParsePrefix("172.17.8.0/22") },
+			"subnet", StatusWarn, "Docker may take it by default", `subnet = "172.16.120.0/22"`},
+		{"Docker's subnet, and the usual one is in use", func(d *doctor) {
+			d.plan.Network.Subnet = netip.MustParsePrefix("192.168.16.0/20")
+			d.machine.network = func(*plan.Plan) (*have, error) { return network1("172.16.112.0/20"), nil }
+		}, "subnet", StatusWarn, "Docker may take it by default", `subnet = "172.16.0.0/20"`},
+		{"only IPv6, and resolvers of IPv4 only", func(d *doctor) {
+			h := network1("10.0.2.0/24")
+			h.routes = []netlink.Route{{Family: unix.AF_INET6, LinkIndex: 2, Gw: net.ParseIP("2001:db8::1")}}
+			d.machine.network = func(*plan.Plan) (*have, error) { return h, nil }
+		}, "dns", StatusWarn, "resolvers are IPv4 only, and this host reaches the internet by IPv6 only (1.1.1.3: no route)", `subnet6 = "fd7e:1ee7::/64" and dns`},
+		{"resolvers that nobody routes to", func(d *doctor) {
+			h := network1("10.0.2.0/24")
+			_, dst, _ := net.ParseCIDR("1.0.0.0/8")
+			h.routes = append(h.routes, netlink.Route{Family: unix.AF_INET, Dst: dst, Type: unix.RTN_BLACKHOLE})
+			d.machine.network = func(*plan.Plan) (*have, error) { return h, nil }
+		}, "dns", StatusWarn, "1.1.1.3: blackhole 1.0.0.0/8 in table main", "dns"},
 		{"no netlink", func(d *doctor) {
 			d.machine.network = func(*plan.Plan) (*have, error) { return nil, errors.New("no netlink") }
 		},
