@@ -327,7 +327,12 @@ func Troubles(p *plan.Plan, slots []plan.Slot) ([]Trouble, error) {
 	if err != nil {
 		return nil, fmt.Errorf("network: %w", err)
 	}
-	return n.troubles(h, slots, ask)
+	sockets, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("network: netlink: %w", err)
+	}
+	defer sockets.Close()
+	return n.troubles(h, slots, func(f flow, index int) (int, error) { return askBy(sockets, f, index) })
 }
 
 // troubles explains what ask, the kernel, answers by what have says.
