@@ -15,12 +15,6 @@ import (
 	"time"
 )
 
-// Port is the vsock port and PortName the virtio-serial port of the channel.
-const (
-	Port     = 7071
-	PortName = "dev.fleetingd.guest"
-)
-
 // ExportSerial is the serial number of the empty raw disk that a prebuild VM is given for Seal:
 // the guest writes the image's kernel and initrd onto it. ExportSize is enough for any.
 const (

@@ -11,10 +11,12 @@ import (
 	"time"
 
 	"github.com/mdlayher/vsock"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
 // openChannel opens the guest's end of the channel: the virtio-serial port of
-// the name PortName, or else a vsock connection to the host. It tries until ctx ends: a driver may come later than we
+// the name plan.GuestPort, or else a vsock connection to the host. It tries until ctx ends: a driver may come later than we
 // do. A host that does not listen is asked every 10 s at last, so that an idle worker is left idle.
 func openChannel(ctx context.Context) (io.ReadWriteCloser, error) {
 	wait := 5 * time.Millisecond
@@ -34,7 +36,7 @@ func openChannel(ctx context.Context) (io.ReadWriteCloser, error) {
 	}
 }
 
-var errNoDevice = errors.New("there is neither a virtio-serial port " + PortName + " nor a vsock device")
+var errNoDevice = errors.New("there is neither a virtio-serial port " + plan.GuestPort + " nor a vsock device")
 
 func tryChannel() (io.ReadWriteCloser, error) {
 	if dev, err := findPort("/sys/class/virtio-ports"); err == nil {
@@ -43,7 +45,7 @@ func tryChannel() (io.ReadWriteCloser, error) {
 	if _, err := os.Stat("/dev/vsock"); err != nil {
 		return nil, errNoDevice
 	}
-	return vsock.Dial(vsock.Host, Port, nil)
+	return vsock.Dial(vsock.Host, plan.GuestVsock, nil)
 }
 
 // findPort finds the port's device by its name in sysfs: udev's link in /dev/virtio-ports comes later, or never.
@@ -53,7 +55,7 @@ func findPort(class string) (string, error) {
 		return "", err
 	}
 	for _, p := range names {
-		if b, err := os.ReadFile(p); err == nil && strings.TrimSpace(string(b)) == PortName {
+		if b, err := os.ReadFile(p); err == nil && strings.TrimSpace(string(b)) == plan.GuestPort {
 			return filepath.Join("/dev", filepath.Base(filepath.Dir(p))), nil
 		}
 	}

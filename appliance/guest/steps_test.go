@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/need"
+	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/seed"
 )
 
@@ -217,7 +218,7 @@ func TestRunStepFile(t *testing.T) {
 }
 
 func TestFindPort(t *testing.T) {
-	class := tree(t, map[string]string{"vport1p1/name": "org.qemu.guest_agent.0\n", "vport2p7/name": PortName + "\n"})
+	class := tree(t, map[string]string{"vport1p1/name": "org.qemu.guest_agent.0\n", "vport2p7/name": plan.GuestPort + "\n"})
 	if dev, err := findPort(class); err != nil || dev != "/dev/vport2p7" {
 		t.Errorf("%q, %v", dev, err)
 	}

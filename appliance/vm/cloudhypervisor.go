@@ -27,8 +27,8 @@ const (
 	chEventPipe   = "events"
 )
 
-// chGuestSocket is where Cloud Hypervisor connects to when its guest connects to GuestVsock on the host.
-var chGuestSocket = fmt.Sprintf("%s_%d", chVsockSocket, GuestVsock)
+// chGuestSocket is where Cloud Hypervisor connects to when its guest connects to plan.GuestVsock on the host.
+var chGuestSocket = fmt.Sprintf("%s_%d", chVsockSocket, plan.GuestVsock)
 
 var chFiles = []string{chSocket, chSocketLock, chVsockSocket, chGuestSocket, chEventPipe}
 

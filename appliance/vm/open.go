@@ -12,14 +12,6 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// GuestPort is the name of the guest channel's virtio-serial port, and GuestVsock
-// the vsock port on the host (CID 2) that the guest connects to where the VMM has
-// vsock. Package guest, which may not be imported here, has the same.
-const (
-	GuestPort  = "dev.fleetingd.guest"
-	GuestVsock = 7071
-)
-
 // Open returns the driver that a plan asks for. It looks at nothing yet: that is Probe.
 func Open(h plan.Hypervisor, log *slog.Logger) (Driver, error) {
 	switch h.Driver {

@@ -292,7 +292,7 @@ func (q *qemu) devices(cfg Config) ([]string, error) {
 	errs = append(errs,
 		object("-device", map[string]any{"driver": "virtio-serial-pci", "id": "serial"}),
 		object("-device", map[string]any{
-			"driver": "virtserialport", "bus": "serial.0", "chardev": "guest", "name": GuestPort,
+			"driver": "virtserialport", "bus": "serial.0", "chardev": "guest", "name": plan.GuestPort,
 		}),
 		object("-object", map[string]any{"qom-type": "rng-builtin", "id": "rng"}),
 		object("-device", map[string]any{"driver": "virtio-rng-pci", "rng": "rng"}),

@@ -34,7 +34,7 @@ var mayImport = []struct {
 	{pkg: "appliance/host", own: []string{"appliance/netrange", "appliance/plan", "appliance/state"}},
 	{pkg: "appliance/apply", own: []string{"appliance/plan", "appliance/state", "appliance/host"}},
 	{pkg: "appliance/vm", own: []string{"appliance/plan", "appliance/state"}},
-	{pkg: "appliance/guest", own: []string{"seed"}},
+	{pkg: "appliance/guest", own: []string{"seed", "appliance/plan"}},
 	{pkg: "appliance/image", own: []string{"appliance/plan", "seed", "appliance/state", "appliance/vm", "appliance/guest"}},
 	{pkg: "appliance/fleet", own: []string{
 		"appliance/plan", "appliance/state", "seed", "appliance/vm", "appliance/guest", "appliance/image"}},
