@@ -199,6 +199,7 @@ func (g *Group) init(ctx context.Context) error {
 		if err := g.opts.Predecessor.Up(ctx, p); err != nil {
 			return err
 		}
+		g.log.Info("workers are ready when they are called running: instance_ready_command (cloud-init status --wait) can be removed from config.toml")
 	}
 	driver, err := g.canStart(ctx, p)
 	if err := errors.Join(err, g.makeFolders(p)); err != nil {

@@ -2,6 +2,7 @@ package guest
 
 import (
 	"bytes"
+	_ "embed"
 	"errors"
 	"os"
 	"path/filepath"
@@ -116,6 +117,7 @@ func (s *sealer) shortenBoot() error {
 		// Python, four times one after the other before sshd: more than half of a plain boot. The file is cloud-init's own
 		// switch (https://docs.cloud-init.io/en/latest/howto/disable_cloud_init.html).
 		errs = append(errs, s.write("etc/cloud/cloud-init.disabled", "by fleetingd: the guest part applies a worker's seed\n"))
+		errs = append(errs, s.answerCloudInit())
 		for unit := range slowStatics {
 			errs = append(errs, s.mask(unit))
 		}
@@ -142,6 +144,27 @@ func (s *sealer) shortenBoot() error {
 		}
 	}
 	return errors.Join(append(errs, s.updateDone())...)
+}
+
+// cloudInitAnswer stands before cloud-init in PATH.
+//
+//go:embed cloud-init.sh
+var cloudInitAnswer []byte
+
+// answerCloudInit lets `cloud-init status --wait` answer at once: it is GitLab's own recommendation for instance_ready_command, and loads
+// most of cloud-init's Python only to say that it is disabled.
+func (s *sealer) answerCloudInit() error {
+	const path = "usr/local/bin/cloud-init"
+	if _, err := os.Stat(s.path("usr/bin/cloud-init")); err != nil {
+		return nil // the image has none, or has it elsewhere
+	}
+	if old, err := os.ReadFile(s.path(path)); err == nil && !bytes.Equal(old, cloudInitAnswer) {
+		return nil // the image's owner has their own
+	}
+	if err := os.MkdirAll(filepath.Dir(s.path(path)), 0o755); err != nil {
+		return err
+	}
+	return writeFile(s.path(path), cloudInitAnswer, 0o755)
 }
 
 // rootIsDisk tells whether the root file system has the whole disk, with no partition table.

@@ -3,6 +3,7 @@ package guest
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -150,6 +151,66 @@ func TestWantedMounts(t *testing.T) {
 	}
 }
 
+// TestAnswerCloudInit: what cloud-init would say of itself comes at once, and everything else from it.
+func TestAnswerCloudInit(t *testing.T) {
+	root := tree(t, map[string]string{"usr/bin/cloud-init": "#!/bin/sh\necho real \"$@\"; exit 5\n"})
+	s := sealer{root: root, log: slog.New(slog.DiscardHandler)}
+	if err := s.shortenBoot(); err != nil {
+		t.Fatal(err)
+	}
+	// The paths in it are those of the image.
+	text := strings.NewReplacer("/etc/cloud", root+"/etc/cloud", "/usr/bin/cloud-init", root+"/usr/bin/cloud-init").Replace(string(cloudInitAnswer))
+	script := filepath.Join(root, "answer")
+	if err := errors.Join(os.WriteFile(script, []byte(text), 0o755), os.Chmod(filepath.Join(root, "usr/bin/cloud-init"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	type answer struct {
+		out  string
+		code int
+	}
+	ask := func(args ...string) answer {
+		cmd := exec.Command(script, args...)
+		out, err := cmd.Output()
+		if _, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
+			t.Fatal(err)
+		}
+		return answer{string(out), cmd.ProcessState.ExitCode()}
+	}
+	for _, c := range []struct {
+		args []string
+		want answer
+	}{
+		{[]string{"status", "--wait"}, answer{"\nstatus: disabled\n", 0}},
+		{[]string{"status", "-w"}, answer{"\nstatus: disabled\n", 0}},
+		{[]string{"status"}, answer{"status: disabled\n", 0}},
+		{[]string{"status", "--long"}, answer{"real status --long\n", 5}},
+		{[]string{"clean", "--logs"}, answer{"real clean --logs\n", 5}},
+		{nil, answer{"real\n", 5}},
+	} {
+		if got := ask(c.args...); got != c.want {
+			t.Errorf("%q gives %+v, want %+v", c.args, got, c.want)
+		}
+	}
+	if err := os.Remove(filepath.Join(root, "etc/cloud/cloud-init.disabled")); err != nil {
+		t.Fatal(err)
+	}
+	if got := ask("status", "--wait"); got.code != 5 {
+		t.Errorf("a job has enabled cloud-init, and it is not asked: %+v", got)
+	}
+
+	for name, files := range map[string]map[string]string{
+		"no cloud-init": {"usr/": ""}, "the owner's own": {"usr/bin/cloud-init": "x", "usr/local/bin/cloud-init": "own"},
+	} {
+		s := sealer{root: tree(t, files), log: slog.New(slog.DiscardHandler)}
+		if err := s.answerCloudInit(); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(s.path("usr/local/bin/cloud-init")); err == nil && string(got) != "own" {
+			t.Errorf("%s: it is %q", name, got)
+		}
+	}
+}
+
 func TestSealKeepsCloudInit(t *testing.T) {
 	root := stockTree(t)
 	if err := os.MkdirAll(filepath.Join(root, "etc/fleetingd"), 0o755); err != nil {
@@ -159,7 +220,7 @@ func TestSealKeepsCloudInit(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := sealTree(t, root, enabledUnits(root))
-	for _, name := range []string{"etc/cloud/cloud-init.disabled", "etc/systemd/network/10-fleetingd.link"} {
+	for _, name := range []string{"etc/cloud/cloud-init.disabled", "etc/systemd/network/10-fleetingd.link", "usr/local/bin/cloud-init"} {
 		if _, ok := got[name]; ok {
 			t.Errorf("cloud-init was to be kept, and %s is there", name)
 		}
