@@ -106,7 +106,7 @@ func (l *loader) checkNames(s *spec) {
 			seen[kind] = map[string]hcl.Range{}
 		}
 		if first, ok := seen[kind][name]; ok {
-			l.errorf(at, "Duplicate name", "The %s %q is defined at %s already. Give this one another name.", kind, name, first)
+			l.errorf(at, "Duplicate name", "The %s %q is already defined at %s. Choose another name.", kind, name, first)
 			return
 		}
 		seen[kind][name] = def
@@ -139,15 +139,18 @@ func (l *loader) oneOf(owner any, name, value string, values ...string) bool {
 	if !l.ok(owner, name) || slices.Contains(values, value) {
 		return true
 	}
-	l.errorf(l.at(owner, name), "Invalid "+name, "%s is no %s%s. Write one of %s.",
-		quote(value), name, didYouMean(value, values), quotedList(values))
+	choice := "one of " + quotedList(values)
+	if len(values) == 2 {
+		choice = fmt.Sprintf("%q or %q", values[0], values[1])
+	}
+	l.errorf(l.at(owner, name), "Invalid "+name, "%s must be %s; got %s%s.", name, choice, quote(value), didYouMean(value, values))
 	return false
 }
 
 // inRange checks a number that was given.
 func (l *loader) inRange(owner any, name string, value, least, most int, why string) {
 	if l.ok(owner, name) && (value < least || value > most) {
-		l.errorf(l.at(owner, name), "Invalid "+name, "%s is %d, and may be %d to %d%s.", name, value, least, most, why)
+		l.errorf(l.at(owner, name), "Invalid "+name, "%s must be between %d and %d; got %d.%s", name, least, most, value, why)
 	}
 }
 
@@ -177,11 +180,11 @@ func (l *loader) checkInterface(h *Host) {
 	const longest = 15 // IFNAMSIZ - 1
 	switch {
 	case name == "lo":
-		l.errorf(at, "Invalid egress_interface", "lo leads nowhere. Write the interface that the default route takes: ip route show default.")
+		l.errorf(at, "Invalid egress_interface", "Traffic cannot leave through lo. Write the interface of the default route (ip route show default).")
 	case len(name) > longest:
 		l.errorf(at, "Invalid egress_interface", "%s has %d characters; an interface's name has at most %d.", quote(name), len(name), longest)
 	case !interfaceSyntax.MatchString(name) || name == "." || name == "..":
-		l.errorf(at, "Invalid egress_interface", "%s is no name of an interface. Write it as \"ip link\" shows it, such as \"eno1\".", quote(name))
+		l.errorf(at, "Invalid egress_interface", "%s is not an interface name. Write it as \"ip link\" shows it, such as \"eno1\".", quote(name))
 	}
 }
 
@@ -217,12 +220,12 @@ func (l *loader) checkStateDir(h *Host) {
 		}
 		bad("%s belongs to the system. Write a folder of its own, such as %q.", dir, own)
 	case under(dir, "/proc") || under(dir, "/sys") || under(dir, "/dev"):
-		bad("%s is no place for files: the kernel makes what is there. Write \"/var/lib/fleetingd\", for example.", dir)
+		bad("%s cannot hold files: its contents are the kernel's. Write \"/var/lib/fleetingd\", for example.", dir)
 	case len(h.Runners) == 0: // `fleetingd run` alone uses it
 	case under(dir, "/home") || under(dir, "/root") || under(dir, "/run/user"):
 		bad("%s is hidden from the runner: its unit sees no home folders (ProtectHome=). Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
 	case under(dir, "/tmp") || under(dir, "/var/tmp"):
-		l.warnf(at, "A folder that is not kept", "%s is hidden from the runner, whose unit has a /tmp of its own (PrivateTmp=), and is cleaned up by the system. "+
+		l.warnf(at, "Folder is not kept", "%s is hidden from the runner, whose unit has a /tmp of its own (PrivateTmp=), and is cleaned up by the system. "+
 			"Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
 	}
 }
@@ -238,7 +241,7 @@ func (l *loader) validateDisks(d *Disks) {
 	switch {
 	case d.Backing == "directory" && l.ok(d, "size"):
 		l.errorf(l.at(d, "size"), "Invalid size", "With backing = \"directory\" the folder's file system has the size that it has. "+
-			"Leave size away, or write backing = \"xfs-image\".")
+			"Omit size, or write backing = \"xfs-image\".")
 	case (d.Backing == "xfs-image" || d.Backing == "tmpfs") && !l.given(d, "size"):
 		l.errorf(&d.Range, "Missing attribute", "With backing = %q, disks needs the size that it may grow to. Write, for example: size = \"200GiB\"", d.Backing)
 	case l.ok(d, "size") && d.Size < least:
@@ -258,19 +261,19 @@ func (l *loader) validateHypervisor(h *Host) {
 	v := &h.Hypervisor
 	drivers := []string{"cloud-hypervisor", "qemu"}
 	if !slices.Contains(drivers, v.Driver) {
-		l.errorf(l.at(v, "label"), "Unknown hypervisor", "%s is no hypervisor%s. Write hypervisor %q or hypervisor %q.",
+		l.errorf(l.at(v, "label"), "Unknown hypervisor", "%s is not a hypervisor%s. Write hypervisor %q or hypervisor %q.",
 			quote(v.Driver), didYouMean(v.Driver, drivers), drivers[0], drivers[1])
 	}
 	if l.ok(v, "binary") {
 		switch b := v.Binary; {
 		case !binarySyntax.MatchString(b) || strings.HasPrefix(b, "-"):
-			l.errorf(l.at(v, "binary"), "Invalid binary", "%s is no program's name. Write a name that is found on PATH, or an absolute path.", quote(b))
+			l.errorf(l.at(v, "binary"), "Invalid binary", "%s is not the name of a program. Write a name found on PATH, or an absolute path.", quote(b))
 		case strings.Contains(b, "/") && (!path.IsAbs(b) || path.Clean(b) != b):
-			l.errorf(l.at(v, "binary"), "Invalid binary", "%s is not an absolute, clean path. Write one, or a name that is found on PATH.", quote(b))
+			l.errorf(l.at(v, "binary"), "Invalid binary", "%s is not an absolute, clean path. Write one, or a name found on PATH.", quote(b))
 		}
 	}
 	if l.given(v, "accel") && v.Driver == "cloud-hypervisor" {
-		l.errorf(l.at(v, "accel"), "Invalid accel", "%s always runs on KVM. Leave accel away, or write hypervisor \"qemu\".", v.Driver)
+		l.errorf(l.at(v, "accel"), "Invalid accel", "%s always runs on KVM. Omit accel, or write hypervisor \"qemu\".", v.Driver)
 	} else {
 		l.oneOf(v, "accel", v.Accel, "auto", "kvm", "tcg")
 	}
@@ -315,9 +318,9 @@ func overlapsAny(p netip.Prefix, with []netip.Prefix) (netip.Prefix, bool) {
 func (l *loader) validateNetwork(n *Network) {
 	l.checkSubnet(n)
 	l.checkSubnet6(n)
-	least, why := 576, ", the least that an IPv4 host takes and the most that a jumbo frame has"
+	least, why := 576, ""
 	if n.Subnet6.IsValid() {
-		least, why = 1280, ": IPv6 needs 1280 (RFC 8200), and a jumbo frame has no more than the most"
+		least, why = 1280, " IPv6 needs at least 1280 (RFC 8200)."
 	}
 	l.inRange(n, "mtu", n.MTU, least, 9216, why)
 	l.checkDNS(n)
@@ -325,7 +328,7 @@ func (l *loader) validateNetwork(n *Network) {
 	names := map[string]hcl.Range{}
 	for _, e := range n.Egress {
 		if first, ok := names[e.Name]; ok {
-			l.errorf(l.at(e, "label"), "Duplicate name", "The egress block %q is defined at %s already. Give this one another name.", e.Name, first)
+			l.errorf(l.at(e, "label"), "Duplicate name", "The egress block %q is already defined at %s. Choose another name.", e.Name, first)
 		}
 		names[e.Name] = e.Range
 		l.validateEgress(e, n)
@@ -350,7 +353,7 @@ func (l *loader) checkSubnet(n *Network) {
 		return
 	}
 	if !slices.ContainsFunc(private, func(p netip.Prefix) bool { return p.Contains(n.Subnet.Addr()) && p.Bits() <= n.Subnet.Bits() }) {
-		l.warnf(at, "A subnet of the internet", "%s is not private: what has these addresses on the internet cannot be reached from this host. "+
+		l.warnf(at, "Public subnet", "%s is public: this host could not reach the internet hosts that have these addresses. "+
 			"Write, for example, subnet = %q.", n.Subnet, netrange.Workers)
 		return
 	}
@@ -391,7 +394,7 @@ func (l *loader) checkDNS(n *Network) {
 		return
 	}
 	if len(n.DNS) == 0 {
-		l.errorf(l.at(n, "dns"), "Invalid dns", "The list is empty, and workers could find no host by name. Leave dns away for the default.")
+		l.errorf(l.at(n, "dns"), "Invalid dns", "The list is empty, so workers could not resolve names. Omit dns to use the default.")
 	}
 	const most = 3 // MAXNS of the C library's resolver
 	if len(n.DNS) > most {
@@ -404,10 +407,10 @@ func (l *loader) checkDNS(n *Network) {
 		case slices.Contains(n.DNS[:i], a):
 			l.errorf(at, "Invalid dns", "%s is in the list twice.", a)
 		case special:
-			l.errorf(at, "Invalid dns", "%s is no server that a worker could reach: it means the worker itself, its link, or a group. "+
+			l.errorf(at, "Invalid dns", "Workers cannot reach a name server at %s: it means the worker itself, its link, or a group. "+
 				"Write the address of a name server.", a)
 		case n.Subnet.Contains(a) || n.Subnet6.IsValid() && n.Subnet6.Contains(a):
-			l.errorf(at, "Invalid dns", "%s lies in the workers' own subnet, where no name server runs. Write one outside of it.", a)
+			l.errorf(at, "Invalid dns", "%s is in the workers' own subnet, where no name server runs. Write one outside of it.", a)
 		case a.Is6() && !n.Subnet6.IsValid():
 			l.errorf(at, "Invalid dns", "%s is IPv6, and workers have none. Write subnet6 too, or an IPv4 address.", a)
 		}
@@ -427,16 +430,16 @@ func (l *loader) validateEgress(e *Egress, n *Network) {
 	}
 	for _, name := range []string{"to", "ports"} {
 		if l.ok(e, name) && (name == "to" && len(e.To) == 0 || name == "ports" && len(e.Ports) == 0) {
-			l.errorf(l.at(e, name), "Invalid "+name, "An empty list matches nothing. Leave %s away to match everything.", name)
+			l.errorf(l.at(e, name), "Invalid "+name, "An empty list matches nothing. Omit %s to match everything.", name)
 		}
 	}
 	for i, to := range e.To {
 		at := l.atElem(e, "to", i)
 		switch {
 		case e.Action == "allow" && (inside(to, n.Subnet) || n.Subnet6.IsValid() && inside(to, n.Subnet6)):
-			l.errorf(at, "Invalid to", "%s lies in the workers' own subnet, and workers never reach one another. Write addresses outside of it.", to)
+			l.errorf(at, "Invalid to", "%s is in the workers' own subnet, and workers never reach one another. Write addresses outside of it.", to)
 		case to.Addr().Is6() && !n.Subnet6.IsValid():
-			l.warnf(at, "A rule without effect", "%s is IPv6, and workers have none, since there is no subnet6.", to)
+			l.warnf(at, "Rule without effect", "%s is IPv6, and workers have none, since there is no subnet6.", to)
 		}
 	}
 }
@@ -468,7 +471,7 @@ func (l *loader) checkCapacity(h *Host) {
 			free++
 		}
 		fits := netip.PrefixFrom(p.Addr(), p.Addr().BitLen()-free).Masked()
-		l.errorf(l.at(&h.Network, name), "Too small a subnet", "Host %q needs %d addresses (the pools' max_instances, and one for each image to be built at), "+
+		l.errorf(l.at(&h.Network, name), "Subnet too small", "Host %q needs %d addresses (the pools' max_instances, and one for each image to be built at), "+
 			"and %s has %d for workers. Write %s = %q, or lower max_instances.", h.Name, need, p, have, name, fits.String())
 	}
 	check("subnet", h.Network.Subnet)
@@ -487,14 +490,14 @@ func (l *loader) validatePool(p *Pool, images []*Image) {
 			l.unknownReference(l.at(p, "image"), "image", p.Image, names)
 		}
 	}
-	l.inRange(p, "cpus", p.CPUs, 1, 254, ", the most that a virtual machine has here")
+	l.inRange(p, "cpus", p.CPUs, 1, 254, "")
 	l.inRange(p, "max_instances", p.MaxInstances, 1, maxPlaces, "")
 	l.oneOf(p, "start", p.Start, "warm", "cold")
 	l.checkBytes(p, "memory", p.Memory, 128<<20, 16<<40)
 	l.checkBytes(p, "disk", p.Disk, 256<<20, 64<<40)
-	l.inRange(&p.Limits, "cpu_quota", p.Limits.CPUQuotaPercent, 1, 25400, " percent; leave it away for no limit")
-	l.inRange(&p.Limits, "disk_iops", p.Limits.DiskIOPS, 1, 1e9, "; leave it away for no limit")
-	l.inRange(&p.Limits, "network_mbps", p.Limits.NetworkMbps, 1, 1e6, "; leave it away for no limit")
+	l.inRange(&p.Limits, "cpu_quota", p.Limits.CPUQuotaPercent, 1, 25400, " It is a percentage of one CPU. Omit it for no limit.")
+	l.inRange(&p.Limits, "disk_iops", p.Limits.DiskIOPS, 1, 1e9, " Omit it for no limit.")
+	l.inRange(&p.Limits, "network_mbps", p.Limits.NetworkMbps, 1, 1e6, " Omit it for no limit.")
 }
 
 // checkBytes checks a size that a virtual machine is given.
@@ -503,9 +506,9 @@ func (l *loader) checkBytes(owner any, name string, n, least, most int64) {
 	switch {
 	case !l.ok(owner, name):
 	case n < least || n > most:
-		l.errorf(l.at(owner, name), "Invalid "+name, "%s is %s, and may be %s to %s.", name, formatSize(n), formatSize(least), formatSize(most))
+		l.errorf(l.at(owner, name), "Invalid "+name, "%s must be between %s and %s; got %s.", name, formatSize(least), formatSize(most), formatSize(n))
 	case n%mib != 0:
-		l.errorf(l.at(owner, name), "Invalid "+name, "%s is %s, which is no whole number of MiB. Write \"%dMiB\".", name, formatSize(n), n/mib+1)
+		l.errorf(l.at(owner, name), "Invalid "+name, "%s must be a whole number of MiB; got %s. Write \"%dMiB\".", name, formatSize(n), n/mib+1)
 	}
 }
 

@@ -128,7 +128,7 @@ func parseURL(s string) (*url.URL, error) {
 	case err != nil:
 		return nil, errors.New("it cannot be read as a URL")
 	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, errors.New("it does not begin with https:// or http://")
+		return nil, errors.New("it must start with https:// or http://")
 	case u.Hostname() == "":
 		return nil, errors.New("it names no host")
 	case u.Port() != "" && !isPort(u.Port()):
@@ -154,7 +154,7 @@ func (l *loader) checkURL(owner any, name, value string) {
 			shown = quote(u.Redacted())
 			l.masks = append(l.masks, *l.at(owner, name))
 		}
-		l.errorf(l.at(owner, name), "Invalid "+name, "%s is of no use as a URL: %v. Write, for example, \"https://gitlab.example.com\".", shown, err)
+		l.errorf(l.at(owner, name), "Invalid "+name, "%s is not a valid URL: %v. Write, for example, \"https://gitlab.example.com\".", shown, err)
 	}
 }
 
@@ -201,7 +201,7 @@ func packageCure(p string) string {
 		}
 	}
 	if len(words) == 0 {
-		return "Leave it out."
+		return "Omit it."
 	}
 	return "Write " + strings.Join(quoteAll(words), ", ") + "."
 }

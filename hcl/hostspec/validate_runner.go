@@ -34,15 +34,15 @@ func (l *loader) validateRunners(s *spec) {
 			continue
 		}
 		if first := users[r.Pool]; first != nil {
-			l.errorf(l.at(r, "pool"), "Pool used twice", "The runner %q at %s has the pool %q already. Each runner counts on having all of its pool's workers: "+
-				"give this one a pool of its own.", first.Name, first.Range, r.Pool)
+			l.errorf(l.at(r, "pool"), "Pool used twice", "Pool %q is already used by the runner %q at %s. A runner needs all workers of its pool: "+
+				"give this one its own pool.", r.Pool, first.Name, first.Range)
 		} else {
 			users[r.Pool] = r
 		}
 		l.checkConnector(r, imageUser[r.Pool])
 		for _, p := range r.Policies {
 			if most := size[r.Pool] * r.CapacityPerInstance; l.ok(p, "idle_count") && most > 0 && p.IdleCount > most {
-				l.warnf(l.at(p, "idle_count"), "More idle than there are", "idle_count is %d, and the pool %q has room for %d.", p.IdleCount, r.Pool, most)
+				l.warnf(l.at(p, "idle_count"), "idle_count too high", "idle_count is %d, but pool %q has room for %d jobs.", p.IdleCount, r.Pool, most)
 			}
 		}
 	}
@@ -52,7 +52,7 @@ func (l *loader) validateRunner(r *Runner) {
 	l.checkURL(r, "url", r.URL)
 	l.oneOf(r, "executor", r.Executor, "instance", "docker-autoscaler")
 	l.inRange(r, "capacity_per_instance", r.CapacityPerInstance, 1, 1024, "")
-	l.inRange(r, "max_use_count", r.MaxUseCount, 0, 1<<30, ", 0 being without end")
+	l.inRange(r, "max_use_count", r.MaxUseCount, 0, 1<<30, " 0 means no limit.")
 	l.checkSettings(r)
 	for _, p := range r.Policies {
 		l.validatePolicy(p)
@@ -62,7 +62,7 @@ func (l *loader) validateRunner(r *Runner) {
 
 func (l *loader) validatePolicy(p *Policy) {
 	if l.ok(p, "periods") && len(p.Periods) == 0 {
-		l.errorf(l.at(p, "periods"), "Invalid periods", "An empty list matches no time. Leave periods away for always.")
+		l.errorf(l.at(p, "periods"), "Invalid periods", "An empty list matches no time. Omit periods for a policy that always applies.")
 	}
 	for i, period := range p.Periods {
 		if _, err := parsePeriod(period); err != nil {
@@ -72,9 +72,9 @@ func (l *loader) validatePolicy(p *Policy) {
 	l.checkTimezone(p)
 	l.inRange(p, "idle_count", p.IdleCount, 0, 1<<20, "")
 	if l.ok(p, "scale_factor") && !(p.ScaleFactor >= 0 && p.ScaleFactor <= 1000) {
-		l.errorf(l.at(p, "scale_factor"), "Invalid scale_factor", "scale_factor is %g, and may be 0 (off) to 1000.", p.ScaleFactor)
+		l.errorf(l.at(p, "scale_factor"), "Invalid scale_factor", "scale_factor must be between 0 (off) and 1000; got %g.", p.ScaleFactor)
 	}
-	l.inRange(p, "scale_factor_limit", p.ScaleFactorLimit, 0, 1<<20, ", 0 being no limit")
+	l.inRange(p, "scale_factor_limit", p.ScaleFactorLimit, 0, 1<<20, " 0 means no limit.")
 }
 
 func (l *loader) checkTimezone(p *Policy) {
@@ -85,13 +85,13 @@ func (l *loader) checkTimezone(p *Policy) {
 	if err == nil && p.Timezone != "" && p.Timezone != "Local" {
 		return
 	}
-	cure := `Write a name from the IANA list, such as "Europe/Berlin" or "UTC"; leave it away for the host's own`
+	cure := `Write a name from the IANA list, such as "Europe/Berlin" or "UTC"; omit it for the host's own`
 	if s := titleZone(p.Timezone); s != p.Timezone {
 		if _, err := time.LoadLocation(s); err == nil {
 			cure = fmt.Sprintf("Did you mean %q", s)
 		}
 	}
-	l.errorf(l.at(p, "timezone"), "Invalid timezone", "%s is no time zone. %s.", quote(p.Timezone), cure)
+	l.errorf(l.at(p, "timezone"), "Invalid timezone", "%s is not a time zone. %s.", quote(p.Timezone), cure)
 }
 
 // titleZone is "europe/berlin" or "Europe/new york" as the list writes it.

@@ -6,13 +6,13 @@ host "metal-01" {
   nework { # ERROR: Did you mean "network"?
   }
   disks {
-    backing = "xfs" # ERROR: "xfs" is no backing (did you mean "xfs-image"?). Write one of "auto", "directory"
+    backing = "xfs" # ERROR: backing must be one of "auto", "directory", "xfs-image" and "tmpfs"; got "xfs" (did you mean "xfs-image"?).
   }
   disks { # ERROR: it takes one
   }
-  hypervisor "qemuu" { # ERROR: "qemuu" is no hypervisor (did you mean "qemu"?)
+  hypervisor "qemuu" { # ERROR: "qemuu" is not a hypervisor (did you mean "qemu"?)
     binary = "./qemu" # ERROR: is not an absolute, clean path
-    accel  = "hvf" # ERROR: "hvf" is no accel
+    accel  = "hvf" # ERROR: accel must be one of "auto", "kvm" and "tcg"; got "hvf".
   }
 }
 
@@ -23,13 +23,13 @@ host "metal-02" { # ERROR: host "metal-02" needs egress_interface. Write, for ex
     backing = "tmpfs"
   }
   hypervisor "cloud-hypervisor" {
-    accel  = "kvm" # ERROR: always runs on KVM. Leave accel away
+    accel  = "kvm" # ERROR: always runs on KVM. Omit accel
     binary = "bin/ch" # ERROR: is not an absolute, clean path
   }
 }
 
 host "metal-03" {
-  egress_interface = "lo" # ERROR: lo leads nowhere
+  egress_interface = "lo" # ERROR: Traffic cannot leave through lo
   state_dir        = "/srv/a b" # ERROR: has characters that systemd units would have to quote
   refresh          = 24 # ERROR: "24": the unit is missing: write "24s" or "24m"
   disks {
@@ -37,7 +37,7 @@ host "metal-03" {
     size    = "10GiB" # ERROR: the folder's file system has the size that it has
   }
   hypervisor "qemu" {
-    accel   = "hvf" # ERROR: "hvf" is no accel. Write one of "auto", "kvm" and "tcg"
+    accel   = "hvf" # ERROR: accel must be one of "auto", "kvm" and "tcg"; got "hvf".
     sandbox = "yes" # ERROR: A bool is wanted, and this is string. Write, for example: sandbox = true
   }
   hypervisor "cloud-hypervisor" { # ERROR: it takes one
@@ -45,20 +45,20 @@ host "metal-03" {
 }
 
 host "metal-04" {
-  egress_interface = "e no1" # ERROR: is no name of an interface
+  egress_interface = "e no1" # ERROR: is not an interface name
   state_dir        = "/srv/x/" # ERROR: Write "/srv/x/" as "/srv/x".
   disks {
     backing = "xfs-image"
     size    = "100MiB" # ERROR: "1GiB" or more
   }
   hypervisor "qemu" {
-    binary = "-h" # ERROR: is no program's name
+    binary = "-h" # ERROR: is not the name of a program
   }
 }
 
 host "metal-05" {
   egress_interface = null # ERROR: needs egress_interface, and this is null
-  state_dir        = "/proc/x" # ERROR: is no place for files
+  state_dir        = "/proc/x" # ERROR: cannot hold files
   disks {
     size = "0.5GiB" # ERROR: a size is a whole number: write "512MiB"
   }
@@ -69,7 +69,7 @@ host "Metal_06" { # ERROR: cannot be a host's name: use lower-case letters, digi
   state_dir        = "/srv/0123456789012345678901234567890123456789012345678901234567890123456789012345678901234" # ERROR: may have 80
 }
 
-host "metal-01" { # ERROR: The host "metal-01" is defined at
+host "metal-01" { # ERROR: The host "metal-01" is already defined at
   egress_interface = "eno1"
 }
 

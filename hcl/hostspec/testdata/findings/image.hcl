@@ -12,8 +12,8 @@ image "two" { # ERROR: has the sources "ubuntu" and "debian". Keep one
   debian {
     suite    = "Debian 13" # ERROR: is no code name. Write one in lower case, such as "trixie"
     packages = ["git curl", "-o=x"] # ERROR: "git curl" is not the name of a Debian package. Write "git", "curl". && ERROR: "-o=x" is not the name
-    mirror   = "ftp://mirror" # ERROR: does not begin with https:// or http://
-    arch     = "x86_64" # ERROR: "x86_64" is no arch. Write one of "amd64", "arm64" and "riscv64"
+    mirror   = "ftp://mirror" # ERROR: it must start with https:// or http://
+    arch     = "x86_64" # ERROR: arch must be one of "amd64", "arm64" and "riscv64"; got "x86_64".
   }
 }
 
@@ -28,7 +28,7 @@ image "http" {
   url {
     disk   = "http://images.example.com/x.qcow2" # WARNING: SHA256SUMS comes over http
     kernel = "https://" # ERROR: it names no host
-    initrd = "images/initrd" # ERROR: does not begin with
+    initrd = "images/initrd" # ERROR: it must start with
   }
 }
 

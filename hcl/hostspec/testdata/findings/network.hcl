@@ -2,14 +2,14 @@ host "a" {
   egress_interface = "eno1"
   network {
     subnet = "10.7.0.0/29" # ERROR: Host "a" needs 31 addresses && ERROR: has 6 for workers. Write subnet = "10.7.0.0/26", or lower max_instances
-    dns    = ["10.7.0.3"]  # ERROR: lies in the workers' own subnet
-    mtu    = 100           # ERROR: mtu is 100, and may be 576 to 9216
+    dns    = ["10.7.0.3"]  # ERROR: is in the workers' own subnet
+    mtu    = 100           # ERROR: mtu must be between 576 and 9216; got 100.
     egress "in" {
-      action = "alow" # ERROR: "alow" is no action (did you mean "allow"?)
+      action = "alow" # ERROR: action must be "allow" or "deny"; got "alow" (did you mean "allow"?)
       to     = ["10.7.0.15/24"] # ERROR: lies within 10.7.0.0/24: write "10.7.0.0/24" for the network, or "10.7.0.15/32" for the one address
       ports  = ["443", "tcp:25", "tcp/0", "tcp/9-5", "icmp/1"] # ERROR: "443": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: write "tcp/25" && ERROR: port numbers go from 1 to 65535 && ERROR: runs backwards: write "tcp/5-9" && ERROR: ports are tcp or udp, not icmp
     }
-    egress "in" { # ERROR: The egress block "in" is defined at
+    egress "in" { # ERROR: The egress block "in" is already defined at
       action = "allow"
       to     = ["10.7.0.4/32"] # ERROR: workers never reach one another
     }
@@ -33,7 +33,7 @@ host "c" {
   network {
     subnet  = "127.0.0.0/24"  # ERROR: overlaps 127.0.0.0/8, where no host can have an address
     subnet6 = "fe80::/64"     # ERROR: overlaps fe80::/10
-    mtu     = 1279            # ERROR: mtu is 1279, and may be 1280 to 9216
+    mtu     = 1279            # ERROR: mtu must be between 1280 and 9216; got 1279.
     dns     = []              # ERROR: The list is empty
   }
 }
@@ -42,7 +42,7 @@ host "d" {
   egress_interface = "eno1"
   network {
     subnet = "172.16.120.0" # ERROR: the prefix length is missing: write "172.16.120.0/32" for this one address
-    dns    = ["9.9.9.9", "9.9.9.9", "127.0.0.53", "2620:fe::fe"] # ERROR: There are 4 servers; resolvers ask no more than 3 && ERROR: 9.9.9.9 is in the list twice && ERROR: 127.0.0.53 is no server that a worker could reach && ERROR: 2620:fe::fe is IPv6, and workers have none
+    dns    = ["9.9.9.9", "9.9.9.9", "127.0.0.53", "2620:fe::fe"] # ERROR: There are 4 servers; resolvers ask no more than 3 && ERROR: 9.9.9.9 is in the list twice && ERROR: Workers cannot reach a name server at 127.0.0.53 && ERROR: 2620:fe::fe is IPv6, and workers have none
     mtu    = "big" # ERROR: A number is wanted, and this is string. Write, for example: mtu = 1500
   }
 }
@@ -50,7 +50,7 @@ host "d" {
 host "e" {
   egress_interface = "eno1"
   network {
-    subnet  = "8.8.8.0/24" # WARNING: is not private
+    subnet  = "8.8.8.0/24" # WARNING: 8.8.8.0/24 is public
     subnet6 = "fd00::/124" # ERROR: has 14 for workers. Write subnet6 = "fd00::/122"
     dns     = "1.1.1.1"    # ERROR: A list is wanted: write dns = ["1.1.1.1"]
   }

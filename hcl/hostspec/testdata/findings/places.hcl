@@ -32,5 +32,5 @@ pool "c" {
   cpus          = 1
   memory        = "1GiB"
   disk          = "5GiB"
-  max_instances = 65537 # ERROR: max_instances is 65537, and may be 1 to 65536
+  max_instances = 65537 # ERROR: max_instances must be between 1 and 65536; got 65537.
 }

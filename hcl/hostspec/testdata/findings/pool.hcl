@@ -10,14 +10,14 @@ image "ubuntu" {
 
 pool "small" {
   image         = image.ubunut # ERROR: There is no image "ubunut". Did you mean image.ubuntu?
-  cpus          = 0      # ERROR: cpus is 0, and may be 1 to 254
+  cpus          = 0      # ERROR: cpus must be between 1 and 254; got 0.
   memory        = 8      # ERROR: "8": the unit is missing: write "8GiB" or "8MiB"
   disk          = "8GB"  # ERROR: the units are KiB, MiB, GiB and TiB (powers of 1024): write "8GiB"
-  start         = "hot"  # ERROR: "hot" is no start. Write one of "warm" and "cold"
-  max_instances = -1     # ERROR: max_instances is -1, and may be 1 to
+  start         = "hot"  # ERROR: start must be "warm" or "cold"; got "hot".
+  max_instances = -1     # ERROR: max_instances must be between 1 and
   limits {
     cpu_quota    = 4   # ERROR: "4": the % sign is missing: write "400%" for 4 CPUs
-    disk_iops    = 0   # ERROR: leave it away for no limit
+    disk_iops    = 0   # ERROR: Omit it for no limit
     network_mbps = "fast" # ERROR: A number is wanted
     disk_iop     = 1 # ERROR: limits may have: cpu_quota, disk_iops, network_mbps
   }
@@ -31,7 +31,7 @@ pool "units" {
   console       = 1             # ERROR: A bool is wanted
   max_instances = [1]           # ERROR: A number is wanted, and this is tuple
   limits {
-    cpu_quota = "0%" # ERROR: cpu_quota is 0, and may be 1 to
+    cpu_quota = "0%" # ERROR: cpu_quota must be between 1 and 25400; got 0.
   }
   limits { # ERROR: it takes one
   }
@@ -40,8 +40,8 @@ pool "units" {
 pool "more" {
   image         = "ubuntu"     # ERROR: Write the name of an image block: image = image.ubuntu.
   cpus          = 1
-  memory        = "64MiB"      # ERROR: memory is 64MiB, and may be 128MiB to
-  disk          = "1048577KiB" # ERROR: which is no whole number of MiB. Write "1025MiB"
+  memory        = "64MiB"      # ERROR: memory must be between 128MiB and 16TiB; got 64MiB.
+  disk          = "1048577KiB" # ERROR: must be a whole number of MiB; got 1048577KiB. Write "1025MiB"
   max_instances = 1
 }
 
@@ -56,5 +56,5 @@ pool "refs" {
   }
 }
 
-pool "small" { # ERROR: The pool "small" is defined at && ERROR: pool "small" needs image. Write, for example: image = image.ubuntu && ERROR: needs cpus && ERROR: needs memory && ERROR: needs disk && ERROR: needs max_instances
+pool "small" { # ERROR: The pool "small" is already defined at && ERROR: pool "small" needs image. Write, for example: image = image.ubuntu && ERROR: needs cpus && ERROR: needs memory && ERROR: needs disk && ERROR: needs max_instances
 }

@@ -28,17 +28,17 @@ locals {
 
 runner "a" {
   pool                  = pool.smal # ERROR: There is no pool "smal". Did you mean pool.small?
-  url                   = "gitlab.example.com" # ERROR: does not begin with https:// or http://
+  url                   = "gitlab.example.com" # ERROR: it must start with https:// or http://
   token                 = "glrt-literal" # ERROR: A secret in the spec could be read by all
-  executor              = "docker" # ERROR: "docker" is no executor (did you mean "docker-autoscaler"?)
-  capacity_per_instance = 0 # ERROR: may be 1 to
-  max_use_count         = -1 # ERROR: may be 0 to
+  executor              = "docker" # ERROR: executor must be "instance" or "docker-autoscaler"; got "docker" (did you mean "docker-autoscaler"?)
+  capacity_per_instance = 0 # ERROR: capacity_per_instance must be between 1 and 1024; got 0.
+  max_use_count         = -1 # ERROR: max_use_count must be between 0 and
   policy {
     periods    = ["* * *", "60 * * * *", "* * * * fry", "* 18-8 * * *", "@daily", "* */0 * * *"] # ERROR: this has 3 && ERROR: the minute "60" must be a number from 0 to 59 && ERROR: (did you mean "fri"?) && ERROR: runs backwards: write "18-23,0-8" && ERROR: not an @word && ERROR: the step "0" of the hour
     timezone   = "europe/berlin" # ERROR: Did you mean "Europe/Berlin"
-    idle_count = -1 # ERROR: idle_count is -1
+    idle_count = -1 # ERROR: idle_count must be between 0 and 1048576; got -1.
     idle_time  = "-5m" # ERROR: a duration cannot be negative
-    scale_factor = -0.5 # ERROR: scale_factor is -0.5
+    scale_factor = -0.5 # ERROR: scale_factor must be between 0 (off) and 1000; got -0.5.
     idle = 3 # ERROR: An argument named "idle" is not expected here
   }
 }
@@ -54,15 +54,15 @@ runner "b" {
     autoscaler = { max_instances = 3 } # ERROR: write max_instances = … in the pool block
   }
   policy {
-    idle_count = 5 # WARNING: idle_count is 5, and the pool "small" has room for 4
-    timezone   = "CEST" # ERROR: "CEST" is no time zone
+    idle_count = 5 # WARNING: idle_count is 5, but pool "small" has room for 4 jobs.
+    timezone   = "CEST" # ERROR: "CEST" is not a time zone
     periods    = [] # ERROR: An empty list matches no time
     idle_time  = 300 # ERROR: "300": the unit is missing: write "300s" or "300m"
   }
 }
 
 runner "c" {
-  pool  = pool.small # ERROR: has the pool "small" already
+  pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = var.token # ERROR: The value comes from a secret
   token = var.token # ERROR: has its default, which everyone who can read the spec can read
   settings = { environment = ["X=${local.secret}"] } # ERROR: The variable "token" has its default
@@ -73,21 +73,21 @@ runner "d" { # ERROR: runner "d" needs token && ERROR: needs url
 }
 
 runner "e" {
-  pool  = pool.small # ERROR: has the pool "small" already
+  pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = "https://gitlab.example.com"
   token = local.plain # ERROR: A secret is only referred to
   settings = ["x"] # ERROR: A map is wanted, and this is tuple
 }
 
 runner "f" {
-  pool  = pool.small # ERROR: has the pool "small" already
+  pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = upper(parseint(var.token, 10)) # ERROR: so parseint cannot work on it
   token = "glrt-${var.token}" # ERROR: The variable "token" has its default
   settings = { list = [null] } # ERROR: A list in it has a null
 }
 
 runner "g" {
-  pool  = pool.small # ERROR: has the pool "small" already
+  pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = "https://gitlab.example.com"
   token = env("TOKEN")
   settings = {
@@ -105,7 +105,7 @@ runner "g" {
 }
 
 runner "h" {
-  pool  = pool.small # ERROR: has the pool "small" already
+  pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = "https://gitlab.example.com"
   token = env("TOKEN")
   settings = { autoscaler = 5 } # ERROR: "autoscaler" must be a table; got the number 5
@@ -123,7 +123,7 @@ host "tmp" {
 }
 
 runner "i" {
-  pool  = pool.small # ERROR: has the pool "small" already
+  pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = "https://gitlab.example.com:70000" # ERROR: port numbers go from 1 to 65535
   token = fil("/run/secrets/gitlab-token") # ERROR: There is no function named "fil"
 }
