@@ -225,6 +225,7 @@ func TestPrebuildFails(t *testing.T) {
 		})
 	}
 	l.driver = &fakeDriver{t: t, noExport: true}
+	l.img.Prebuild.Timeout = plan.Duration(10 * time.Second) // the last case's is too short for a busy machine
 	img, err := l.open(l.plan).Ensure(t.Context(), l.img)
 	if err != nil {
 		t.Fatal(err)
