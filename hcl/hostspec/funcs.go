@@ -117,7 +117,7 @@ func refuseSecrets(name string, args []cty.Value) error {
 		if holdsSecret(a) {
 			return function.NewArgErrorf(i, "this is a secret, which is read only when it is written, so %s cannot work on it. Secrets can be used in "+
 				"templates, lists and maps, and with join, format (%%s), trimspace, chomp, jsonencode and base64encode. Otherwise store the secret "+
-				"in its final form, with one file for each part", name)
+				"in its final form, with one file for each part. If it is not secret, use an ordinary variable, or a file whose path is relative to the spec", name)
 		}
 	}
 	return nil

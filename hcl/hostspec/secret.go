@@ -593,7 +593,7 @@ func trimSecret(s, where string) (string, error) {
 // misplaced is why an attribute cannot have a value that holds a secret.
 func misplaced(name string) string {
 	return fmt.Sprintf("the value comes from a secret (env(), file() with an absolute path, or a sensitive variable), and %s is written to the "+
-		"plan, which is not secret. Secrets can be used in a runner's token and settings, and in the content of a prebuild's file. For a value that "+
+		"plan, which is not secret. Secrets can be used in a runner's token and settings, in gitlab_runner, and in the content of a prebuild's file. For a value that "+
 		"is not secret, use an ordinary variable (set it with %sNAME), or a file whose path is relative to the spec", name, envVarPrefix)
 }
 
