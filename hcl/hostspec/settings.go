@@ -95,8 +95,9 @@ func (p settingPath) to(step string) settingPath { return append(slices.Clip(p),
 
 // write is a sentence that says what to write for the last key.
 func (p settingPath) write(value string) string {
+	const longest = 60
 	switch key := p[len(p)-1]; {
-	case strings.HasPrefix(key, "["):
+	case strings.HasPrefix(key, "["), len(key) > longest:
 		return fmt.Sprintf("Write %s in its place.", value)
 	case hclsyntax.ValidIdentifier(key):
 		return fmt.Sprintf("Write %s = %s.", key, value)
@@ -163,10 +164,11 @@ func spelling(key string, known settings) string {
 	return ""
 }
 
+var separators = strings.NewReplacer("_", "", "-", "", " ", "")
+
 // sameWord compares names without case and separators: SecretKey is secret_key.
 func sameWord(a, b string) bool {
-	fold := strings.NewReplacer("_", "", "-", "", " ", "").Replace
-	return strings.EqualFold(fold(a), fold(b))
+	return strings.EqualFold(separators.Replace(a), separators.Replace(b))
 }
 
 // isSecretSetting reports whether a setting's value is a secret. A secret in the wrong table is one too.
@@ -434,7 +436,7 @@ func (c *settingsCheck) scalar(p settingPath, value any, s setting) {
 		switch n, ok := value.(int64); {
 		case !ok:
 			c.wrongType(p, value, s, "a whole number", p.write(cmp.Or(number, "10, for example")))
-		case n < s.least:
+		case s.least > 0 && n < s.least:
 			c.errorf(p, "%s must be at least %d; got %d.", quote(p.String()), s.least, n)
 		}
 	case kindSeconds:
@@ -485,14 +487,14 @@ func (c *settingsCheck) list(p settingPath, value any, s setting) {
 	list, ok := value.([]any)
 	if !ok {
 		cure := "[ … ]"
-		_, table := value.(map[string]any)
+		table, isTable := value.(map[string]any)
 		if lit := asWritten(value); lit != "" {
 			if _, text := value.(string); !text && s.elem.kind == kindText {
 				lit = strconv.Quote(lit)
 			}
 			cure = "[" + lit + "]"
-		} else if table && environment {
-			cure = `["NAME=value"]`
+		} else if isTable && environment {
+			cure = asVariables(table)
 		}
 		c.wrongType(p, value, s, "a list", p.write(cure))
 		return
@@ -504,6 +506,21 @@ func (c *settingsCheck) list(p settingPath, value any, s setting) {
 			c.errorf(at, "%s must be NAME=value; got %s.", quote(at.String()), quote(text))
 		}
 	}
+}
+
+// asVariables is a table of variables as the list that environment takes.
+func asVariables(table map[string]any) string {
+	const most = 3
+	var list []string
+	for _, key := range slices.Sorted(maps.Keys(table)) {
+		value, ok := table[key].(string)
+		text := asWritten(key + "=" + value)
+		if !ok || text == "" || len(list) == most {
+			return `["NAME=value"]`
+		}
+		list = append(list, text)
+	}
+	return "[" + strings.Join(list, ", ") + "]"
 }
 
 // freeMap checks a table whose keys may have any name. Those of feature_flags are known.

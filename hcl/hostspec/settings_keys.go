@@ -26,7 +26,7 @@ type setting struct {
 	keys     settings // of a table
 	portless bool     // an address may lack its port
 	values   []string // the only texts that are taken, if not nil
-	least    int64    // of a whole number, if not 0
+	least    int64    // of a whole number, if not 0: some take -1 for no limit
 	secret   bool     // whoever can read the value can use it: a literal is refused, and none is ever shown
 	executor string   // the table has an effect with this executor alone, if not ""
 	ours     string   // the spec has its own words for it: what to do instead

@@ -57,6 +57,8 @@ runner "types" {
       privileged  = "true"               # ERROR: "docker.privileged" must be true or false; got the string "true". Write privileged = true.
       memory      = 512                  # ERROR: "docker.memory" must be a string; got the number 512. Write memory = "512".
       shm_size    = 0
+      services_limit   = -1
+      oom_score_adjust = -500
       pull_policy = "sometimes"          # ERROR: "docker.pull_policy" must be one of "always", "if-not-present" and "never"; got "sometimes".
       allowed_pull_policies = [
         "always",
@@ -127,6 +129,7 @@ runner "places" {
       s3        = { secret_key = "k" }   # ERROR: GitLab Runner spells "cache.s3.secret_key" as SecretKey. Write SecretKey. && ERROR: is a secret
       "s3.BucketName" = "x"              # ERROR: Write cache = { s3 = { BucketName = … } } for "s3.BucketName".
     }
+    environment = { B = "c", A = "$${x}" } # ERROR: "environment" must be a list; got a table. Write environment = ["A=$${x}", "B=c"].
     instance   = { allowed_images = [] }
     autoscaler = {
       Max_Instances = 4                  # ERROR: settings may not have "autoscaler.Max_Instances": write max_instances = … in the pool block
