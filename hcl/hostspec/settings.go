@@ -60,6 +60,13 @@ func (l *loader) checkConnector(r *Runner, user string) {
 	if static, _ := connector["use_static_credentials"].(bool); static {
 		return
 	}
+	for _, key := range []string{"key_path", "password"} {
+		if _, ok := connector[key]; ok {
+			at := settingPath{"settings", "autoscaler", "connector_config", key}
+			l.warnf(l.placeOf(r, at), "A setting without effect", "%s is used with use_static_credentials = true only: each worker has a key of its own otherwise.",
+				quote(at[1:].String()))
+		}
+	}
 	if v := text("username"); v != "" && user != "" && v != user {
 		bad("username", "a worker's key is made for the image's user %q. Omit it, or write user = %s in the image block.", user, strconv.Quote(v))
 	}

@@ -97,7 +97,7 @@ runner "types" {
         username = "gitlab"              # ERROR: "autoscaler.connector_config.username" is "gitlab", but a worker's key is made for the image's user "ci". Omit it, or write user = "gitlab" in the image block.
         protocol = "winrm"               # ERROR: but workers are reached over SSH
         os       = "windows"             # ERROR: but workers run Linux
-        password = "hunter2"             # ERROR: "autoscaler.connector_config.password" is a secret
+        password = "hunter2"             # ERROR: "autoscaler.connector_config.password" is a secret && WARNING: "autoscaler.connector_config.password" is used with use_static_credentials = true only
       }
     }
   }
@@ -137,6 +137,7 @@ runner "places" {
       connector_config = {
         username               = "gitlab"
         use_static_credentials = true
+        key_path               = "/etc/fleetingd/key"
       }
     }
   }
