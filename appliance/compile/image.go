@@ -113,8 +113,10 @@ func prebuildSeed(s *hostspec.Image, n *seed.Network) seed.Seed {
 			{"mount", "-o", "ro", "LABEL=" + seed.Label, "/run/fleetingd-seed"},
 			{"install", "-m", "0755", "/run/fleetingd-seed/fleetingd", guestPath},
 			{"umount", "/run/fleetingd-seed"},
-			// As a unit of its own: cloud-init ends then, and steps that wait for it do not wait for themselves.
-			{"systemd-run", "--unit=fleetingd-prebuild", "--no-block", guestPath, "guest", "--prebuild"},
+			// As a unit of its own: then cloud-init ends, and steps that wait for it do not wait for themselves. When the kernel kills
+			// a step because memory ran out, systemd must not end the guest part with it. systemd before 243 never does, and knows no OOMPolicy.
+			{"sh", "-c", `systemd-run -p OOMPolicy=continue "$@" || systemd-run "$@"`, "sh",
+				"--unit=fleetingd-prebuild", "--no-block", guestPath, "guest", "--prebuild"},
 		},
 	}
 }
