@@ -11,8 +11,8 @@ import (
 )
 
 // The files of a seed in the root of its ISO. The first three are cloud-init's;
-// JSONName holds the same Seed for who reads it without YAML and
-// without cloud-init: the guest part.
+// JSONName holds the same Seed for the guest part, which needs neither YAML
+// nor cloud-init.
 const (
 	Label       = "cidata" // the volume label that cloud-init looks for
 	MetaData    = "meta-data"
@@ -91,7 +91,7 @@ type namedFile struct {
 	data []byte
 }
 
-// files are the seed's files but for Extra, in a fixed order.
+// files returns the seed's files except Extra, in a fixed order.
 func (s *Seed) files() ([]namedFile, error) {
 	meta, err := toYAML("", metaData{InstanceID: s.InstanceID, LocalHostname: s.Hostname})
 	if err != nil {
@@ -134,7 +134,7 @@ func toYAML(header string, v any) ([]byte, error) {
 func (s *Seed) cloudConfig() cloudConfig {
 	c := cloudConfig{
 		Hostname: s.Hostname,
-		// "localhost" adds the name to 127.0.1.1's line and rewrites nothing else: without it sudo waits for DNS.
+		// "localhost" adds the name to the line of 127.0.1.1 and changes nothing else: without it sudo waits for DNS.
 		ManageEtcHosts: "localhost",
 		DisableRoot:    true,
 		Users:          []cloudUser{}, // never omitted: cloud-init would create the distribution's default user
@@ -149,7 +149,7 @@ func (s *Seed) cloudConfig() cloudConfig {
 			Sudo: "ALL=(ALL) NOPASSWD:ALL",
 		}
 		if u.Name == "root" {
-			// Else cloud-init puts a "Please login as…" command before root's keys.
+			// Otherwise cloud-init puts a "Please login as…" command before root's keys.
 			c.DisableRoot = false
 			user.Sudo = ""
 		}

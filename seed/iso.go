@@ -16,7 +16,7 @@ import (
 
 const sector = 2048 // ECMA-119 6.1.2
 
-// volumeSector is where the primary volume descriptor lies (ECMA-119 6.2.1).
+// volumeSector is the sector of the primary volume descriptor (ECMA-119 6.2.1).
 const volumeSector = 16
 
 // WriteISO writes the seed's ISO image: the same bytes for the same seed. Names
@@ -37,14 +37,14 @@ func (s *Seed) WriteISO(w io.Writer) (err error) {
 	seen := map[string]bool{}
 	for _, f := range files {
 		if !isoName(f.name) || seen[f.name] {
-			return fmt.Errorf("write seed ISO: %q cannot be the name of a file in it, or is there twice", f.name)
+			return fmt.Errorf("write seed ISO: %q is not a valid file name, or occurs twice", f.name)
 		}
 		seen[f.name] = true
 		if err := iso.AddFile(bytes.NewReader(f.data), f.name); err != nil {
 			return fmt.Errorf("write seed ISO: %s: %w", f.name, err)
 		}
 	}
-	// The library writes sector by sector, 12,000 times for the guest binary. A larger buffer costs a worker's seed more than it saves.
+	// The library writes sector by sector: 12,000 times for the guest binary. For a worker's seed, a larger buffer costs more than it saves.
 	b := bufio.NewWriterSize(&undated{w: w}, 64<<10)
 	if err := iso.WriteTo(b, Label); err != nil {
 		return fmt.Errorf("write seed ISO: %w", err)
@@ -71,9 +71,9 @@ func (s *Seed) ISOFile(path string, mode os.FileMode) error {
 	return nil
 }
 
-// isoName reports a name that comes back as it is from Linux's isofs and from
-// ReadISO, with no Rock Ridge: the library stores lower case and dashes, which
-// ECMA-119 does not have but isofs passes on, and 30 bytes with the version ";1".
+// isoName reports whether Linux's isofs and ReadISO return a name unchanged without
+// Rock Ridge: the library stores lower case and dashes, which
+// ECMA-119 does not allow but isofs passes on, and 30 bytes with the version ";1".
 func isoName(s string) bool {
 	if s == "" || len(s) > 28 {
 		return false
@@ -91,8 +91,8 @@ func isoName(s string) bool {
 	return dots <= 1
 }
 
-// undated passes an ISO image on and takes the time of day out of it: the library puts
-// it into the primary volume descriptor (ECMA-119 8.4.26-29), the only place where it does.
+// undated passes on an ISO image without the time of day: the library writes that
+// into the primary volume descriptor (ECMA-119 8.4.26-29) and nowhere else.
 type undated struct {
 	w  io.Writer
 	at int64

@@ -10,18 +10,18 @@ import (
 	"strings"
 )
 
-// Bounds of what ReadISO takes in. Seeds are a few KB.
+// Bounds of what ReadISO reads. Seeds are a few KB.
 const (
 	maxVolumes   = 16      // volume descriptors looked at
 	maxDirectory = 1 << 16 // bytes of the root directory
 	maxSeed      = 8 << 20 // bytes of the seed's JSON
 )
 
-// ErrNotSeed is ReadISO's answer to what is not a seed that WriteISO wrote.
+// ErrNotSeed is ReadISO's error for anything that WriteISO did not write.
 var ErrNotSeed = errors.New("not a fleetingd seed")
 
-// ReadISO reads the Seed back out of an ISO image that WriteISO wrote, without
-// its Extra files. It takes in a bounded part of r, whatever that holds.
+// ReadISO reads the Seed from an ISO image that WriteISO wrote, without
+// its Extra files. It reads a bounded part of r, whatever that holds.
 func ReadISO(r io.ReaderAt) (Seed, error) {
 	f, err := openISO(r, JSONName)
 	if err != nil {
@@ -39,7 +39,7 @@ func ReadISO(r io.ReaderAt) (Seed, error) {
 
 func parseJSON(data []byte) (Seed, error) {
 	d := json.NewDecoder(bytes.NewReader(data))
-	// A field that this version does not know is one that it would not apply.
+	// A field that this version does not know would not be applied.
 	d.DisallowUnknownFields()
 	var s Seed
 	if err := d.Decode(&s); err != nil {

@@ -1,23 +1,23 @@
 // Package seed holds cloud-init NoCloud seeds as values and writes them as ISO
 // 9660 images. It knows the format
-// (https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html) and
-// nothing of hosts, pools or hypervisors.
+// (https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html) but
+// nothing about hosts, pools or hypervisors.
 package seed
 
 import "net/netip"
 
-// Seed is what one boot of a guest is given: who it is, how it is reached, who
+// Seed is what a guest is given for one boot: its identity, its network and who
 // may log in. Its ISO has the volume label "cidata".
 type Seed struct {
-	InstanceID string   `json:"instance_id"` // a new one makes cloud-init run once more
+	InstanceID string   `json:"instance_id"` // a new one makes cloud-init run again
 	Hostname   string   `json:"hostname"`
 	Network    *Network `json:"network,omitempty"` // nil: cloud-init's own default
 	Users      []User   `json:"users,omitempty"`
 	// WriteFiles and RunCmd are cloud-config's write_files and runcmd.
 	WriteFiles []File     `json:"write_files,omitempty"`
 	RunCmd     [][]string `json:"run_cmd,omitempty"`
-	// Extra are more files in the root of the ISO, by name; they are not part of the JSON
-	// form (the guest binary would be tens of MB).
+	// Extra holds more files for the root of the ISO, by name. They are not part of the JSON
+	// form (the guest binary would add tens of MB).
 	Extra map[string][]byte `json:"-"`
 }
 
@@ -26,7 +26,7 @@ type Seed struct {
 type Network struct {
 	MAC       string       `json:"mac"`
 	Addresses []netip.Addr `json:"addresses"`
-	Gateways  []netip.Addr `json:"gateways"` // one a family in Addresses
+	Gateways  []netip.Addr `json:"gateways"` // one for each family in Addresses
 	DNS       []netip.Addr `json:"dns"`
 	MTU       int          `json:"mtu"`
 }

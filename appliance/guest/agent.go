@@ -14,25 +14,25 @@ import (
 
 const (
 	beatEvery = 10 * time.Second
-	// hostGone is how long nothing can be said while a command runs, until it is ended: who asked for it is no more.
+	// hostGone is how long a command goes on while the host reads nothing. Then it is ended: whoever asked for it has gone.
 	hostGone = 2 * time.Minute
-	// keepSaid is what is kept of what was said, to say it again on the next stream: more than the
-	// buffers between the two ends hold. Unsaid output up to it is queued; then the command waits.
+	// keepSaid is how much is kept to be sent again on the next stream: more than the buffers between the two
+	// ends hold. Unsent output is queued up to the same size; then the command waits.
 	keepSaid = 512 << 10
 )
 
 var errSessionOver = errors.New("the host's session is over")
 
-// command is what the host asked for: a step, or to seal.
+// command is a request of the host: to run a step, or to seal.
 type command struct {
 	id   uint64
 	step *Step // nil: seal
 }
 
-// result is a command's end.
+// result is the outcome of a command.
 type result struct {
 	code   int
-	err    error // for Code -1, or as a note
+	err    error // with code -1, or as a note
 	export Export
 }
 
@@ -47,31 +47,30 @@ func (r result) problem() error {
 	return r.err
 }
 
-// agent is the guest's end of the channel. It answers whatever host is there,
-// the newest alone.
+// agent is the guest's end of the channel. It answers the newest host only.
 type agent struct {
 	mode    string
 	boot    string
 	version string
 	log     *slog.Logger
-	// do runs one command of the host; nil where the host has nothing to command. line says a line of output; it blocks when the host does not read.
+	// do runs one command of the host; nil if the host cannot give any. line sends a line of output and blocks while the host does not read.
 	do       func(ctx context.Context, c command, line func(string)) result
 	poweroff func()
 
 	mu      sync.Mutex
-	changed *sync.Cond // of what is below
+	changed *sync.Cond // of the fields below
 	session string
 	over    context.CancelCauseFunc // ends the session's commands
 	queue   chan command
 	seq     uint64
-	said    []line // lines of this session, said and unsaid
-	next    int    // said[next:] is unsaid on the stream
+	said    []line // lines of this session, sent and unsent
+	next    int    // said[next:] is unsent on the stream
 	size    int    // bytes in said
 	unsaid  int    // bytes in said[next:]
 	state   *message
-	wrote   time.Time // when the stream last took something
-	cmd     uint64    // last command that came in whole
-	data    []byte    // of the command that is coming in
+	wrote   time.Time // when the stream last accepted something
+	cmd     uint64    // last command received in full
+	data    []byte    // of the command being received
 	dataID  uint64
 }
 
@@ -86,7 +85,7 @@ func newAgent(mode, boot, version string, log *slog.Logger) *agent {
 	return a
 }
 
-// serve speaks on the streams that open gives, until ctx ends.
+// serve speaks on the streams that open returns, until ctx ends.
 func (a *agent) serve(ctx context.Context, open func(context.Context) (io.ReadWriteCloser, error)) error {
 	wait := 10 * time.Millisecond
 	for {
@@ -132,12 +131,12 @@ func (a *agent) talk(ctx context.Context, conn io.ReadWriteCloser) error {
 	out := make(chan message, 1) // hellos
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		defer cancel() // a stream that cannot be written is broken
+		defer cancel() // a stream that cannot be written to is broken
 		if err := a.write(ctx, conn, out); err != nil && ctx.Err() == nil {
 			a.log.Debug("write to the host", "error", err)
 		}
 	})
-	// The writer waits on the condition, which knows no context.
+	// The writer waits on the condition variable, which has no context.
 	stop := context.AfterFunc(ctx, func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
@@ -153,7 +152,7 @@ func (a *agent) talk(ctx context.Context, conn io.ReadWriteCloser) error {
 	}()
 	out <- message{}
 	a.mu.Lock()
-	a.next, a.unsaid = len(a.said), 0 // until the host says what it has
+	a.next, a.unsaid = len(a.said), 0 // until the host reports what it has
 	a.data, a.dataID = nil, 0
 	a.changed.Broadcast()
 	a.mu.Unlock()
@@ -166,13 +165,13 @@ func (a *agent) talk(ctx context.Context, conn io.ReadWriteCloser) error {
 		}
 		m, err := decode(b)
 		if err != nil {
-			continue // what an earlier host left half said
+			continue // a fragment from an earlier host
 		}
 		a.hear(m, out)
 	}
 }
 
-// write says hellos and what is unsaid.
+// write sends hellos and unsent lines.
 func (a *agent) write(ctx context.Context, w io.Writer, hellos chan message) error {
 	for {
 		a.mu.Lock()
@@ -211,7 +210,7 @@ func (a *agent) write(ctx context.Context, w io.Writer, hellos chan message) err
 	}
 }
 
-// trim forgets the oldest of what was said. a.mu is held.
+// trim drops the oldest lines sent. a.mu is held.
 func (a *agent) trim() {
 	for a.next > 0 && a.size > keepSaid {
 		a.size -= len(a.said[0].text)
@@ -220,7 +219,7 @@ func (a *agent) trim() {
 	}
 }
 
-// hear takes one message of the host.
+// hear handles one message from the host.
 func (a *agent) hear(m message, hellos chan message) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -234,7 +233,7 @@ func (a *agent) hear(m message, hellos chan message) {
 		a.rewind(m.Have)
 		a.data, a.dataID = nil, 0
 		select {
-		case <-hellos: // one that was not said yet is out of date
+		case <-hellos: // one not sent yet is out of date
 		default:
 		}
 		hellos <- message{Session: m.Session}
@@ -262,10 +261,10 @@ func (a *agent) hear(m message, hellos chan message) {
 	}
 }
 
-// begin ends the session before and its commands, and starts another. a.mu is held.
+// begin ends the previous session and its commands, and starts another. a.mu is held.
 //
-// have is what the host has seen of the session: of an earlier boot, or of a guest part that was restarted in this one,
-// since to us it is new. We count on from there, or what we say would be taken for said.
+// have is the last seq the host has seen in this session. Since the session is new to us, that was from an earlier boot, or from a
+// guest part that has been restarted. Counting continues from there: the host would drop anything lower as a repetition.
 func (a *agent) begin(session string, have uint64) {
 	if a.over != nil {
 		a.over(errSessionOver)
@@ -282,7 +281,7 @@ func (a *agent) begin(session string, have uint64) {
 	}
 }
 
-// rewind makes what came after seq unsaid again. a.mu is held.
+// rewind marks everything after seq as unsent again. a.mu is held.
 func (a *agent) rewind(seq uint64) {
 	a.next = 0
 	for a.next < len(a.said) && a.said[a.next].seq <= seq {
@@ -294,16 +293,16 @@ func (a *agent) rewind(seq uint64) {
 	}
 }
 
-// command takes a whole command in. a.mu is held.
+// command accepts a complete command. a.mu is held.
 func (a *agent) command(m message) {
 	if m.ID <= a.cmd {
-		return // asked again after a reconnect
+		return // repeated after a reconnect
 	}
 	c := command{id: m.ID}
 	if m.Type == typeRun {
 		c.step = &Step{}
 		if m.ID != a.dataID || json.Unmarshal(a.data, c.step) != nil {
-			a.enqueue(message{Type: typeDone, ID: m.ID, Code: -1, Error: "the step did not come in whole"})
+			a.enqueue(message{Type: typeDone, ID: m.ID, Code: -1, Error: "the step arrived incomplete"})
 			a.cmd = m.ID
 			return
 		}
@@ -313,11 +312,11 @@ func (a *agent) command(m message) {
 	case a.queue <- c:
 		a.cmd = m.ID
 	default:
-		a.enqueue(message{Type: typeDone, ID: m.ID, Code: -1, Error: "another command is waiting already"})
+		a.enqueue(message{Type: typeDone, ID: m.ID, Code: -1, Error: "another command is already waiting"})
 	}
 }
 
-// obey runs a session's commands, one after the other.
+// obey runs a session's commands in order.
 func (a *agent) obey(ctx context.Context, session string, queue <-chan command) {
 	for {
 		select {
@@ -338,7 +337,7 @@ func (a *agent) obey(ctx context.Context, session string, queue <-chan command) 
 	}
 }
 
-// cut takes at most n bytes of s, and leaves invalid UTF-8 out: JSON would make three bytes of each.
+// cut returns at most n bytes of s with invalid UTF-8 replaced by "?": JSON would make three bytes of each invalid one.
 func cut(s string, n int) string {
 	if len(s) > n {
 		s = s[:n]
@@ -346,7 +345,7 @@ func cut(s string, n int) string {
 	return string(bytes.ToValidUTF8([]byte(s), []byte("?")))
 }
 
-// say says m in the session, and waits where too much is unsaid.
+// say sends m in the session. It waits while too much is unsent.
 func (a *agent) say(ctx context.Context, session string, m message) {
 	stop := context.AfterFunc(ctx, func() {
 		a.mu.Lock()
@@ -364,7 +363,7 @@ func (a *agent) say(ctx context.Context, session string, m message) {
 	}
 }
 
-// enqueue numbers m and puts it after what is unsaid. a.mu is held.
+// enqueue numbers m and appends it to the unsent lines. a.mu is held.
 func (a *agent) enqueue(m message) {
 	m.Session = a.session
 	a.seq++
@@ -381,7 +380,7 @@ func (a *agent) enqueue(m message) {
 	a.changed.Broadcast()
 }
 
-// report is what every host of this boot is told: ready, or failed.
+// report sets what every host of this boot is told: ready, or failed.
 func (a *agent) report(m message) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -391,7 +390,7 @@ func (a *agent) report(m message) {
 	}
 }
 
-// beat says that there is work, until stop is called. Where nothing can be said for hostGone, it ends the session.
+// beat sends heartbeats until stop is called. If nothing can be sent for hostGone, it ends the session.
 func (a *agent) beat(session string) (stop func()) {
 	done := make(chan struct{})
 	go func() {
@@ -408,7 +407,7 @@ func (a *agent) beat(session string) (stop func()) {
 			case session != "" && a.session != session:
 			case a.next < len(a.said):
 				if a.over != nil && time.Since(a.wrote) > hostGone {
-					a.over(fmt.Errorf("%w: nothing could be said for %v", errSessionOver, hostGone))
+					a.over(fmt.Errorf("%w: nothing could be sent for %v", errSessionOver, hostGone))
 				}
 			case a.session != "":
 				a.enqueue(message{Type: typeBeat})

@@ -30,8 +30,8 @@ import (
 // seedPatience is how long the seed's disk may take to appear.
 const seedPatience = 30 * time.Second
 
-// applySeed is this machine's cloud-init: the same seed, applied without Python in some tens of
-// milliseconds, before sshd and the resolver start. Who wants cloud-init itself keeps it (keepCloudInit).
+// applySeed replaces cloud-init: it applies the same seed, without Python, in some tens of
+// milliseconds, before sshd and the resolver start. An image may keep cloud-init instead (keepCloudInit).
 func applySeed(ctx context.Context, log *slog.Logger) error {
 	if err := writableRoot(); err != nil {
 		return err
@@ -41,7 +41,7 @@ func applySeed(ctx context.Context, log *slog.Logger) error {
 		return err
 	}
 	log.Info("seed found", "disk", disk, "instance", s.InstanceID)
-	// What makes this worker's keys its own, if the kernel had no entropy yet but what all clones share. Not credited: it is no secret.
+	// Makes this worker's keys unique even if all the entropy the kernel has yet is shared by all clones. It is not credited: it is not secret.
 	sum := sha512.Sum512([]byte(s.InstanceID + s.Hostname))
 	if err := os.WriteFile("/dev/urandom", sum[:], 0); err != nil {
 		return fmt.Errorf("mix the seed into the kernel's entropy: %w", err)
@@ -65,8 +65,8 @@ func applySeed(ctx context.Context, log *slog.Logger) error {
 	return nil
 }
 
-// writableRoot makes the root writable where it is not yet: an image may name "ro" on its kernel's command line, and this
-// runs before systemd-remount-fs.service does the same, for half a second is lost by waiting for that.
+// writableRoot remounts the root writable if an image's kernel command line says "ro". systemd-remount-fs.service does the
+// same, but waiting for it would cost half a second.
 func writableRoot() error {
 	var st unix.Statfs_t
 	if err := unix.Statfs("/", &st); err != nil {
@@ -81,7 +81,7 @@ func writableRoot() error {
 	return nil
 }
 
-// findSeed reads the seed off the one disk that holds it.
+// findSeed reads the seed from the disk that holds it.
 func findSeed(ctx context.Context, sys, dev string) (seed.Seed, string, error) {
 	ctx, cancel := context.WithTimeout(ctx, seedPatience)
 	defer cancel()
@@ -105,7 +105,7 @@ func findSeed(ctx context.Context, sys, dev string) (seed.Seed, string, error) {
 		}
 		if !pause(ctx, 10*time.Millisecond) {
 			return seed.Seed{}, "", errors.Join(fmt.Errorf("no disk with a seed (an ISO image labelled %q that fleetingd wrote) "+
-				"came up in %v: the worker's seed is not attached", seed.Label, seedPatience), broken)
+				"appeared in %v: the worker's seed is not attached", seed.Label, seedPatience), broken)
 		}
 	}
 }
@@ -119,7 +119,7 @@ func readSeed(dev string) (seed.Seed, error) {
 	return seed.ReadISO(f)
 }
 
-// identity writes who a machine is into its files.
+// identity writes a machine's identity into its files.
 type identity struct {
 	root string
 	run  func(name string, args ...string) error // a program of the machine itself
@@ -127,7 +127,7 @@ type identity struct {
 
 func (id identity) path(p string) string { return filepath.Join(id.root, p) }
 
-// apply is what cloud-init makes of the same seed.
+// apply does what cloud-init would do with the same seed.
 func (id identity) apply(s seed.Seed) error {
 	if err := id.hostname(s.Hostname); err != nil {
 		return err
@@ -159,8 +159,8 @@ func (id identity) apply(s seed.Seed) error {
 	return nil
 }
 
-// hostname writes the name where it is looked up without DNS, as cloud-init's
-// manage_etc_hosts "localhost" does: sudo and others would wait for a name server that does not know it.
+// hostname writes the name where it is found without DNS, as cloud-init's
+// manage_etc_hosts "localhost" does: otherwise sudo and others wait for a name server that does not know it.
 func (id identity) hostname(name string) error {
 	if name == "" {
 		return nil
@@ -186,8 +186,8 @@ func (id identity) hostname(name string) error {
 	return writeFile(hosts, []byte(b.String()), 0o644)
 }
 
-// hostKeys makes the SSH host keys that are missing: seal took out those of the image. One Ed25519 key is enough for
-// every client of this decade and is made in no time; others are made only where the image's sshd_config names them.
+// hostKeys makes the missing SSH host keys: seal removed those of the image. Every client of this decade supports
+// Ed25519, whose keys take no time to make; other keys are made only if the image's sshd_config names them.
 func (id identity) hostKeys(random interface{ Read([]byte) (int, error) }) error {
 	paths := sshdSetting(id.root, "hostkey")
 	if len(paths) == 0 {
@@ -195,7 +195,7 @@ func (id identity) hostKeys(random interface{ Read([]byte) (int, error) }) error
 	}
 	for _, p := range paths {
 		if _, err := os.Stat(id.path(p)); err == nil {
-			continue // a reboot of the worker: it stays who it is
+			continue // the worker has rebooted and keeps its identity
 		}
 		var key any
 		var err error
@@ -234,7 +234,7 @@ func writeHostKey(path string, key any) error {
 		writeFile(path+".pub", ssh.MarshalAuthorizedKey(signer.PublicKey()), 0o644))
 }
 
-// user makes the account if the image has none, and lets it in with the seed's keys alone.
+// user creates the account if the image does not have it, and admits it only with the seed's keys.
 func (id identity) user(u seed.User) error {
 	home, uid, gid, err := id.lookup(u.Name)
 	if errors.Is(err, errNoUser) {
@@ -253,7 +253,7 @@ func (id identity) user(u seed.User) error {
 	if err != nil {
 		return err
 	}
-	// os.Root: the home folder is the user's; what links there point at is not to be written by root.
+	// os.Root: the home folder belongs to the user; root must not follow links there.
 	if err := os.MkdirAll(id.path(home), 0o755); err != nil {
 		return err
 	}
@@ -280,7 +280,7 @@ func (id identity) user(u seed.User) error {
 
 var errNoUser = errors.New("no such user in /etc/passwd")
 
-// lookup reads passwd(5) itself: the C library's way may ask the network, which is not up yet.
+// lookup reads passwd(5) itself: the C library may ask the network, which is not up yet.
 func (id identity) lookup(name string) (home string, uid, gid int, err error) {
 	f, err := os.Open(id.path("etc/passwd"))
 	if err != nil {
@@ -302,8 +302,8 @@ func (id identity) lookup(name string) (home string, uid, gid int, err error) {
 	return "", 0, 0, errNoUser
 }
 
-// resolver says where names are looked up: to systemd-resolved, which has not started yet, where the image uses it,
-// else in resolv.conf.
+// resolver configures the name servers: in systemd-resolved, which has not started yet, if the image uses it,
+// otherwise in resolv.conf.
 func (id identity) resolver(n *seed.Network) error {
 	const resolved = "/systemd/resolve/"
 	conf := id.path("etc/resolv.conf")
@@ -311,7 +311,7 @@ func (id identity) resolver(n *seed.Network) error {
 		if strings.Contains(to, resolved) {
 			return id.resolvedConf(n)
 		}
-		// It points at what another manager of the network would write, and none does here.
+		// It points to a file that another network manager would write; none runs here.
 		if err := os.Remove(conf); err != nil {
 			return err
 		}
@@ -332,7 +332,7 @@ func (id identity) resolvedConf(n *seed.Network) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	// Nobody is on a worker's link to answer by multicast, and a worker has no port open but sshd's.
+	// Nobody on a worker's link answers multicast queries, and a worker has no open port but sshd's.
 	text := "# by fleetingd guest, from the worker's seed\n[Resolve]\nDNS=" + strings.Join(dns, " ") +
 		"\nLLMNR=no\nMulticastDNS=no\n"
 	return writeFile(filepath.Join(dir, "50-fleetingd.conf"), []byte(text), 0o644)

@@ -9,16 +9,16 @@ import (
 	"strings"
 )
 
-// notForWorkers are units that distributions enable for machines that live long or have hardware, and what each is
-// for. They are disabled, not masked or removed: a job starts them when it wants to. Only what the
-// image itself enabled counts; what a prebuild step enables was asked for and stays.
+// notForWorkers are units that distributions enable for long-lived machines or for hardware, and what each is
+// for. They are disabled, not masked or removed, so a job can start them. Only units that the base
+// image enabled are disabled; those that a prebuild step enables stay enabled.
 var notForWorkers = map[string]string{
-	// A worker's address is there before any of these looks, and nothing else comes up later.
+	// A worker has its address before any of these starts, and no other link comes up later.
 	"systemd-networkd-wait-online.service": "waits for links that networkd does not manage, two minutes long",
 	"NetworkManager-wait-online.service":   "the same for NetworkManager",
 	"ifupdown-wait-online.service":         "the same for ifupdown",
 
-	// Housekeeping by the clock, for machines that are there next week. It takes CPU, disk and the package lock from the job.
+	// Scheduled housekeeping for machines that still exist next week. It takes CPU, disk and the package lock from the job.
 	"apt-daily.timer":                        "updates package lists, and holds apt's lock while a job wants it",
 	"apt-daily-upgrade.timer":                "upgrades packages under the job",
 	"unattended-upgrades.service":            "waits for shutdown to upgrade packages",
@@ -76,7 +76,7 @@ var notForWorkers = map[string]string{
 	"networkd-dispatcher.service":  "runs hooks when networkd's links change",
 }
 
-// slowStatics are started by others than an [Install] section, so only a mask keeps them out of a boot. None has a use in a worker.
+// slowStatics are not started by an [Install] section, so only masking keeps them from starting. A worker needs none of them.
 var slowStatics = map[string]string{
 	"sshd-keygen.service":              "makes RSA keys at boot; a worker's host keys come from the guest part, before sshd",
 	"regenerate_ssh_host_keys.service": "the same, elsewhere",
@@ -86,12 +86,12 @@ var slowStatics = map[string]string{
 	"systemd-pcrphase-sysinit.service": "TPM measurements",
 	"cloud-init-hotplugd.socket":       "listens for cloud-init, which does not run",
 
-	"systemd-udev-load-credentials.service": "reads udev rules out of credentials, which nobody gives a worker",
+	"systemd-udev-load-credentials.service": "reads udev rules from credentials, which a worker does not get",
 	"systemd-random-seed.service":           "keeps entropy from one boot to the next; a worker's comes from virtio-rng, and its first boot is its last",
 }
 
-// idleGenerators are programs that systemd runs before its first unit, and that find nothing to generate in a worker
-// (systemd.generator(7)), by the file that would give them something to do; "" for none. A link to /dev/null masks one.
+// idleGenerators are programs that systemd runs before its first unit (systemd.generator(7)) and that have nothing to do in a
+// worker, each with the file that would give it work, or "". A link to /dev/null masks a generator.
 var idleGenerators = map[string]string{
 	"cloud-init-generator":               "",             // a shell script that finds cloud-init disabled
 	"systemd-bless-boot-generator":       "",             // boot counting of systemd-boot, which does not run
@@ -105,7 +105,7 @@ var idleGenerators = map[string]string{
 	"systemd-veritysetup-generator":      "etc/veritytab",
 }
 
-// shortenBoot leaves at boot what a job needs. Nothing is removed.
+// shortenBoot keeps at boot only what a job needs. It removes nothing.
 func (s *sealer) shortenBoot() error {
 	var errs []error
 	for unit := range notForWorkers {
@@ -114,7 +114,7 @@ func (s *sealer) shortenBoot() error {
 		}
 	}
 	if !keepsCloudInit(s.root) {
-		// Python, four times one after the other before sshd: more than half of a plain boot. The file is cloud-init's own
+		// Python, four times in a row before sshd: more than half of a plain boot. The file is cloud-init's own
 		// switch (https://docs.cloud-init.io/en/latest/howto/disable_cloud_init.html).
 		errs = append(errs, s.write("etc/cloud/cloud-init.disabled", "by fleetingd: the guest part applies a worker's seed\n"))
 		errs = append(errs, s.answerCloudInit())
@@ -127,7 +127,7 @@ func (s *sealer) shortenBoot() error {
 			}
 		}
 		if s.rootIsDisk() {
-			// It looks for further file systems in the partition table that the root is from.
+			// It looks for more file systems in the root disk's partition table.
 			errs = append(errs, s.link("/dev/null", "etc/systemd/system-generators/systemd-gpt-auto-generator"))
 		}
 		load, err := s.loadsModules()
@@ -135,7 +135,7 @@ func (s *sealer) shortenBoot() error {
 		if !load {
 			errs = append(errs, s.mask("systemd-modules-load.service"))
 		}
-		// The kernel's name for the one interface. Else udev renames it while the guest part sets it up.
+		// Keep the kernel's name for the only interface. Otherwise udev renames it while the guest part configures it.
 		errs = append(errs, s.write("etc/systemd/network/10-fleetingd.link",
 			"# by fleetingd: the worker's one interface keeps the kernel's name\n[Match]\nDriver=virtio_net\n\n[Link]\nNamePolicy=keep kernel\n"))
 		if _, err := os.Stat(s.path("etc/NetworkManager")); err == nil {
@@ -167,7 +167,7 @@ func (s *sealer) answerCloudInit() error {
 	return writeFile(s.path(path), cloudInitAnswer, 0o755)
 }
 
-// rootIsDisk tells whether the root file system has the whole disk, with no partition table.
+// rootIsDisk reports whether the root file system fills the whole disk, without a partition table.
 func (s *sealer) rootIsDisk() bool {
 	dev, _, err := rootDevice(s.root)
 	if err != nil {
@@ -177,8 +177,8 @@ func (s *sealer) rootIsDisk() bool {
 	return errors.Is(err, os.ErrNotExist)
 }
 
-// loadsModules tells whether systemd-modules-load.service has anything to load (modules-load.d(5)). Distributions come with
-// files of comments alone.
+// loadsModules reports whether systemd-modules-load.service has anything to load (modules-load.d(5)). Distributions ship
+// files that hold only comments.
 func (s *sealer) loadsModules() (bool, error) {
 	line, err := os.ReadFile("/proc/cmdline")
 	if err != nil || bytes.Contains(line, []byte("modules_load=")) || bytes.Contains(line, []byte("modules-load=")) {
@@ -205,7 +205,7 @@ func (s *sealer) loadsModules() (bool, error) {
 	return false, nil
 }
 
-// namesModule tells whether a file of modules-load.d(5) has more than comments.
+// namesModule reports whether a modules-load.d(5) file has more than comments.
 func namesModule(text string) bool {
 	for l := range strings.Lines(text) {
 		if l = strings.TrimSpace(l); l != "" && l[0] != '#' && l[0] != ';' {
@@ -215,16 +215,16 @@ func namesModule(text string) bool {
 	return false
 }
 
-// updateDone tells systemd that /usr is as /etc and /var know it (systemd-update-done.service(8)). Packages that the
-// prebuild installed made /usr newer, and each clone would build the hardware database, ld.so's cache and the journal's catalog
-// anew, which the packages' own scripts have done.
+// updateDone tells systemd that /etc and /var are up to date with /usr (systemd-update-done.service(8)). Packages that the
+// prebuild installed made /usr newer, so each clone would rebuild the hardware database, ld.so's cache and the journal's catalog,
+// which the packages' own scripts have already done.
 func (s *sealer) updateDone() error {
 	usr, err := os.Stat(s.path("usr"))
 	if err != nil {
 		return err
 	}
 	for _, f := range []string{"etc/.updated", "var/.updated"} {
-		if err := s.write(f, "# by fleetingd, in the place of systemd-update-done.service\n"); err != nil {
+		if err := s.write(f, "# by fleetingd, instead of systemd-update-done.service\n"); err != nil {
 			return err
 		}
 		if err := os.Chtimes(s.path(f), usr.ModTime(), usr.ModTime()); err != nil {
@@ -242,7 +242,7 @@ func (s *sealer) write(path, text string) error {
 	return writeFile(p, []byte(text), 0o644)
 }
 
-// enabledUnits are the units that a machine's links enable.
+// enabledUnits returns the units that a machine's links enable.
 func enabledUnits(root string) map[string]bool {
 	units := map[string]bool{}
 	for _, dir := range []string{"wants", "requires"} {
@@ -254,7 +254,7 @@ func enabledUnits(root string) map[string]bool {
 	return units
 }
 
-// disable takes the links away that start a unit at boot, as `systemctl disable` does.
+// disable removes the links that start a unit at boot, as `systemctl disable` does.
 func (s *sealer) disable(unit string) error {
 	var errs []error
 	for _, dir := range []string{"wants", "requires"} {
@@ -267,7 +267,7 @@ func (s *sealer) disable(unit string) error {
 	return errors.Join(errs...)
 }
 
-// mask keeps a unit from starting at all, unless the machine's owner has his own unit of that name.
+// mask keeps a unit from starting at all, unless the image's owner has a unit of that name.
 func (s *sealer) mask(unit string) error {
 	if _, err := os.Lstat(s.path("etc/systemd/system/" + unit)); err == nil {
 		return nil

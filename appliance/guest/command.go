@@ -9,14 +9,14 @@ import (
 	"syscall"
 )
 
-// IsCommand reports a start inside of a VM: as the guest part, or as /init of its initrd.
+// IsCommand reports whether this program was started inside a VM: as the guest part, or as /init of its initrd.
 func IsCommand(args []string) bool {
 	return isInit(args) || len(args) > 1 && args[1] == "guest"
 }
 
 func isInit(args []string) bool { return os.Getpid() == 1 && len(args) > 0 && args[0] == "/init" }
 
-// Command is `fleetingd guest [--prebuild]`, and returns the exit code. People have no use for it, so it is in no help text.
+// Command is `fleetingd guest [--prebuild]`, and returns the exit code. It is not for people, so no help text mentions it.
 func Command(args []string, version string) int {
 	if isInit(args) {
 		Init(args[1:])
@@ -24,11 +24,11 @@ func Command(args []string, version string) int {
 	}
 	prebuild := len(args) == 3 && args[2] == "--prebuild"
 	if !IsCommand(args) || len(args) > 2 && !prebuild {
-		fmt.Fprintln(os.Stderr, "fleetingd: usage: fleetingd guest [--prebuild], inside of a VM that fleetingd started")
+		fmt.Fprintln(os.Stderr, "fleetingd: usage: fleetingd guest [--prebuild], inside a VM that fleetingd started")
 		return 2
 	}
 	if os.Getuid() != 0 {
-		fmt.Fprintln(os.Stderr, "fleetingd: the guest part runs as root, inside of a VM that fleetingd started")
+		fmt.Fprintln(os.Stderr, "fleetingd: the guest part runs as root, inside a VM that fleetingd started")
 		return 1
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)

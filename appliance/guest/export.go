@@ -23,7 +23,7 @@ const (
 
 // ReadExport unpacks what Seal wrote, from the start of the ExportSerial disk, into dst: the files ExportKernel and ExportInitrd, mode 0644.
 // The stream comes from the guest and is not trusted: anything but these two
-// regular files, once each and within their bounds, is an error, and then neither file is there.
+// regular files, once each and within their bounds, is an error, and then neither file exists.
 func ReadExport(r io.Reader, dst string, e Export) (err error) {
 	if e.Bytes <= 0 || e.Bytes > maxExport {
 		return fmt.Errorf("read the guest's export: its length is %d", e.Bytes)
@@ -46,15 +46,15 @@ func ReadExport(r io.Reader, dst string, e Export) (err error) {
 			return fmt.Errorf("read the guest's export: %w", err)
 		}
 		if h.Name != ExportKernel && h.Name != ExportInitrd {
-			return fmt.Errorf("read the guest's export: it has a file %q; only %s and %s are taken",
+			return fmt.Errorf("read the guest's export: it has a file %q; only %s and %s are allowed",
 				escape(h.Name, maxName), ExportKernel, ExportInitrd)
 		}
 		if h.Typeflag != tar.TypeReg || h.Size <= 0 || h.Size > maxExportFile {
-			return fmt.Errorf("read the guest's export: %s is of type %q and %d bytes; a regular file of 1 to %d bytes is taken",
+			return fmt.Errorf("read the guest's export: %s is of type %q and %d bytes; it must be a regular file of 1 to %d bytes",
 				h.Name, h.Typeflag, h.Size, maxExportFile)
 		}
 		p := filepath.Join(dst, h.Name)
-		// O_EXCL: the second of a name is an error, and a link that lies there is not followed.
+		// O_EXCL: a second file of the same name is an error, and an existing link is not followed.
 		f, err := os.OpenFile(p, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 		if err != nil {
 			return fmt.Errorf("read the guest's export: %w", err)

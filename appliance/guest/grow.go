@@ -16,7 +16,7 @@ import (
 )
 
 // growRoot makes the root file system as large as its disk: a pool's disk may be larger than the image's.
-// Where they are of one size it costs a stat and a read. It is for ext4; others grow with cloud-init kept.
+// If they are the same size, it costs a stat and a read. It supports ext4; other file systems grow if cloud-init is kept.
 func growRoot(ctx context.Context) error {
 	var st unix.Stat_t
 	if err := unix.Stat("/", &st); err != nil {
@@ -98,7 +98,7 @@ func growExt4(mount, dev string, size int64) error {
 	return nil
 }
 
-// ext4Size reads a superblock (Documentation/filesystems/ext4/super.rst); ok is false for another file system.
+// ext4Size reads a superblock (Documentation/filesystems/ext4/super.rst); ok is false for any other file system.
 func ext4Size(r io.ReaderAt) (blocks, blockSize int64, ok bool) {
 	sb := make([]byte, 1024)
 	if _, err := r.ReadAt(sb, 1024); err != nil || binary.LittleEndian.Uint16(sb[0x38:]) != 0xef53 {

@@ -1,10 +1,10 @@
 // Package guest is fleetingd inside the VM (`fleetingd guest`) and the host's
 // end of the channel to it. The channel carries bounded, versioned JSON lines
-// (protocol.go) and needs no network. The guest obeys the host; all that it says
-// is hostile input to the host.
+// (protocol.go) and needs no network. The guest obeys the host; the host treats
+// everything the guest says as hostile input.
 //
 // The host's end is Session and ReadExport, the guest's end is Main. The guest's end changes the machine it runs on,
-// and does so only below its root directory. It never listens on anything that a job could reach.
+// and only below its root directory. It never listens on anything that a job could reach.
 package guest
 
 import (
@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// ExportSerial is the serial number of the empty raw disk that a prebuild VM is given for Seal:
-// the guest writes the image's kernel and initrd onto it. ExportSize is enough for any.
+// ExportSerial is the serial number of the empty raw disk that a prebuild VM gets for Seal:
+// the guest writes the image's kernel and initrd onto it. ExportSize is large enough for any.
 const (
 	ExportSerial = "fleetingd-out"
 	ExportSize   = maxExport
@@ -25,14 +25,14 @@ const (
 // Dial opens a stream to the guest (vm.VM.Channel).
 type Dial func(ctx context.Context) (net.Conn, error)
 
-// Options of a Session; zero values are the defaults.
+// Options configures a Session; zero values are the defaults.
 type Options struct {
 	Log *slog.Logger
-	// Silence is how long a guest that has work to do may say nothing, heartbeats included (default 60 s).
+	// Silence is how long a guest with work to do may send nothing, not even a heartbeat (default 60 s).
 	Silence time.Duration
 }
 
-// Step is one prebuild step as it is sent to the guest. Exactly one of Command,
+// Step is one prebuild step, as sent to the guest. Exactly one of Command,
 // Packages and File is set.
 type Step struct {
 	Name     string   `json:"name"`
@@ -41,7 +41,7 @@ type Step struct {
 	File     *File    `json:"file,omitempty"`
 }
 
-// File is a file that a Step writes.
+// File is the file a Step writes.
 type File struct {
 	Path    string `json:"path"`
 	Content string `json:"content"`
@@ -79,17 +79,17 @@ func (e *StepError) Error() string {
 
 func (e *StepError) Unwrap() error { return e.err }
 
-// Ready is what a guest says when jobs may come.
+// Ready is what a guest reports once it can take jobs.
 type Ready struct {
 	BootID   string
-	Version  string        // the guest part's version
+	Version  string        // version of the guest part
 	Took     time.Duration // from the kernel's start, by the guest's clock
 	Hostname string
 }
 
-// Export is what Seal left on the ExportSerial disk.
+// Export describes what Seal wrote to the ExportSerial disk.
 type Export struct {
-	Bytes  int64  // length of the tar stream that ReadExport takes; 0: there is nothing
-	Kernel string // the kernel's version as uname -r says it, or ""
-	Reason string // why there is nothing
+	Bytes  int64  // length of the tar stream that ReadExport reads; 0: none
+	Kernel string // the kernel's version as uname -r prints it, or ""
+	Reason string // why there is none
 }

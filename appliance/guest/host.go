@@ -15,29 +15,29 @@ import (
 	"time"
 )
 
-// What a Session takes from a guest at most, so that a hostile one costs a bounded amount of everything.
+// Limits on what a Session accepts from a guest, so that a hostile one costs only a bounded amount of anything.
 const (
-	maxJunk    = 1 << 20  // bytes that are no message for us, before and after a stream's hello, where
-	junkLine   = 64       // a line counts as so many at least
-	maxHellos  = 200      // of one guest in one Session
+	maxJunk    = 1 << 20  // bytes that are not messages for us, before and after a stream's hello;
+	junkLine   = 64       // each line counts as at least this many
+	maxHellos  = 200      // from one guest in one Session
 	maxStreams = 200      // opened by one Session
-	maxReboots = 2        // while WaitReady waits; a prebuild may not reboot at all
+	maxReboots = 2        // during WaitReady; a prebuild may not reboot at all
 	maxOutput  = 32 << 20 // bytes written to Prebuild's out
 	tailLines  = 20       // of a StepError
 	tailWidth  = 1 << 10  // bytes of each of them
 
 	paceBurst   = 4 << 20 // bytes read at full speed, and then
 	paceRate    = 4 << 20 // bytes a second
-	paceMessage = 256     // what a line costs beside its bytes: parsing many short ones is work too
+	paceMessage = 256     // cost of a line besides its bytes: parsing many short ones is work too
 )
 
-// helloTimeout is how long a stream may refuse a hello: it is smaller than any socket's buffer.
+// helloTimeout is how long writing a hello may take: it fits any socket's buffer.
 const helloTimeout = 10 * time.Second
 
 var errClosed = errors.New("the session with the guest was closed")
 
 // Session is the host's end of the channel to one guest. Its methods may be called
-// at the same time, but run one after the other; Close ends the one that runs.
+// concurrently but run one at a time; Close ends the one that is running.
 type Session struct {
 	dial    Dial
 	log     *slog.Logger
@@ -46,7 +46,7 @@ type Session struct {
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 
-	op      sync.Mutex // holds what is below
+	op      sync.Mutex // guards the fields below
 	cur     *stream
 	cmd     uint64 // id of the last command sent
 	have    uint64 // seq of the last message seen
@@ -59,8 +59,8 @@ type Session struct {
 	junk    int64
 }
 
-// NewSession makes a Session; it dials when there is something to wait for, and
-// again whenever the stream breaks. An error of dial is final: it is to block until there is a stream.
+// NewSession returns a Session. It dials once there is something to wait for, and
+// again whenever the stream breaks. An error from dial is final: dial must block until there is a stream.
 func NewSession(dial Dial, opts Options) *Session {
 	s := &Session{dial: dial, log: opts.Log, silence: opts.Silence, id: rand.Text()}
 	if s.log == nil {
@@ -73,7 +73,7 @@ func NewSession(dial Dial, opts Options) *Session {
 	return s
 }
 
-// Close ends the stream and the call in progress. It never fails.
+// Close ends the stream and the call in progress. It always returns nil.
 func (s *Session) Close() error {
 	s.cancel(errClosed)
 	s.op.Lock()
@@ -82,9 +82,9 @@ func (s *Session) Close() error {
 	return nil
 }
 
-// WaitReady waits until the worker has its identity and its sshd answers. It polls
-// nothing. It fails when ctx ends, and before that when the guest says that it will never be
-// ready, reboots again and again, falls silent after it had begun to speak, or speaks another protocol.
+// WaitReady waits, without polling, until the worker has its identity and its sshd answers.
+// It fails when ctx ends, or earlier if the guest reports that it will never be ready, keeps rebooting, stops
+// sending after it has started, or speaks another protocol.
 func (s *Session) WaitReady(ctx context.Context) (Ready, error) {
 	const doing = "waiting for the guest to be ready"
 	ctx, end := s.begin(ctx)
@@ -98,11 +98,11 @@ func (s *Session) WaitReady(ctx context.Context) (Ready, error) {
 		switch m.Type {
 		case typeHello:
 			if m.Mode != modeWorker {
-				return Ready{}, fmt.Errorf("%s: it is in mode %q: this disk was not sealed", doing, escape(m.Mode, maxName))
+				return Ready{}, fmt.Errorf("%s: the guest part is in mode %q: this disk was not sealed", doing, escape(m.Mode, maxName))
 			}
 			if boot != "" && boot != m.Boot {
 				if reboots++; reboots > maxReboots {
-					return Ready{}, fmt.Errorf("%s: it has rebooted %d times; its console log says why", doing, reboots)
+					return Ready{}, fmt.Errorf("%s: the guest has rebooted %d times; see its console log", doing, reboots)
 				}
 			}
 			boot = m.Boot
@@ -117,8 +117,8 @@ func (s *Session) WaitReady(ctx context.Context) (Ready, error) {
 	}
 }
 
-// Prebuild runs the steps in their order, and writes each line of output to out as "name: line\n",
-// escaped and bounded. The first step that fails ends it with a *StepError.
+// Prebuild runs the steps in order and writes each line of output to out as "name: line\n",
+// escaped and bounded. It stops at the first step that fails, with a *StepError.
 func (s *Session) Prebuild(ctx context.Context, steps []Step, out io.Writer) error {
 	ctx, end := s.begin(ctx)
 	defer end()
@@ -137,7 +137,7 @@ func (s *Session) step(ctx context.Context, step Step, o *output) error {
 		return fmt.Errorf("prebuild step %q: %w", step.Name, err)
 	}
 	if len(data) > maxStep {
-		return fmt.Errorf("prebuild step %q is %d bytes, more than the %d that the guest takes", step.Name, len(data), maxStep)
+		return fmt.Errorf("prebuild step %q is %d bytes, more than the %d that the guest accepts", step.Name, len(data), maxStep)
 	}
 	o.step, o.tail = step.Name, nil
 	started := time.Now()
@@ -169,9 +169,9 @@ func (s *Session) step(ctx context.Context, step Step, o *output) error {
 	return nil
 }
 
-// Seal makes the image ready to be cloned: the guest installs its unit, makes later boots short, takes out
-// all that must not be in two machines, writes the kernel and a small initrd onto the ExportSerial disk and powers off. When Seal
-// returns the guest has done all but the last: wait for the VM to end before using its disks.
+// Seal makes the image ready to be cloned: the guest installs its unit, shortens later boots, removes
+// everything that two machines must not share, writes the kernel and a small initrd to the ExportSerial disk and powers off. When
+// Seal returns, the guest may not have powered off yet: wait for the VM to end before using its disks.
 func (s *Session) Seal(ctx context.Context) (Export, error) {
 	ctx, end := s.begin(ctx)
 	defer end()
@@ -189,14 +189,14 @@ func (s *Session) Seal(ctx context.Context) (Export, error) {
 		return Export{}, fmt.Errorf("sealing the image: the guest claims an export of %d bytes, more than %d", done.Bytes, int64(maxExport))
 	}
 	if err := s.send(ctx, message{Type: typePoweroff}); err != nil {
-		// It powers off by itself when it hears nothing.
-		s.log.Warn("the sealed guest was not told to power off", "error", err)
+		// It powers off by itself after hostGone.
+		s.log.Warn("could not tell the sealed guest to power off", "error", err)
 	}
 	return Export{Bytes: done.Bytes, Kernel: escape(done.Kernel, maxName), Reason: escape(done.Error, maxText)}, nil
 }
 
-// command has the guest do something: it sends the messages that make gives, again where a stream broke
-// before the guest had them all, and waits for the answer.
+// command sends the messages that make returns, again if a stream breaks before the guest has received
+// all of them, and waits for the answer.
 func (s *Session) command(
 	ctx context.Context, doing string, line func(string) error, make func(id uint64) []message,
 ) (message, error) {
@@ -216,12 +216,12 @@ func (s *Session) command(
 		switch {
 		case m.Type == typeHello:
 			if m.Mode != modePrebuild {
-				return message{}, fmt.Errorf("%s: the guest is in mode %q: it takes no commands. The disk was sealed before",
+				return message{}, fmt.Errorf("%s: the guest is in mode %q and takes no commands: the disk has already been sealed",
 					doing, escape(m.Mode, maxName))
 			}
 			if boot != "" && m.Boot != boot {
-				return message{}, fmt.Errorf("%s: the guest has rebooted, which a prebuild must not: its steps are not "+
-					"taken up again", doing)
+				return message{}, fmt.Errorf("%s: the guest rebooted, which a prebuild step must not do: the "+
+					"remaining steps cannot be resumed", doing)
 			}
 			boot = m.Boot
 			if m.Cmd < id {
@@ -231,7 +231,7 @@ func (s *Session) command(
 			}
 		case m.Type == typeOutput && m.ID == id:
 			if err := line(m.Line); err != nil {
-				return message{}, fmt.Errorf("%s: write its output: %w", doing, err)
+				return message{}, fmt.Errorf("%s: writing its output: %w", doing, err)
 			}
 		case m.Type == typeDone && m.ID == id:
 			return m, nil
@@ -239,7 +239,7 @@ func (s *Session) command(
 	}
 }
 
-// begin starts a call: the one before it has ended, and silence counts from now.
+// begin starts a call once the previous one has ended; silence counts from now.
 func (s *Session) begin(parent context.Context) (context.Context, func()) {
 	s.op.Lock()
 	ctx, cancel := context.WithCancelCause(parent)
@@ -254,7 +254,7 @@ func (s *Session) begin(parent context.Context) (context.Context, func()) {
 	}
 }
 
-// next gives the next message of this Session, hellos among them, beats not. It opens streams as it needs them.
+// next returns the next message of this Session, including hellos but not beats. It opens streams as needed.
 func (s *Session) next(ctx context.Context, doing string) (message, error) {
 	for {
 		if ctx.Err() != nil {
@@ -287,7 +287,7 @@ func (s *Session) next(ctx context.Context, doing string) (message, error) {
 	}
 }
 
-// receive waits for the stream, for ctx, and for a guest that has spoken to fall silent.
+// receive waits for the stream, for ctx, and for the silence of a guest that has spoken before.
 func (s *Session) receive(ctx context.Context, doing string) (event, error) {
 	var silent <-chan time.Time
 	if !s.heard.IsZero() {
@@ -299,18 +299,18 @@ func (s *Session) receive(ctx context.Context, doing string) (event, error) {
 	case ev := <-s.cur.events:
 		return ev, nil
 	case <-silent:
-		return event{}, fmt.Errorf("%s: the guest has said nothing for %v: it hangs, has rebooted, or its guest part was killed",
+		return event{}, fmt.Errorf("%s: the guest has sent nothing for %v: it hangs, has rebooted, or its guest part was killed",
 			doing, s.silence)
 	case <-ctx.Done():
 		return event{}, fmt.Errorf("%s: %w (%s)", doing, context.Cause(ctx), s.state())
 	}
 }
 
-// accept judges what came in: true for a message of this Session. An error ends the call.
+// accept reports whether what came in is a message of this Session. An error ends the call.
 func (s *Session) accept(ctx context.Context, ev event) (bool, error) {
 	m := ev.msg
 	if s.junk += ev.junk; s.junk > maxJunk {
-		return false, fmt.Errorf("the guest has sent %d bytes that are no message of protocol %d: what speaks there is not "+
+		return false, fmt.Errorf("the guest has sent %d bytes that are not messages of protocol %d: this is not "+
 			"fleetingd's guest part", s.junk, protocolVersion)
 	}
 	if ev.junk > 0 {
@@ -320,12 +320,12 @@ func (s *Session) accept(ctx context.Context, ev event) (bool, error) {
 		return s.hello(ctx, m)
 	}
 	if m.Session != s.id || !s.cur.greeted {
-		s.junk += junkLine // of an earlier boot, or another host's: known, but it has to end somewhere
+		s.junk += junkLine // from an earlier boot or for another host: expected, but bounded
 		return false, nil
 	}
 	if m.Seq != 0 {
 		if m.Seq <= s.have {
-			return false, nil // said again after a reconnect
+			return false, nil // repeated after a reconnect
 		}
 		s.have = m.Seq
 	}
@@ -335,11 +335,11 @@ func (s *Session) accept(ctx context.Context, ev event) (bool, error) {
 
 func (s *Session) hello(ctx context.Context, m message) (bool, error) {
 	if m.V != protocolVersion {
-		return false, fmt.Errorf("the guest speaks protocol %d and this fleetingd %d: the image was built by another "+
-			"version, rebuild it (a new image is built when the guest part changes; `fleetingd refresh` does it now)", m.V, protocolVersion)
+		return false, fmt.Errorf("the guest speaks protocol %d and this fleetingd speaks %d: another version built the "+
+			"image. Rebuild it with `fleetingd refresh`", m.V, protocolVersion)
 	}
 	if s.hellos++; s.hellos > maxHellos {
-		return false, fmt.Errorf("the guest has said hello %d times and nothing came of it", s.hellos)
+		return false, fmt.Errorf("the guest has said hello %d times without going on", s.hellos)
 	}
 	if m.Session == "" {
 		if err := s.send(ctx, s.greeting()); err != nil {
@@ -351,11 +351,11 @@ func (s *Session) hello(ctx context.Context, m message) (bool, error) {
 		return false, nil
 	}
 	if s.boot != m.Boot {
-		s.have = 0 // another boot counts from 1
+		s.have = 0 // each boot counts from 1
 	}
 	if !s.cur.greeted {
-		// What came before was in the buffers between us: lines of this Session, of a step that says much, which it says
-		// again now, and the torn end of one. Each reconnect brings that much, and it is not the guest's fault.
+		// What came before was in the buffers between us: lines of this Session, from a step with much output, that are now
+		// repeated, and a torn line. Every reconnect brings that much; it is not the guest's fault.
 		s.junk = 0
 	}
 	s.cur.greeted, s.heard = true, time.Now()
@@ -367,19 +367,19 @@ func (s *Session) greeting() message {
 	return message{Type: typeHello, V: protocolVersion, Have: s.have}
 }
 
-// state says for an error how far the guest has come.
+// state describes for an error how far the guest has come.
 func (s *Session) state() string {
 	switch {
 	case s.heard.IsZero() && s.cur == nil:
 		return "there was no stream to the guest"
 	case s.heard.IsZero():
 		return "the guest part has not answered: the guest has not booted that far, or its image has no guest part; " +
-			"its console log tells"
+			"see its console log"
 	}
 	return fmt.Sprintf("the guest was last heard %v ago", time.Since(s.heard).Round(100*time.Millisecond))
 }
 
-// connect opens a stream and says hello on it, later each time.
+// connect opens a stream and says hello on it, waiting longer each time.
 func (s *Session) connect(ctx context.Context) error {
 	if s.streams++; s.streams > maxStreams {
 		return fmt.Errorf("the channel to the guest broke %d times", maxStreams)
@@ -416,7 +416,7 @@ func (s *Session) drop() {
 	}
 }
 
-// send writes messages of this Session. A guest that does not read is an error in time.
+// send writes messages of this Session. It fails in bounded time if the guest does not read.
 func (s *Session) send(ctx context.Context, ms ...message) error {
 	if s.cur == nil {
 		return net.ErrClosed
@@ -438,7 +438,7 @@ func (s *Session) send(ctx context.Context, ms ...message) error {
 			return err
 		}
 		if ctx.Err() != nil {
-			return ctx.Err() // the deadline just set may be later than ctx's end
+			return ctx.Err() // the deadline just set may be later than the end of ctx
 		}
 		if _, err := conn.Write(b); err != nil {
 			return err
@@ -447,14 +447,14 @@ func (s *Session) send(ctx context.Context, ms ...message) error {
 	return nil
 }
 
-// event is a message, or bytes that were none, or the stream's end.
+// event is a message, or a number of bytes that were not one, or the end of the stream.
 type event struct {
 	msg  message
 	junk int64
 	err  error
 }
 
-// stream is one connection; a goroutine reads it, no faster than paceRate and than events are taken.
+// stream is one connection; a goroutine reads it, no faster than paceRate and no faster than events are consumed.
 type stream struct {
 	conn    net.Conn
 	events  chan event
@@ -510,7 +510,7 @@ func (st *stream) emit(ev event) bool {
 	}
 }
 
-// pacer lets paceBurst bytes pass at once and paceRate bytes a second after that.
+// pacer lets paceBurst bytes through at once and paceRate bytes per second after that.
 type pacer struct {
 	start time.Time
 	spent int64
@@ -518,7 +518,7 @@ type pacer struct {
 
 func (p *pacer) wait(n int, done <-chan struct{}) bool {
 	now := time.Now()
-	// What was not used is kept up to the burst.
+	// Unused allowance is kept, up to the burst.
 	if earned := int64(now.Sub(p.start).Seconds() * paceRate); p.spent < earned {
 		p.start, p.spent = now, 0
 	}
@@ -537,7 +537,7 @@ func (p *pacer) wait(n int, done <-chan struct{}) bool {
 	}
 }
 
-// output writes the lines of the steps to w, and keeps the last of them.
+// output writes the lines of the steps to w and keeps the last of them.
 type output struct {
 	w       io.Writer
 	step    string

@@ -90,7 +90,7 @@ func TestReady(t *testing.T) {
 		// Whoever asks later is told at once.
 		if r, err = s.WaitReady(t.Context()); err == nil {
 			t.Fatalf("said twice in one session: %+v", r)
-		} else if !strings.Contains(err.Error(), "said nothing for 1m0s") {
+		} else if !strings.Contains(err.Error(), "sent nothing for 1m0s") {
 			t.Fatal(err)
 		}
 	})
@@ -415,21 +415,21 @@ func TestSessionWithHostileGuest(t *testing.T) {
 		step  bool // a prebuild step, else WaitReady
 		flood bool // it goes on until ctx ends, not until the host has had enough
 	}{
-		"endless line":    {guest: func(c net.Conn, _ string) { endless(c, strings.Repeat("a", 5000)) }, want: "bytes that are no message of protocol 1"},
-		"garbage":         {guest: func(c net.Conn, _ string) { endless(c, "\x00\xff{]\n") }, want: "bytes that are no message"},
-		"empty lines":     {guest: func(c net.Conn, _ string) { endless(c, "\n\n\n\n") }, want: "bytes that are no message"},
-		"huge numbers":    {guest: func(c net.Conn, _ string) { endless(c, `{"type":"hello","v":1e999999999}`+"\n") }, want: "bytes that are no message"},
-		"deep JSON":       {guest: func(c net.Conn, _ string) { endless(c, strings.Repeat(`{"a":[`, 8000)+"\n") }, want: "bytes that are no message"},
-		"another session": {guest: func(c net.Conn, _ string) { endless(c, `{"type":"ready","session":"x","seq":1}`+"\n") }, want: "bytes that are no message"},
+		"endless line":    {guest: func(c net.Conn, _ string) { endless(c, strings.Repeat("a", 5000)) }, want: "bytes that are not messages of protocol 1"},
+		"garbage":         {guest: func(c net.Conn, _ string) { endless(c, "\x00\xff{]\n") }, want: "bytes that are not messages"},
+		"empty lines":     {guest: func(c net.Conn, _ string) { endless(c, "\n\n\n\n") }, want: "bytes that are not messages"},
+		"huge numbers":    {guest: func(c net.Conn, _ string) { endless(c, `{"type":"hello","v":1e999999999}`+"\n") }, want: "bytes that are not messages"},
+		"deep JSON":       {guest: func(c net.Conn, _ string) { endless(c, strings.Repeat(`{"a":[`, 8000)+"\n") }, want: "bytes that are not messages"},
+		"another session": {guest: func(c net.Conn, _ string) { endless(c, `{"type":"ready","session":"x","seq":1}`+"\n") }, want: "bytes that are not messages"},
 		"ready before hello": {guest: func(c net.Conn, s string) {
 			for say(c, message{Type: typeReady, Session: s, Seq: 1}) {
 			}
-		}, want: "bytes that are no message"},
+		}, want: "bytes that are not messages"},
 		"silence from the start": {guest: func(c net.Conn, _ string) { swallow(c) }, want: "the guest part has not answered"},
 		"silence after hello": {guest: func(c net.Conn, s string) {
 			say(c, helloOf(s, modeWorker, "b"))
 			swallow(c)
-		}, want: "has said nothing for 1m0s"},
+		}, want: "has sent nothing for 1m0s"},
 		"only heartbeats": {flood: true, guest: func(c net.Conn, s string) {
 			for say(c, helloOf(s, modeWorker, "b")) && say(c, message{Type: typeBeat, Session: s}) {
 				for say(c, message{Type: typeBeat, Session: s}) {
@@ -444,12 +444,12 @@ func TestSessionWithHostileGuest(t *testing.T) {
 			go swallow(c)
 			for say(c, helloOf(s, modeWorker, "b")) {
 			}
-		}, want: "times and nothing came of it"},
+		}, want: "times without going on"},
 		"endless questions for a hello": {guest: func(c net.Conn, s string) {
 			go swallow(c)
 			for say(c, message{Type: typeHello, V: protocolVersion}) {
 			}
-		}, want: "times and nothing came of it"},
+		}, want: "times without going on"},
 		"questions, and reads nothing": {guest: func(c net.Conn, s string) {
 			say(c, message{Type: typeHello, V: protocolVersion})
 			time.Sleep(time.Hour)
@@ -457,15 +457,15 @@ func TestSessionWithHostileGuest(t *testing.T) {
 		"another version": {guest: func(c net.Conn, s string) {
 			say(c, message{Type: typeHello, V: 2, Session: s})
 			swallow(c)
-		}, want: "the guest speaks protocol 2 and this fleetingd 1"},
+		}, want: "the guest speaks protocol 2 and this fleetingd speaks 1"},
 		"reboots for ever": {guest: func(c net.Conn, s string) {
 			for i := 0; say(c, helloOf(s, modeWorker, fmt.Sprint(i))); i++ {
 			}
-		}, want: "it has rebooted 3 times"},
+		}, want: "the guest has rebooted 3 times"},
 		"not sealed": {guest: func(c net.Conn, s string) {
 			say(c, helloOf(s, modePrebuild, "b"))
 			swallow(c)
-		}, want: `it is in mode "prebuild"`},
+		}, want: `the guest part is in mode "prebuild"`},
 		"a step in a worker": {step: true, guest: func(c net.Conn, s string) {
 			say(c, helloOf(s, "\x1b[2Jworker", "b"))
 			swallow(c)
@@ -475,11 +475,11 @@ func TestSessionWithHostileGuest(t *testing.T) {
 			say(c, helloOf(s, modePrebuild, "b"))
 			say(c, helloOf(s, modePrebuild, "c"))
 			time.Sleep(time.Hour)
-		}, want: "the guest has rebooted"},
+		}, want: "the guest rebooted"},
 		"never reads the step": {step: true, guest: func(c net.Conn, s string) {
 			say(c, helloOf(s, modePrebuild, "b"))
 			time.Sleep(time.Hour)
-		}, want: "has said nothing for 1m0s"},
+		}, want: "has sent nothing for 1m0s"},
 		"answers to other steps": {step: true, flood: true, guest: func(c net.Conn, s string) {
 			go swallow(c)
 			say(c, helloOf(s, modePrebuild, "b"))

@@ -16,8 +16,8 @@ import (
 // rootPatience is how long the root disk may take to appear after its driver was loaded.
 const rootPatience = 10 * time.Second
 
-// Init is /init of the initrd that Seal made: it loads the drivers, mounts the root disk and becomes the system's init. It
-// returns only with an error, and then powers off: a machine that hangs here would look alive to its host.
+// Init is /init of the initrd that Seal made: it loads the drivers, mounts the root disk and becomes the system's init. On an
+// error it powers off: a machine that hangs here would look alive to its host.
 func Init(args []string) {
 	err := boot(args)
 	if f, kerr := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); kerr == nil {
@@ -48,7 +48,7 @@ func boot(args []string) error {
 			return err
 		}
 	}
-	// Drivers of the devices that this VM has, now: udev would come to them seconds later. They are not needed to boot.
+	// Load the drivers of this VM's devices now: udev would do so seconds later. They are not needed to boot.
 	for _, id := range virtioDevices("/sys/bus/virtio/devices") {
 		for _, m := range p.Devices[id] {
 			if err := loadModule(m); err != nil {
@@ -70,13 +70,13 @@ func boot(args []string) error {
 			return fmt.Errorf("the root disk %s did not appear in %v", dev, rootPatience)
 		}
 	}
-	// Writable at once: the image was sealed clean, so there is nothing to check before (systemd-fsck-root.service
-	// sees that and does nothing), and systemd-remount-fs.service has only fstab's options to add.
+	// Writable at once: the image was sealed clean, so there is nothing to check first (systemd-fsck-root.service
+	// sees that and does nothing), and systemd-remount-fs.service only adds fstab's options.
 	if err := unix.Mount(dev, "/root", p.FSType, 0, flags); err != nil {
 		return fmt.Errorf("mount the root disk %s (%s): %w", dev, p.FSType, err)
 	}
 	for _, m := range p.Mounts {
-		// systemd tries again, and says what is wrong.
+		// On an error systemd tries again and reports it.
 		if err := os.MkdirAll(m.At, 0o755); err == nil {
 			_ = unix.Mount(m.FSType, m.At, m.FSType, m.Flags, "")
 		}
@@ -118,7 +118,7 @@ func loadModule(path string) error {
 	return nil
 }
 
-// virtioDevices gives the device ids that are there, in decimal.
+// virtioDevices returns the ids of the devices present, in decimal.
 func virtioDevices(sys string) []string {
 	found, _ := filepath.Glob(filepath.Join(sys, "*", "device")) // the pattern is valid
 	var ids []string
@@ -135,8 +135,8 @@ func virtioDevices(sys string) []string {
 	return ids
 }
 
-// switchRoot makes /root the root, and gives the initrd's memory back. As switch_root(8) does it: a
-// pivot is not possible from the first root file system (https://docs.kernel.org/filesystems/ramfs-rootfs-initramfs.html).
+// switchRoot makes /root the root and frees the initrd's memory. It works as switch_root(8) does, because
+// pivot_root(2) is not possible from the first root file system (https://docs.kernel.org/filesystems/ramfs-rootfs-initramfs.html).
 func switchRoot() error {
 	for _, m := range []string{"/dev", "/proc", "/sys"} {
 		if err := unix.Mount(m, "/root"+m, "", unix.MS_MOVE, ""); err != nil {

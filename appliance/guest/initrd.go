@@ -33,8 +33,8 @@ type bootMount struct {
 	Flags  uintptr `json:"flags"` // mount(2)
 }
 
-// apiMounts are mounted by the initrd: a system call each. systemd would start a program for each, and finds them mounted.
-// The options are its units'.
+// apiMounts are mounted by the initrd, with one system call each. systemd would start a program for each; it finds them mounted.
+// The options are those of its units.
 var apiMounts = []bootMount{
 	{"dev-hugepages.mount", "hugetlbfs", "/dev/hugepages", unix.MS_NOSUID | unix.MS_NODEV},
 	{"dev-mqueue.mount", "mqueue", "/dev/mqueue", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
@@ -42,7 +42,7 @@ var apiMounts = []bootMount{
 	{"sys-kernel-tracing.mount", "tracefs", "/sys/kernel/tracing", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
 }
 
-// wantedMounts are those of apiMounts that this system wants, as its distribution and not its owner says.
+// wantedMounts returns those apiMounts that this system mounts by its distribution's default, unless its owner changed that.
 func (s *sealer) wantedMounts() []bootMount {
 	var wanted []bootMount
 	for _, m := range apiMounts {
@@ -63,9 +63,9 @@ var virtioDrivers = map[string]string{
 	"1": "virtio_net", "2": "virtio_blk", "3": "virtio_console", "4": "virtio_rng", "19": "vmw_vsock_virtio_transport",
 }
 
-// initrd makes an initrd that holds the virtio drivers, the root file system's and this program as /init (Init), and nothing
-// else: no udev, no shell, no search for disks. It is for this image's root disk alone. Its files are not compressed: clones of the
-// image share the host's page cache of them, and to unpack them would take longer than to copy them.
+// initrd makes an initrd with the virtio drivers, that of the root file system and this program as /init (Init), and nothing
+// else: no udev, no shell, no search for disks. It only fits this image's root disk. Its files are not compressed: clones of the
+// image share them in the host's page cache, and unpacking would take longer than copying.
 func (s *sealer) initrd(ctx context.Context, k kernel) ([]byte, error) {
 	dev, fstype, err := rootDevice(s.root)
 	if err != nil {
@@ -84,7 +84,7 @@ func (s *sealer) initrd(ctx context.Context, k kernel) ([]byte, error) {
 		p.Modules = append(p.Modules, files...)
 	}
 	for id, name := range virtioDrivers {
-		// A kernel that lacks one has no such device, or udev finds it later.
+		// If the kernel lacks one, there is no such device, or udev finds the driver later.
 		if files, err := m.closure(name, p.Modules); err == nil && len(files) > 0 {
 			p.Devices[id] = files
 		}
@@ -103,10 +103,10 @@ func (p bootPlan) pack(ctx context.Context, m *modules) ([]byte, error) {
 	for _, d := range []string{"dev", "proc", "sys", "root", "modules"} {
 		c.add(d, syscall.S_IFDIR|0o755, nil)
 	}
-	// The kernel opens it as init's standard streams: what goes wrong early is seen.
+	// The kernel opens it as init's standard streams, so early errors are visible.
 	c.device("dev/console", 5, 1)
-	// Where the console is a driver that is not loaded yet (hvc0), init has no standard streams, and Go's runtime
-	// ends a program that finds neither those nor this.
+	// If the console's driver is not loaded yet (hvc0), init has no standard streams, and Go's runtime
+	// exits if it finds neither those nor /dev/null.
 	c.device("dev/null", 1, 3)
 	place := map[string]string{}
 	files := slices.Clone(p.Modules)
@@ -148,7 +148,7 @@ func (p bootPlan) pack(ctx context.Context, m *modules) ([]byte, error) {
 	return c.bytes(), nil
 }
 
-// cpio is an archive in the making.
+// cpio is an archive being written.
 type cpio struct {
 	buf   bytes.Buffer
 	inode int
@@ -178,8 +178,8 @@ func (c *cpio) bytes() []byte {
 	return c.buf.Bytes()
 }
 
-// rootDevice is the block device that / is mounted from, "vda1", and its file system. A disk, not a mapping: the first
-// disk of a clone has the same name.
+// rootDevice returns the block device that / is mounted from ("vda1") and its file system. It must be a disk, not a mapping: the
+// first disk of a clone has the same name.
 func rootDevice(root string) (dev, fstype string, err error) {
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -195,10 +195,10 @@ func rootDevice(root string) (dev, fstype string, err error) {
 	}
 	link, err := os.Readlink(filepath.Join("/sys/dev/block", number))
 	if number == "" || err != nil {
-		return "", "", fmt.Errorf("the root file system (%s) is on no block device: %w", fstype, errors.Join(err))
+		return "", "", fmt.Errorf("the root file system (%s) is not on a block device: %w", fstype, errors.Join(err))
 	}
 	if dev = filepath.Base(link); !strings.HasPrefix(dev, "vd") {
-		return "", "", fmt.Errorf("the root file system is on %s, which is no virtio disk", dev)
+		return "", "", fmt.Errorf("the root file system is on %s, which is not a virtio disk", dev)
 	}
 	return dev, fstype, nil
 }

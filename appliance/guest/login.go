@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// waitLogin waits until a user can log in: sshd greets, and pam_nologin lets users other than root in (systemd takes
-// /run/nologin away late in the boot, sshd may be there before).
+// waitLogin waits until a user can log in: sshd greets, and pam_nologin admits users other than root (systemd removes
+// /run/nologin late in the boot, perhaps after sshd has started).
 func waitLogin(ctx context.Context, root string) error {
 	addrs := sshAddresses(root)
 	start := time.Now()
@@ -22,7 +22,7 @@ func waitLogin(ctx context.Context, root string) error {
 		last = nil
 		for _, f := range []string{"run/nologin", "etc/nologin"} {
 			if _, err := os.Stat(filepath.Join(root, f)); err == nil {
-				last = fmt.Errorf("/%s keeps users out", f)
+				last = fmt.Errorf("/%s exists, so users cannot log in", f)
 			}
 		}
 		if last == nil {
@@ -30,7 +30,7 @@ func waitLogin(ctx context.Context, root string) error {
 				return nil
 			}
 		}
-		// At most a twentieth of the wait is lost, and a slow machine's boot is not slowed down by many looks.
+		// At most a twentieth of the wait is lost, and frequent checks do not slow down the boot of a slow machine.
 		if !pause(ctx, min(max(time.Since(start)/20, 5*time.Millisecond), 200*time.Millisecond)) {
 			return fmt.Errorf("nobody can log in yet: %w", last)
 		}
@@ -64,7 +64,7 @@ func greets(ctx context.Context, addrs []string) error {
 	return last
 }
 
-// sshAddresses is where sshd listens by its configuration, loopback first.
+// sshAddresses returns where sshd is configured to listen, loopback first.
 func sshAddresses(root string) []string {
 	ports := sshdSetting(root, "port")
 	if len(ports) == 0 {
@@ -86,8 +86,8 @@ func sshAddresses(root string) []string {
 	return slices.Compact(addrs)
 }
 
-// sshdSetting gives the values of one keyword of sshd_config(5) and of the files that distributions include from
-// it. Match blocks are passed over: no host-wide setting stands in one.
+// sshdSetting returns the values of one keyword in sshd_config(5) and in the files that distributions include from
+// it. It skips Match blocks, which hold no host-wide settings.
 func sshdSetting(root, keyword string) []string {
 	files, _ := filepath.Glob(filepath.Join(root, "etc/ssh/sshd_config.d/*.conf")) // the pattern is valid
 	files = append(files, filepath.Join(root, "etc/ssh/sshd_config"))
@@ -95,7 +95,7 @@ func sshdSetting(root, keyword string) []string {
 	for _, f := range files {
 		data, err := os.ReadFile(f)
 		if err != nil {
-			continue // no sshd_config: the defaults hold
+			continue // no sshd_config: the defaults apply
 		}
 		for l := range strings.Lines(string(data)) {
 			w := strings.Fields(strings.Replace(l, "=", " ", 1))

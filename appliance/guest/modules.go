@@ -23,7 +23,7 @@ type modules struct {
 	alias   map[string][]string
 }
 
-// moduleName is the name of a module file; the kernel takes - and _ for the same.
+// moduleName is the name of a module file; to the kernel - and _ are the same.
 func moduleName(path string) string {
 	base, _, _ := strings.Cut(filepath.Base(path), ".ko")
 	return strings.ReplaceAll(base, "-", "_")
@@ -51,7 +51,7 @@ func readModules(dir string) (*modules, error) {
 	if err := eachLine(filepath.Join(dir, "modules.builtin"), func(l string) { m.builtin[moduleName(l)] = true }); err != nil {
 		return nil, err
 	}
-	// These two may be missing: they only add to the others.
+	// These two may be missing: they only add information.
 	_ = eachLine(filepath.Join(dir, "modules.softdep"), func(l string) { // softdep ext4 pre: crypto-crc32c post: …
 		w := strings.Fields(l)
 		if len(w) < 3 || w[0] != "softdep" {
@@ -89,8 +89,8 @@ func eachLine(path string, f func(string)) error {
 	return s.Err()
 }
 
-// closure gives the module files to load for a module, in order, without those in have. A module that the kernel has built in needs none;
-// one that is nowhere is an error.
+// closure returns the module files to load for a module, in order, except those in have. A built-in module needs none;
+// an unknown one is an error.
 func (m *modules) closure(name string, have []string) ([]string, error) {
 	var order []string
 	var add func(name string, depth int) error
@@ -101,12 +101,12 @@ func (m *modules) closure(name string, have []string) ([]string, error) {
 		case m.builtin[name] || slices.Contains(have, path) && ok || slices.Contains(order, path) && ok:
 			return nil
 		case !ok:
-			return fmt.Errorf("the kernel %s has no module %s, and not built in either", filepath.Base(m.dir), name)
+			return fmt.Errorf("the kernel %s has no module %s, not even built in", filepath.Base(m.dir), name)
 		case depth > 32:
-			return fmt.Errorf("the modules of %s need one another in a circle", name)
+			return fmt.Errorf("the modules of %s depend on one another in a cycle", name)
 		}
 		for _, s := range m.soft[name] {
-			// A soft dependency is what makes it work well, and may be missing.
+			// A soft dependency may be missing.
 			for _, alias := range append(m.alias[s], s) {
 				if _, ok := m.file[strings.ReplaceAll(alias, "-", "_")]; ok {
 					if err := add(alias, depth+1); err != nil {
@@ -131,7 +131,7 @@ func (m *modules) closure(name string, have []string) ([]string, error) {
 	return order, nil
 }
 
-// read gives a module's content, uncompressed: an initrd is read at every boot and compressed never.
+// read returns a module's content, uncompressed: the initrd is not compressed.
 func (m *modules) read(ctx context.Context, path string) ([]byte, error) {
 	p := filepath.Join(m.dir, path)
 	switch filepath.Ext(p) {
@@ -152,7 +152,7 @@ func (m *modules) read(ctx context.Context, path string) ([]byte, error) {
 		if onPath("xz") {
 			return capture(ctx, "xz", "-dc", p)
 		}
-		// cloud-init has brought Python, whose standard library can do it.
+		// cloud-init needs Python, whose standard library can do it.
 		return capture(ctx, "python3", "-c", "import lzma,sys,shutil; shutil.copyfileobj(lzma.open(sys.argv[1]), sys.stdout.buffer)", p)
 	}
 	data, err := os.ReadFile(p)

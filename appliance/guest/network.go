@@ -20,8 +20,8 @@ import (
 // linkPatience is how long the network card may take to appear.
 const linkPatience = 30 * time.Second
 
-// applyNetwork gives the seed's interface its addresses and routes, over netlink: a daemon that does the same from a file
-// is a second later. No DHCP, no waiting: the addresses are this worker's from the start.
+// applyNetwork gives the seed's interface its addresses and routes over netlink: a daemon that does the same from a file
+// takes a second longer. It needs no DHCP and does not wait: the addresses are this worker's from the start.
 func applyNetwork(ctx context.Context, n *seed.Network, sysctl string) error {
 	if n == nil {
 		return nil
@@ -40,7 +40,7 @@ func applyNetwork(ctx context.Context, n *seed.Network, sysctl string) error {
 		}
 	}
 	for _, a := range n.Addresses {
-		// No duplicate address detection: the host gives each address out once, and it would take a second.
+		// No duplicate address detection: the host assigns each address once, and detection takes a second.
 		addr := &netlink.Addr{IPNet: host(a)}
 		if a.Is6() {
 			addr.Flags = unix.IFA_F_NODAD
@@ -57,7 +57,7 @@ func applyNetwork(ctx context.Context, n *seed.Network, sysctl string) error {
 		if g.Is6() {
 			any = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
 		}
-		// The address is a /32: the gateway is on the link without a route to it.
+		// The address is a /32, so the gateway is on the link without a route to it.
 		r := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: any, Gw: g.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}
 		if err := netlink.RouteReplace(r); err != nil {
 			return fmt.Errorf("set the default route via %s on %s: %w", g, name, err)
@@ -142,13 +142,13 @@ func waitLink(ctx context.Context, mac string) (netlink.Link, error) {
 			have = append(have, l.Attrs().Name)
 		}
 		if !pause(ctx, 5*time.Millisecond) {
-			return nil, fmt.Errorf("no network interface with the seed's MAC %s in %v; there are %s", mac, linkPatience, strings.Join(have, ", "))
+			return nil, fmt.Errorf("no network interface with the seed's MAC %s appeared in %v; found %s", mac, linkPatience, strings.Join(have, ", "))
 		}
 	}
 }
 
-// ipv6Settings turns IPv6 off on a link that has no IPv6 address: it does not exist for such a worker, and a link-local
-// address would. Where it has one, the link neither waits for duplicates of it nor listens to router advertisements.
+// ipv6Settings turns IPv6 off on a link without an IPv6 address: such a worker must not even have a link-local
+// address. Otherwise the link neither waits for duplicate addresses nor listens to router advertisements.
 func ipv6Settings(sysctl, link string, addrs []netip.Addr) error {
 	set := map[string]string{"disable_ipv6": "1"}
 	for _, a := range addrs {

@@ -16,8 +16,8 @@ import (
 )
 
 // openChannel opens the guest's end of the channel: the virtio-serial port of
-// the name plan.GuestPort, or else a vsock connection to the host. It tries until ctx ends: a driver may come later than we
-// do. A host that does not listen is asked every 10 s at last, so that an idle worker is left idle.
+// the name plan.GuestPort, or else a vsock connection to the host. It tries until ctx ends: the driver may be
+// loaded later. If the host does not listen, it ends up trying every 10 s, so that an idle worker stays idle.
 func openChannel(ctx context.Context) (io.ReadWriteCloser, error) {
 	wait := 5 * time.Millisecond
 	for {
@@ -36,7 +36,7 @@ func openChannel(ctx context.Context) (io.ReadWriteCloser, error) {
 	}
 }
 
-var errNoDevice = errors.New("there is neither a virtio-serial port " + plan.GuestPort + " nor a vsock device")
+var errNoDevice = errors.New("found neither a virtio-serial port " + plan.GuestPort + " nor a vsock device")
 
 func tryChannel() (io.ReadWriteCloser, error) {
 	if dev, err := findPort("/sys/class/virtio-ports"); err == nil {
@@ -63,8 +63,8 @@ func findPort(class string) (string, error) {
 }
 
 // port is a virtio-serial port. While no host is connected its driver answers a
-// read with 0 bytes and a poll with a hang-up, again and again. To wait without turning
-// in circles takes the poller's edges: the driver wakes its waiters when a host connects.
+// read with 0 bytes and a poll with a hang-up, again and again. Waiting without spinning
+// relies on the poller being edge-triggered: the driver wakes its waiters when a host connects.
 type port struct {
 	f  *os.File
 	rc syscall.RawConn

@@ -13,33 +13,33 @@ import (
 )
 
 // The protocol is one JSON object a line, in both directions, over a byte stream
-// that may break at any place and may carry what is left of an earlier boot or
-// of another host process (a virtio-serial port is one endless stream for the
-// guest's whole life). So each side skips what is no message, up to the next newline, and the host
-// names its session: what does not carry that name is not for it.
+// that may break anywhere and may carry leftovers from an earlier boot or
+// another host process (a virtio-serial port is one endless stream for the
+// guest's whole life). So each side skips anything that is not a message, up to the next newline, and the host
+// names its session: messages without that name are not for it.
 //
 // From the host:
 //
-//	hello     {v, session, have}  I am here. `have` is the last `seq` of this session that I saw: say again what came after it.
-//	data      {session, id, data} a part of command id's step, base64; parts of one id are put together in order.
-//	run       {session, id}       run the step whose JSON the data lines of id gave.
-//	seal      {session, id}       make the image ready to be cloned, write the export.
-//	poweroff  {session}           after seal: the host has all that it wants.
+//	hello     {v, session, have}  I am here. `have` is the last `seq` of this session that I saw: repeat what came after it.
+//	data      {session, id, data} a part of command id's step, base64; the parts of one id are joined in order.
+//	run       {session, id}       run the step whose JSON is in the data lines of id.
+//	seal      {session, id}       make the image ready to be cloned and write the export.
+//	poweroff  {session}           after seal: the host has everything it needs.
 //
 // From the guest:
 //
 //	hello     {v, session, boot, mode, version, cmd}  the answer to a hello, or, without session, "I have opened the
-//	                              port, say hello". `cmd` is the last command id that came in whole.
-//	beat      {session, seq}      I am working. At least every 10 s while there is work, never when there is none.
+//	                              port, say hello". `cmd` is the last command id received in full.
+//	beat      {session, seq}      I am working. At least every 10 s while there is work, never otherwise.
 //	output    {session, seq, id, line}  a line of command id's output.
 //	done      {session, seq, id, code, error}  command id ended. seal adds {bytes, kernel}.
-//	ready     {session, seq, hostname, took_ms}  the worker has its identity and sshd answers.
+//	ready     {session, seq, hostname, took_ms}  the worker has its identity and its sshd answers.
 //	failed    {session, seq, error}  the worker will never be ready.
 //
-// Within one version fields and types may be added; both sides skip those that they do not know.
+// Within one version, fields and types may be added; both sides skip those they do not know.
 const protocolVersion = 1
 
-// Bounds of the protocol. A message that breaks one is no message.
+// Bounds of the protocol. A line outside them is not a message.
 const (
 	maxLine    = 64 << 10 // bytes of a line with its newline
 	maxText    = 8 << 10  // bytes of one line of output, or of an error
@@ -61,13 +61,13 @@ const (
 	typeFailed   = "failed"
 )
 
-// The guest part's modes, as its hello says them.
+// The guest part's modes, as in its hello.
 const (
 	modePrebuild = "prebuild"
 	modeWorker   = "worker"
 )
 
-// message is every message of both sides; which fields count depends on Type.
+// message is any message of either side; which fields count depends on Type.
 type message struct {
 	Type    string `json:"type"`
 	Session string `json:"session,omitempty"`
@@ -91,21 +91,21 @@ type message struct {
 	Kernel   string `json:"kernel,omitempty"`
 }
 
-// encode gives the line of a message, newline included.
+// encode returns a message as a line, newline included.
 func encode(m message) ([]byte, error) {
 	b, err := json.Marshal(m)
 	if err != nil {
 		return nil, err
 	}
 	if len(b)+1 > maxLine {
-		return nil, fmt.Errorf("a %s message of %d bytes is longer than a line may be (%d)", m.Type, len(b), maxLine)
+		return nil, fmt.Errorf("a %s message of %d bytes is longer than the longest line (%d)", m.Type, len(b), maxLine)
 	}
 	return append(b, '\n'), nil
 }
 
 var errJunk = errors.New("not a message")
 
-// decode reads one line. What it accepts is within the bounds above.
+// decode parses one line. What it accepts is within the bounds above.
 func decode(line []byte) (message, error) {
 	var m message
 	if err := json.Unmarshal(line, &m); err != nil {
@@ -125,16 +125,16 @@ func decode(line []byte) (message, error) {
 	return m, nil
 }
 
-// lineReader takes lines of at most maxLine bytes off a stream.
+// lineReader reads lines of at most maxLine bytes from a stream.
 type lineReader struct{ r *bufio.Reader }
 
 func newLineReader(r io.Reader) *lineReader {
 	return &lineReader{r: bufio.NewReaderSize(r, maxLine)}
 }
 
-// next gives the next line, without its newline, until the call after. A line
-// that is too long is skipped, and its bytes are told to skipped, which may end
-// it all; one that the stream's end cuts off is lost.
+// next returns the next line without its newline, valid until the next call. A line
+// that is too long is skipped, and its length reported to skipped, which may end
+// the reading with an error; a line that the end of the stream cuts off is lost.
 func (l *lineReader) next(skipped func(n int) error) ([]byte, error) {
 	for {
 		line, err := l.r.ReadSlice('\n')

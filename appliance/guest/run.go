@@ -16,14 +16,14 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 )
 
-// MainOptions say what Main does.
+// MainOptions configures Main.
 type MainOptions struct {
-	Prebuild bool   // run the host's steps; else bring a worker up
+	Prebuild bool   // run the host's steps instead of bringing up a worker
 	Version  string // of this program, for the host's log
 	Log      *slog.Logger
 }
 
-// Main is `fleetingd guest`, as root in a VM. It ends when ctx does, or with an error when this machine cannot be what it is to be.
+// Main is `fleetingd guest`, run as root in a VM. It returns when ctx ends, or with an error if it cannot start.
 func Main(ctx context.Context, o MainOptions) error {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -50,7 +50,7 @@ func servePrebuild(ctx context.Context, o MainOptions, boot string) error {
 		if err != nil {
 			return result{code: 1, err: err}
 		}
-		// A host that went away between done and poweroff must not leave a sealed machine running: its disk would change.
+		// If the host disappears between done and poweroff, the sealed machine must not keep running: its disk would change.
 		time.AfterFunc(hostGone, a.poweroff)
 		return result{export: e}
 	}
@@ -62,13 +62,13 @@ func servePrebuild(ctx context.Context, o MainOptions, boot string) error {
 	return a.serve(ctx, openChannel)
 }
 
-// serveWorker gives the machine its identity, tells systemd that what comes after may start, and tells the host when
-// jobs may come. Then it only waits for the host to ask again.
+// serveWorker gives the machine its identity, tells systemd to start what is ordered after it, and tells the host when
+// the worker is ready. Then it only waits for the host to ask again.
 func serveWorker(ctx context.Context, o MainOptions, boot string) error {
 	a := newAgent(modeWorker, boot, o.Version, o.Log)
 	idle := a.beat("")
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = a.serve(ctx, openChannel) }) // it ends with ctx alone
+	wg.Go(func() { _ = a.serve(ctx, openChannel) }) // it ends only with ctx
 	defer wg.Wait()
 
 	host, err := bringUp(ctx, o.Log)
@@ -76,7 +76,7 @@ func serveWorker(ctx context.Context, o MainOptions, boot string) error {
 		return nil
 	}
 	if err != nil {
-		// Stay: the host asks why, and is told.
+		// Keep running: the host will ask why.
 		o.Log.Error("this worker cannot get ready", "error", err)
 		a.report(message{Type: typeFailed, Error: cut(err.Error(), maxText)})
 	} else {
@@ -88,7 +88,7 @@ func serveWorker(ctx context.Context, o MainOptions, boot string) error {
 	return nil
 }
 
-// bringUp makes a worker of this machine and gives its host name.
+// bringUp turns this machine into a worker and returns its host name.
 func bringUp(ctx context.Context, log *slog.Logger) (string, error) {
 	if keepsCloudInit("/") {
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
@@ -97,10 +97,10 @@ func bringUp(ctx context.Context, log *slog.Logger) (string, error) {
 		waitCloudInit(ctx, func(l string) { log.Warn(l) })
 	} else {
 		if err := growRoot(ctx); err != nil {
-			log.Warn("the root file system is smaller than its disk", "error", err) // most jobs do without
+			log.Warn("the root file system could not be grown to its disk", "error", err) // most jobs can do without
 		}
 		err := applySeed(ctx, log)
-		// sshd and what else comes after us starts in any case: a person may have to look why.
+		// Let sshd and the rest start in any case: someone may have to log in to find out why.
 		if _, nerr := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil || nerr != nil {
 			return "", errors.Join(err, nerr)
 		}
@@ -122,8 +122,8 @@ func uptime() (time.Duration, error) {
 	return time.Duration(s * float64(time.Second)), err
 }
 
-// keepCloudInit is a file that an image's prebuild makes when its workers shall be brought up by cloud-init itself, at every
-// boot, as without us: for own datasources or vendor data. It costs most of a boot's time.
+// keepCloudInit is a file that a prebuild creates to have cloud-init bring up the image's workers at every boot, as it would
+// without fleetingd: for custom datasources or vendor data. It costs most of a boot's time.
 const keepCloudInit = "etc/fleetingd/keep-cloud-init"
 
 func keepsCloudInit(root string) bool {

@@ -22,32 +22,32 @@ const unitName = "fleetingd-guest.service"
 //go:embed fleetingd-guest.service
 var unitText []byte
 
-// sealer makes an image of this machine: what a clone needs is put in, what only one machine may have is taken out.
+// sealer makes an image of this machine: it adds what a clone needs and removes what only one machine may have.
 type sealer struct {
 	root  string
 	log   *slog.Logger
 	stock map[string]bool // the units that the image enabled before the first step
 }
 
-// seal leaves the machine ready to be powered off and cloned. line says what a person may want to know.
+// seal leaves the machine ready to be powered off and cloned. say reports what a person may want to know.
 func (s *sealer) seal(ctx context.Context, say func(string)) (Export, error) {
 	if err := s.install(); err != nil {
 		return Export{}, fmt.Errorf("install the guest part: %w", err)
 	}
 	if err := s.shortenBoot(); err != nil {
-		return Export{}, fmt.Errorf("make later boots short: %w", err)
+		return Export{}, fmt.Errorf("shorten later boots: %w", err)
 	}
 	export, err := s.export(ctx, say)
 	if err != nil {
 		return Export{}, err
 	}
 	if err := s.stopWriters(); err != nil {
-		say(err.Error()) // the worst is a file too many in the image
+		say(err.Error()) // at worst the image has a file too many
 	}
 	if err := s.clean(); err != nil {
-		return Export{}, fmt.Errorf("take the machine's identity out: %w", err)
+		return Export{}, fmt.Errorf("remove the machine's identity: %w", err)
 	}
-	// The disk is raw and sparse: what the prebuild freed (packages, caches) goes back to the host. Not every disk can.
+	// The disk is raw and sparse: this returns what the prebuild freed (packages, caches) to the host. Not every disk supports it.
 	if err := run("fstrim", "/"); err != nil {
 		say(err.Error())
 	}
@@ -59,7 +59,7 @@ func (s *sealer) seal(ctx context.Context, say func(string)) (Export, error) {
 
 func (s *sealer) path(p string) string { return filepath.Join(s.root, p) }
 
-// install puts the unit in and enables it. The program itself is there: it runs.
+// install adds the unit and enables it. The program itself is already there: it is running.
 func (s *sealer) install() error {
 	unit := s.path("etc/systemd/system/" + unitName)
 	if err := os.MkdirAll(filepath.Dir(unit), 0o755); err != nil {
@@ -71,7 +71,7 @@ func (s *sealer) install() error {
 	return s.link("/etc/systemd/system/"+unitName, "etc/systemd/system/sysinit.target.wants/"+unitName)
 }
 
-// link makes a symbolic link, or leaves it as it should be.
+// link makes a symbolic link, in place of whatever was there.
 func (s *sealer) link(to, at string) error {
 	p := s.path(at)
 	if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
@@ -83,7 +83,7 @@ func (s *sealer) link(to, at string) error {
 	return os.Symlink(to, p)
 }
 
-// stopWriters ends what writes identity back at power-off: systemd's random seed, the journal's file.
+// stopWriters stops what would write identity back at power-off: systemd's random seed, the journal.
 func (s *sealer) stopWriters() error {
 	if s.root != "/" {
 		return nil
@@ -95,7 +95,7 @@ func (s *sealer) stopWriters() error {
 	return err
 }
 
-// identityFiles must not be in two machines. Logs and histories are the prebuild's, and nobody's after it.
+// identityFiles must not be in two machines. Logs and histories are the prebuild's and of no interest afterwards.
 var identityFiles = []string{
 	"etc/ssh/ssh_host_*",
 	"etc/machine-id.*", "var/lib/dbus/machine-id",
@@ -103,8 +103,8 @@ var identityFiles = []string{
 	"etc/iscsi/initiatorname.iscsi", "etc/nvme/host*",
 	"etc/sudoers.d/90-fleetingd",
 
-	// cloud-init's memory of this instance, so that it knows a clone for a new one, and the network that it set up
-	// for this one: a worker's own address must not meet it.
+	// cloud-init's record of this instance, so that it recognizes a clone as a new one, and this instance's network
+	// configuration, which would conflict with a worker's.
 	"var/lib/cloud/*",
 	"etc/netplan/50-cloud-init.yaml", "etc/network/interfaces.d/50-cloud-init*",
 	"etc/systemd/network/10-cloud-init-*", "etc/NetworkManager/system-connections/cloud-init-*",
@@ -112,11 +112,11 @@ var identityFiles = []string{
 	"var/lib/dhcp/*", "var/lib/dhcpcd/*", "var/lib/NetworkManager/*lease*", "var/lib/systemd/network/*",
 
 	"var/log/journal/*", "var/log/cloud-init*", "root/.bash_history", "home/*/.bash_history",
-	// Packages that are installed already. The lists stay: a job's `apt-get install` works without an update, and clones share them.
+	// Packages already installed. The lists stay: a job's `apt-get install` works without an update, and clones share them.
 	"var/cache/apt/archives/*.deb", "var/cache/apt/archives/partial/*", "var/cache/dnf/*", "var/cache/apk/*",
 }
 
-// clean takes out what identityFiles names.
+// clean removes identityFiles and empties the logs.
 func (s *sealer) clean() error {
 	var errs []error
 	for _, pattern := range identityFiles {
@@ -127,8 +127,8 @@ func (s *sealer) clean() error {
 		}
 	}
 	errs = append(errs, s.emptyLogs())
-	// Empty, not missing: systemd makes a new id at each clone's first boot, and does not take that for the first boot of an
-	// operating system, which would start its set-up services.
+	// Empty, not missing: systemd makes a new id at each clone's first boot, but does not treat that as the system's first
+	// boot, which would start its set-up services.
 	id := s.path("etc/machine-id")
 	errs = append(errs, writeFile(id, nil, 0o444))
 	if _, err := os.Lstat(s.path("var/lib/dbus")); err == nil {
@@ -137,7 +137,7 @@ func (s *sealer) clean() error {
 	return errors.Join(errs...)
 }
 
-// emptyLogs empties the files below /var/log and leaves them there: some daemons do not make their own.
+// emptyLogs empties the files below /var/log but keeps them: some daemons do not create their own.
 func (s *sealer) emptyLogs() error {
 	dir := s.path("var/log")
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
@@ -151,9 +151,9 @@ func (s *sealer) emptyLogs() error {
 	})
 }
 
-// kernel is the one that clones boot.
+// kernel is the kernel that clones boot.
 type kernel struct {
-	version string // as uname -r says it
+	version string // as uname -r prints it
 	image   string // absolute paths on this machine
 	initrd  string // the distribution's, may be ""
 }
@@ -188,7 +188,7 @@ func findKernel(root string) (kernel, error) {
 func kernelOf(root, base string) (kernel, error) {
 	k := kernel{version: strings.TrimPrefix(base, "vmlinuz-"), image: filepath.Join(root, "boot", base)}
 	if _, err := os.Stat(k.image); err != nil || k.version == base {
-		return kernel{}, fmt.Errorf("%s is no kernel: %w", base, errors.Join(err))
+		return kernel{}, fmt.Errorf("%s is not a kernel: %w", base, errors.Join(err))
 	}
 	if _, err := os.Stat(filepath.Join(root, "lib/modules", k.version, "modules.dep")); err != nil {
 		return kernel{}, err
@@ -202,7 +202,7 @@ func kernelOf(root, base string) (kernel, error) {
 	return k, nil
 }
 
-// natural compares versions: numbers by value, all else by bytes.
+// natural compares versions: numbers by value, everything else bytewise.
 func natural(a, b string) int {
 	for a != "" && b != "" {
 		na, nb := digits(a), digits(b)
@@ -223,8 +223,8 @@ func natural(a, b string) int {
 
 func digits(s string) int { return len(s) - len(strings.TrimLeft(s, "0123456789")) }
 
-// export writes the kernel and an initrd onto the disk that the host gave for it. A worker is booted by them directly: no
-// bootloader, no search for a root disk.
+// export writes the kernel and an initrd to the disk that the host attached for it. Workers boot them directly, without a
+// bootloader or a search for the root disk.
 func (s *sealer) export(ctx context.Context, say func(string)) (Export, error) {
 	k, err := findKernel(s.root)
 	if err != nil {
@@ -239,7 +239,7 @@ func (s *sealer) export(ctx context.Context, say func(string)) (Export, error) {
 		if k.initrd == "" {
 			return Export{Reason: "no initrd: " + err.Error()}, nil
 		}
-		say("the image keeps its own initrd, later boots take longer: " + err.Error())
+		say("the image keeps its own initrd, so later boots take longer: " + err.Error())
 		if initrd, err = os.ReadFile(k.initrd); err != nil {
 			return Export{}, err
 		}
@@ -259,7 +259,7 @@ func (s *sealer) export(ctx context.Context, say func(string)) (Export, error) {
 	return Export{Bytes: n, Kernel: k.version}, nil
 }
 
-// readKernel reads a kernel image. On arm64 and riscv64 distributions compress it, and no VMM takes that.
+// readKernel reads a kernel image. On arm64 and riscv64 distributions compress it, which no VMM supports.
 func readKernel(path string) ([]byte, error) {
 	data, err := os.ReadFile(path)
 	if err != nil || !bytes.HasPrefix(data, []byte{0x1f, 0x8b}) {
@@ -290,7 +290,7 @@ func writeExport(w io.Writer, kernel, initrd []byte) (int64, error) {
 	return c.n, errors.Join(tw.Close(), c.pad())
 }
 
-// counter counts, and fills up to whole sectors: a disk takes no less.
+// counter counts bytes and pads to whole sectors: a disk takes nothing smaller.
 type counter struct {
 	w io.Writer
 	n int64
@@ -321,7 +321,7 @@ func findDisk(sys, serial string) (string, error) {
 	return "", fmt.Errorf("the host attached no disk with the serial number %q to write the kernel to", serial)
 }
 
-// capture runs a program and gives what it writes to its standard output.
+// capture runs a program and returns its standard output.
 func capture(ctx context.Context, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	var stderr bytes.Buffer

@@ -314,7 +314,7 @@ func TestModules(t *testing.T) {
 	if _, err := m.closure("btrfs", nil); err == nil || !strings.Contains(err.Error(), "has no module btrfs") {
 		t.Error(err)
 	}
-	if _, err := m.closure("a", nil); err == nil || !strings.Contains(err.Error(), "circle") {
+	if _, err := m.closure("a", nil); err == nil || !strings.Contains(err.Error(), "cycle") {
 		t.Error(err)
 	}
 }

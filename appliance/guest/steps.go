@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// stepEnv is what a step finds in its environment, as a root shell of the image would have it. Nobody can answer a
-// question during a prebuild, so debconf asks none.
+// stepEnv is a step's environment, as a root shell of the image would have it. Nobody can answer
+// questions during a prebuild, so debconf must not ask any.
 var stepEnv = []string{
 	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 	"HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/sh", "LANG=C.UTF-8", "TERM=dumb",
@@ -57,7 +57,7 @@ func writeStepFile(f File) error {
 	return writeFile(f.Path, []byte(f.Content), unixMode(mode))
 }
 
-// unixMode turns chmod's bits into Go's.
+// unixMode converts chmod's bits to Go's.
 func unixMode(mode uint64) os.FileMode {
 	m := os.FileMode(mode & 0o777)
 	for bit, flag := range map[uint64]os.FileMode{0o4000: os.ModeSetuid, 0o2000: os.ModeSetgid, 0o1000: os.ModeSticky} {
@@ -68,7 +68,7 @@ func unixMode(mode uint64) os.FileMode {
 	return m
 }
 
-// writeFile writes a file with exactly this mode, whatever it was and whatever the umask is.
+// writeFile writes a file with exactly this mode, whatever its mode was and whatever the umask is.
 func writeFile(path string, data []byte, mode os.FileMode) error {
 	if err := os.WriteFile(path, data, mode.Perm()); err != nil {
 		return err
