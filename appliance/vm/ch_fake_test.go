@@ -365,7 +365,7 @@ func TestFakeLife(t *testing.T) {
 			}
 		}
 		t.Logf("%s: %v", fault, v.Exit())
-		if !errors.Is(v.Exit(), ErrPoweredOff) && fault == "none" {
+		if !errors.Is(v.Exit(), ErrPoweredOff) {
 			t.Errorf("Exit: %v", v.Exit())
 		}
 		onlyConsole(t, cfg)

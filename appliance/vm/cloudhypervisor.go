@@ -358,8 +358,13 @@ func (v *chVM) lastEvents() {
 	v.mu.Lock()
 	bye := v.byeSeen
 	v.mu.Unlock()
-	// It ends in order, with status 0, when the guest powers off, and also when a vCPU breaks.
-	if bye && (v.cmd == nil || v.cmd.ProcessState.Success()) && !chBroke(filepath.Join(v.dir, logFile)) {
+	// It ends in order, with status 0, when the guest powers off, and also when a vCPU breaks. The event says the same as the status,
+	// and counts where that went to another process: events may be lost, to a pipe that is full or to another reader.
+	inOrder := bye
+	if v.cmd != nil {
+		inOrder = v.cmd.ProcessState.Success()
+	}
+	if inOrder && !chBroke(filepath.Join(v.dir, logFile)) {
 		v.note(ErrPoweredOff)
 	}
 }
