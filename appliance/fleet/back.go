@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -71,6 +72,7 @@ type launchOptions struct {
 // launcher starts backs.
 type launcher struct {
 	path   string   // of the program, as the front was called
+	env    []string // as the front was given it
 	stderr *os.File // what the runner reads the log from
 	parent int      // pid of the process that started the front
 	pidfd  *os.File // of it
@@ -78,7 +80,7 @@ type launcher struct {
 
 // newLauncher remembers what a back needs to know of the front's surroundings, before go-plugin redirects standard error.
 func newLauncher() (*launcher, error) {
-	l := &launcher{stderr: os.Stderr, parent: os.Getppid()}
+	l := &launcher{stderr: os.Stderr, parent: os.Getppid(), env: os.Environ()}
 	// By the name that we were called by, not by the file that was behind it then: an upgrade puts another one there.
 	if path, err := exec.LookPath(os.Args[0]); err == nil {
 		l.path = path
@@ -127,7 +129,7 @@ func (l *launcher) exec(path string) (*back, error) {
 	}
 	cmd := exec.Command(path)
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), backVariable+"="+strconv.Itoa(l.parent))
+	cmd.Env = append(slices.Clip(l.env), backVariable+"="+strconv.Itoa(l.parent))
 	cmd.Stderr = l.stderr // the runner reads the log of both halves from one pipe
 	cmd.ExtraFiles = []*os.File{theirs, l.pidfd}
 	if err := cmd.Start(); err != nil {

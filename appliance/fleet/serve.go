@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -27,6 +28,12 @@ func Serve(g *Group, v plugin.VersionInfo) {
 		fmt.Fprintln(os.Stderr, "fleetingd:", err)
 		os.Exit(1)
 	}
+	hidden, err := hideSocket()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "fleetingd:", err)
+		os.Exit(1)
+	}
+	defer os.RemoveAll(hidden)
 	f := newFront(g.UnmarshalJSON, l.launch)
 	// Caught and not ignored, since an ignored signal stays so in what is started. A write to the log
 	// of a parent that is gone must not end the cleaning up (SIGPIPE); a service manager may send the runner's
@@ -49,10 +56,22 @@ func Serve(g *Group, v plugin.VersionInfo) {
 		case <-orphaned:
 			reason = "the process that started the plugin is gone"
 		}
-		os.Exit(f.endOnce(reason))
+		code := f.endOnce(reason)
+		os.RemoveAll(hidden)
+		os.Exit(code)
 	}()
 	plugin.Main(f, v)
 	f.endOnce("done")
+}
+
+// hideSocket has go-plugin put the socket that the runner calls us by where nobody can find it: whoever connects to it may ask for
+// workers and for their keys, and a VMM that was taken over runs as the same user. go-plugin's own name for it could be guessed within
+// the hour.
+func hideSocket() (dir string, err error) {
+	if dir, err = os.MkdirTemp("", "fleetingd-"+rand.Text()+"-"); err != nil {
+		return "", err
+	}
+	return dir, os.Setenv("TMPDIR", dir)
 }
 
 // endOnce shuts the Group down and gives the exit code.

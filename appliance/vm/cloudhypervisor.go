@@ -19,18 +19,17 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// Names in Config.Dir.
+// Names in the VMM's private folder, and the event pipe's in Config.Dir.
 const (
 	chSocket      = "api.sock"
-	chSocketLock  = "api.sock.lock" // v53 makes it
-	chVsockSocket = "vsock.sock"
+	chVsockSocket = "vsock"
 	chEventPipe   = "events"
 )
 
 // chGuestSocket is where Cloud Hypervisor connects to when its guest connects to plan.GuestVsock on the host.
 var chGuestSocket = fmt.Sprintf("%s_%d", chVsockSocket, plan.GuestVsock)
 
-var chFiles = []string{chSocket, chSocketLock, chVsockSocket, chGuestSocket, chEventPipe}
+var chFiles = []string{chEventPipe}
 
 // chOldest has the fixes of image format autodetection (50.1, 51.0) and of a use after free in virtio-block (51.2).
 var chOldest = []int{51, 2}
@@ -38,18 +37,15 @@ var chOldest = []int{51, 2}
 // chBootDeadline is for vm.create and vm.boot, which load the kernel and start the vCPUs.
 const chBootDeadline = 30 * time.Second
 
-// landlockNeeded is the ABI that Cloud Hypervisor insists on (Linux 6.2).
-const landlockNeeded = 3
-
 // chCID is the guest's vsock address. All may have the same: their sockets are files.
 const chCID = 3
 
 type cloudHypervisor struct {
-	plan     plan.Hypervisor
-	log      *slog.Logger
-	kvm      func() error // asked once
-	landlock func() bool  // asked once, and said once where there is none
-	groups   *cgroups
+	plan   plan.Hypervisor
+	log    *slog.Logger
+	kvm    func() error // asked once
+	groups *cgroups
+	jailer *jailer
 }
 
 var _ Driver = (*cloudHypervisor)(nil)
@@ -60,14 +56,8 @@ func newCloudHypervisor(h plan.Hypervisor, log *slog.Logger) *cloudHypervisor {
 	}
 	return &cloudHypervisor{
 		plan: h, log: log, groups: newCgroups(log),
-		kvm: sync.OnceValue(func() error { return ProbeKVM(context.Background()) }),
-		landlock: sync.OnceValue(func() bool {
-			abi := landlockABI()
-			if h.Sandbox && abi < landlockNeeded {
-				log.Warn("VMMs run without landlock: it needs ABI 3 (Linux 6.2, with landlock in the lsm= list)", "abi", abi)
-			}
-			return abi >= landlockNeeded
-		}),
+		kvm:    sync.OnceValue(func() error { return ProbeKVM(context.Background()) }),
+		jailer: &jailer{on: h.Sandbox, log: log},
 	}
 }
 
@@ -149,7 +139,9 @@ func (c *cloudHypervisor) Start(ctx context.Context, cfg Config) (VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := v.boot(ctx, chVMConfig(cfg, c.plan.Sandbox && c.landlock()), chNetConfig(cfg), taps); err != nil {
+	// Cloud Hypervisor insists on the ABI that has all of files.
+	own := c.plan.Sandbox && LandlockABI() >= landlockFiles
+	if err := v.boot(ctx, chVMConfig(cfg, v.private, own), chNetConfig(cfg), taps); err != nil {
 		return nil, v.abandon(ctx, err)
 	}
 	return v, nil
@@ -157,32 +149,27 @@ func (c *cloudHypervisor) Start(ctx context.Context, cfg Config) (VM, error) {
 
 // launch starts the process, with its events and the guest's connections heard from the first.
 func (c *cloudHypervisor) launch(binary string, cfg Config) (_ *chVM, err error) {
-	v := &chVM{api: chAPI{filepath.Join(cfg.Dir, chSocket)}, turn: make(chan struct{}, 1)}
+	private, err := makePrivate(cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("VM %s: %w", cfg.ID, err)
+	}
+	v := &chVM{api: chAPI{filepath.Join(private, chSocket)}, turn: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			v.closeAll()
-			err = errors.Join(err, removeFiles(cfg.Dir, chFiles))
+			err = errors.Join(err, removeFiles(cfg.Dir, chFiles), os.RemoveAll(private))
 		}
 	}()
-	pipe, err := v.listen(cfg.Dir)
+	pipe, err := v.listen(cfg.Dir, private)
 	if err != nil {
 		return nil, fmt.Errorf("VM %s: %w", cfg.ID, err)
 	}
 	defer pipe.Close()
-	if cfg.Console != "" {
-		// It must be there before landlock's rules are made, which are of files that exist.
-		f, err := os.OpenFile(cfg.Console, os.O_CREATE|os.O_WRONLY, 0o600)
-		if err != nil {
-			return nil, fmt.Errorf("VM %s: console: %w", cfg.ID, err)
-		}
-		if err := f.Close(); err != nil {
-			return nil, err
-		}
-	}
 	v.process, err = start(launch{
 		cfg: cfg, driver: c.Name(), binary: binary, files: chFiles, log: c.log, groups: c.groups, extra: []*os.File{pipe},
+		private: private, jailer: c.jailer,
 		args: []string{
-			"--api-socket", "path=" + filepath.Join(cfg.Dir, chSocket),
+			"--api-socket", "path=" + filepath.Join(private, chSocket),
 			"--event-monitor", "fd=3", // the first after stdin, stdout and stderr
 			"--seccomp", fmt.Sprint(c.plan.Sandbox),
 		},
@@ -199,8 +186,8 @@ func (c *cloudHypervisor) Adopt(ctx context.Context, dir string) (VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := &chVM{process: p, api: chAPI{filepath.Join(dir, chSocket)}, turn: make(chan struct{}, 1)}
-	if err := v.reopen(dir); err != nil {
+	v := &chVM{process: p, api: chAPI{filepath.Join(p.private, chSocket)}, turn: make(chan struct{}, 1)}
+	if err := v.reopen(dir, p.private); err != nil {
 		// It can still be watched and ended.
 		p.log.Warn("adopted a VM without its guest channel", "error", err)
 	}
@@ -222,7 +209,7 @@ func netPairs(cfg Config) int {
 }
 
 // chVMConfig is the body of vm.create. The net is not in it: vm.create ignores descriptors.
-func chVMConfig(cfg Config, landlock bool) chConfig {
+func chVMConfig(cfg Config, private string, landlock bool) chConfig {
 	out := chConfig{
 		Payload: chPayload{Kernel: cfg.Kernel, Initramfs: cfg.Initrd, Cmdline: kernelCommandLine(&cfg, "hvc0")},
 		CPUs:    chCPUs{Boot: cfg.CPUs, Max: cfg.CPUs},
@@ -232,7 +219,7 @@ func chVMConfig(cfg Config, landlock bool) chConfig {
 		Balloon: chBalloon{DeflateOnOOM: true, FreePageReporting: true},
 		Serial:  chConsole{Mode: "Off"},
 		Console: chConsole{Mode: "Off"},
-		Vsock:   chVsock{CID: chCID, Socket: filepath.Join(cfg.Dir, chVsockSocket)},
+		Vsock:   chVsock{CID: chCID, Socket: filepath.Join(private, chVsockSocket)},
 		// It makes the rules itself, from the paths named here. All that it opens later, on a reboot, is among them.
 		Landlock: landlock,
 	}
@@ -289,7 +276,7 @@ var _ VM = (*chVM)(nil)
 // listen makes the event pipe and the guest's socket, and returns the pipe's end for the VMM. It is a pipe with a name, so
 // that a later process can go on reading, and it is opened for both directions, so that the VMM's writes neither
 // fail nor wait while nobody does.
-func (v *chVM) listen(dir string) (*os.File, error) {
+func (v *chVM) listen(dir, private string) (*os.File, error) {
 	path := filepath.Join(dir, chEventPipe)
 	if err := unix.Mkfifo(path, 0o600); err != nil {
 		return nil, fmt.Errorf("make pipe %s: %w", path, err)
@@ -298,15 +285,15 @@ func (v *chVM) listen(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := v.reopen(dir); err != nil {
+	if err := v.reopen(dir, private); err != nil {
 		pipe.Close()
 		return nil, err
 	}
 	return pipe, nil
 }
 
-func (v *chVM) reopen(dir string) (err error) {
-	if v.guests, err = accept(filepath.Join(dir, chGuestSocket)); err != nil {
+func (v *chVM) reopen(dir, private string) (err error) {
+	if v.guests, err = accept(filepath.Join(private, chGuestSocket)); err != nil {
 		return err
 	}
 	v.events, err = os.OpenFile(filepath.Join(dir, chEventPipe), os.O_RDONLY|unix.O_NONBLOCK, 0)

@@ -81,10 +81,12 @@ type process struct {
 	dir    string
 	record record
 	files  []string // names in dir that cleanUp removes
-	log    *slog.Logger
-	pidfd  *os.File
-	cmd    *exec.Cmd // nil when adopted
-	done   chan struct{}
+	// private is the folder of the VMM's sockets, below dir; "" where there is none.
+	private string
+	log     *slog.Logger
+	pidfd   *os.File
+	cmd     *exec.Cmd // nil when adopted
+	done    chan struct{}
 
 	reboots reboots
 
@@ -100,14 +102,17 @@ type launch struct {
 	binary string
 	args   []string
 	extra  []*os.File // fd 3 and on in the VMM; the caller closes its own
-	files  []string   // names in cfg.Dir that the VM makes, and that go with it
-	log    *slog.Logger
-	groups *cgroups // where its cgroup is made, when cfg names none
-	memory int64    // that this VMM needs above its guest's and vmmMemory, in bytes
+	files  []string   // names in cfg.Dir that go with the VM
+	// private is the folder for the VMM's sockets, which goes with it, too.
+	private string
+	jailer  *jailer
+	log     *slog.Logger
+	groups  *cgroups // where its cgroup is made, when cfg names none
+	memory  int64    // that this VMM needs above its guest's and vmmMemory, in bytes
 }
 
 // start runs the VMM detached from this process: a session of its own, none of
-// our environment, its output in a file, in its cgroup from the first
+// our environment, its output in a file, confined before its first
 // instruction. When it fails nothing is left. The caller MUST call watch next.
 func start(l launch) (*process, error) {
 	bootID, err := readBootID()
@@ -119,12 +124,21 @@ func start(l launch) (*process, error) {
 			return nil, err
 		}
 	}
-	cmd := exec.Command(l.binary, l.args...)
-	if l.cfg.Cgroup != "" {
-		if cmd, err = inCgroup(l.cfg.Cgroup, cmd.Args); err != nil {
-			return nil, errors.Join(fmt.Errorf("cgroup of VM %s: %w", l.cfg.ID, err), removeCgroup(l.cfg.Cgroup))
+	if l.cfg.Console != "" { // landlock's rules are of files that exist
+		f, err := os.OpenFile(l.cfg.Console, os.O_CREATE|os.O_WRONLY, 0o600)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("VM %s: console: %w", l.cfg.ID, err), removeCgroup(l.cfg.Cgroup))
+		}
+		if err := f.Close(); err != nil {
+			return nil, errors.Join(err, removeCgroup(l.cfg.Cgroup))
 		}
 	}
+	rules, err := l.jailer.lock(l.jail(), l.binary)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("VM %s: %w", l.cfg.ID, err), removeCgroup(l.cfg.Cgroup))
+	}
+	defer rules.close()
+	cmd := exec.Command(l.binary, l.args...)
 	out, err := os.OpenFile(filepath.Join(l.cfg.Dir, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, errors.Join(err, removeCgroup(l.cfg.Cgroup))
@@ -136,13 +150,13 @@ func start(l launch) (*process, error) {
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	p := &process{
-		dir: l.cfg.Dir, files: l.files, log: l.log.With("vm", l.cfg.ID), cmd: cmd, done: make(chan struct{}),
+		dir: l.cfg.Dir, files: l.files, private: l.private, log: l.log.With("vm", l.cfg.ID), cmd: cmd, done: make(chan struct{}),
 		record: record{
 			Version: recordVersion, Driver: l.driver, ID: l.cfg.ID, BootID: bootID, Binary: l.binary,
 			Console: l.cfg.Console, Cgroup: l.cfg.Cgroup,
 		},
 	}
-	if err := startWithoutPrivileges(cmd); err != nil {
+	if err := startConfined(cmd, rules); err != nil {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", l.binary, err), p.cleanUp())
 	}
 	if err := p.started(); err != nil {
@@ -156,25 +170,33 @@ func start(l launch) (*process, error) {
 	return p, nil
 }
 
-// inCgroup has a shell go into the cgroup and become the program, so that all of the VMM's memory is counted there.
-// The kernel's own way, clone3 with CLONE_INTO_CGROUP, does not exist in a unit that is hardened by RestrictNamespaces=:
-// its seccomp filter cannot see clone3's flags and says ENOSYS to all of it.
-func inCgroup(group string, args []string) (*exec.Cmd, error) {
-	procs := filepath.Join(group, "cgroup.procs")
-	if _, err := os.Stat(procs); err != nil {
-		return nil, err
+// jail is what the VMM may reach.
+func (l *launch) jail() jail {
+	j := jail{private: l.private, read: []string{l.cfg.Kernel}}
+	if l.cfg.Initrd != "" {
+		j.read = append(j.read, l.cfg.Initrd)
 	}
-	return exec.Command("/bin/sh", append([]string{"-c", `echo 0 >"$0" && exec "$@"`, procs}, args...)...), nil
+	for _, d := range l.cfg.Disks {
+		if d.ReadOnly {
+			j.read = append(j.read, d.Path)
+		} else {
+			j.write = append(j.write, d.Path)
+		}
+	}
+	if l.cfg.Console != "" {
+		j.write = append(j.write, l.cfg.Console)
+	}
+	return j
 }
 
-// startWithoutPrivileges is cmd.Start on a thread of its own that has no_new_privs set: the VMM inherits it, the plugin
-// does not have it. The thread ends with the goroutine, since it stays locked.
-func startWithoutPrivileges(cmd *exec.Cmd) error {
+// startConfined is cmd.Start on a thread of its own that has shut itself in: the VMM inherits that, the plugin does not
+// have it. The thread ends with the goroutine, since it stays locked.
+func startConfined(cmd *exec.Cmd, rules *ruleset) error {
 	result := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-			result <- fmt.Errorf("no_new_privs: %w", err)
+		if err := rules.enter(); err != nil {
+			result <- err
 			return
 		}
 		result <- cmd.Start()
@@ -188,6 +210,13 @@ func (p *process) started() error {
 	var err error
 	if p.pidfd, err = openPidfd(pid); err != nil {
 		return err
+	}
+	// Not by clone3 with CLONE_INTO_CGROUP: in a unit that is hardened by RestrictNamespaces= it does not exist, since that unit's
+	// seccomp filter cannot see clone3's flags and says ENOSYS to all of it. The guest's memory is not touched before this.
+	if group := p.record.Cgroup; group != "" {
+		if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+			return fmt.Errorf("move it into its cgroup: %w", err)
+		}
 	}
 	p.record.PID = pid
 	if p.record.StartTime, err = startTime(pid); err != nil {
@@ -228,10 +257,14 @@ func (p *process) save() error {
 // killed before it could write it, the process at its other end is the VMM.
 func adopt(dir, driver, socket string, files []string, log *slog.Logger) (*process, error) {
 	p := &process{dir: dir, files: files, log: log, done: make(chan struct{})}
+	var err error
+	if p.private, err = findPrivate(dir); err != nil {
+		return nil, err
+	}
 	data, err := os.ReadFile(filepath.Join(dir, recordFile))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		err = p.adoptUnrecorded(filepath.Join(dir, socket))
+		err = p.adoptUnrecorded(filepath.Join(p.private, socket))
 	case err != nil:
 		return nil, err
 	default:
@@ -457,7 +490,7 @@ func (p *process) await(d time.Duration) bool {
 
 // dial connects to a socket of the VMM, which may not be there yet.
 func (p *process) dial(ctx context.Context, name string) (net.Conn, error) {
-	path := filepath.Join(p.dir, name)
+	path := filepath.Join(p.private, name)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -497,6 +530,9 @@ func (p *process) cleanUp() error {
 	var errs []error
 	if err := removeCgroup(p.record.Cgroup); err != nil {
 		errs = append(errs, err)
+	}
+	if p.private != "" {
+		errs = append(errs, os.RemoveAll(p.private))
 	}
 	errs = append(errs, removeFiles(p.dir, p.files), removeFiles(p.dir, []string{logFile, recordFile}))
 	return errors.Join(errs...)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -19,7 +20,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// Names in Config.Dir.
+// Names in the VMM's private folder.
 const (
 	qmpSocket   = "qmp.sock"
 	guestSocket = "guest.sock" // the host's end of the virtio-serial port
@@ -55,6 +56,7 @@ type qemu struct {
 	target qemuTarget
 	log    *slog.Logger
 	groups *cgroups
+	jailer *jailer
 	// kvm is asked once: the machine does not change under us, and every Start needs the answer.
 	kvm     func() error
 	unruled sync.Once // network_mbps was asked for
@@ -79,7 +81,7 @@ func newQEMU(h plan.Hypervisor, log *slog.Logger) (*qemu, error) {
 	}
 	// Not the caller's context: the answer is for all callers.
 	kvm := sync.OnceValue(func() error { return ProbeKVM(context.Background()) })
-	return &qemu{plan: h, target: target, log: log, groups: newCgroups(log), kvm: kvm}, nil
+	return &qemu{plan: h, target: target, log: log, groups: newCgroups(log), jailer: &jailer{on: h.Sandbox, log: log}, kvm: kvm}, nil
 }
 
 func (q *qemu) Name() string { return "qemu" }
@@ -172,23 +174,28 @@ func (q *qemu) Start(ctx context.Context, cfg Config) (VM, error) {
 				"hypervisor \"cloud-hypervisor\" has")
 		})
 	}
-	l := launch{cfg: cfg, driver: q.Name(), binary: binary, files: []string{qmpSocket, guestSocket}, log: q.log,
-		groups: q.groups}
+	if binary, err = filepath.Abs(binary); err != nil {
+		return nil, err
+	}
+	l := launch{cfg: cfg, driver: q.Name(), binary: binary, log: q.log, groups: q.groups, jailer: q.jailer}
 	if cfg.Net != nil {
 		if l.extra, err = openTAP(cfg.Net, cfg.Net.Queues); err != nil {
 			return nil, fmt.Errorf("VM %s: %w", cfg.ID, err)
 		}
 		defer closeAll(l.extra)
 	}
-	if l.args, err = q.args(cfg, accel); err != nil {
-		return nil, err
+	if l.private, err = makePrivate(cfg.Dir); err != nil {
+		return nil, fmt.Errorf("VM %s: %w", cfg.ID, err)
+	}
+	if l.args, err = q.args(cfg, l.private, accel); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(l.private))
 	}
 	if accel == "tcg" {
 		l.memory = tcgBuffer
 	}
 	p, err := start(l)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, os.RemoveAll(l.private))
 	}
 	v := newQEMUVM(p)
 	p.watch(v.drain)
@@ -199,7 +206,7 @@ func (q *qemu) Start(ctx context.Context, cfg Config) (VM, error) {
 }
 
 func (q *qemu) Adopt(ctx context.Context, dir string) (VM, error) {
-	p, err := adopt(dir, q.Name(), qmpSocket, []string{qmpSocket, guestSocket}, q.log)
+	p, err := adopt(dir, q.Name(), qmpSocket, nil, q.log)
 	if err != nil {
 		return nil, err
 	}
@@ -215,7 +222,7 @@ func (q *qemu) Adopt(ctx context.Context, dir string) (VM, error) {
 }
 
 // args is QEMU's command line. It holds no secret: anyone on the host can read it.
-func (q *qemu) args(cfg Config, accel string) ([]string, error) {
+func (q *qemu) args(cfg Config, private, accel string) ([]string, error) {
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none",
 		"-name", comma("fleetingd-" + cfg.ID),
@@ -224,7 +231,7 @@ func (q *qemu) args(cfg Config, accel string) ([]string, error) {
 		"-m", fmt.Sprintf("size=%dk", cfg.Memory>>10),
 		"-kernel", cfg.Kernel,
 		"-append", kernelCommandLine(&cfg, q.target.console),
-		"-chardev", "socket,id=qmp,server=on,wait=off,path=" + comma(filepath.Join(cfg.Dir, qmpSocket)),
+		"-chardev", "socket,id=qmp,server=on,wait=off,path=" + comma(filepath.Join(private, qmpSocket)),
 		"-mon", "chardev=qmp,mode=control",
 	}
 	if accel == "kvm" {
@@ -242,12 +249,12 @@ func (q *qemu) args(cfg Config, accel string) ([]string, error) {
 	if q.plan.Sandbox {
 		args = append(args, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	}
-	devices, err := q.devices(cfg)
+	devices, err := q.devices(cfg, private)
 	return append(args, devices...), err
 }
 
 // devices are the disks, the network, the guest channel, entropy and the balloon.
-func (q *qemu) devices(cfg Config) ([]string, error) {
+func (q *qemu) devices(cfg Config, private string) ([]string, error) {
 	var args []string
 	object := func(option string, value map[string]any) error {
 		data, err := json.Marshal(value)
@@ -288,7 +295,7 @@ func (q *qemu) devices(cfg Config) ([]string, error) {
 		}
 		errs = append(errs, object("-device", net))
 	}
-	args = append(args, "-chardev", "socket,id=guest,server=on,wait=off,path="+comma(filepath.Join(cfg.Dir, guestSocket)))
+	args = append(args, "-chardev", "socket,id=guest,server=on,wait=off,path="+comma(filepath.Join(private, guestSocket)))
 	errs = append(errs,
 		object("-device", map[string]any{"driver": "virtio-serial-pci", "id": "serial"}),
 		object("-device", map[string]any{

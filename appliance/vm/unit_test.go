@@ -101,7 +101,7 @@ func TestQEMUArgsEscape(t *testing.T) {
 	args, err := q.args(Config{
 		ID: "a,b", Dir: evil, CPUs: 4, Memory: 1 << 30, Kernel: "/k", Console: evil, Net: &Net{TAP: "t", MAC: testMAC, Queues: 4},
 		Disks: []Disk{{Path: evil, Serial: evil[:5]}}, Limits: Limits{DiskIOPS: 7},
-	}, "tcg")
+	}, evil, "tcg")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -381,7 +381,11 @@ func TestAdoptStranger(t *testing.T) {
 	}
 	// A socket of our own, where the VMM's should be.
 	dir := shortDir(t)
-	l, err := net.Listen("unix", filepath.Join(dir, qmpSocket))
+	private, err := makePrivate(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", filepath.Join(private, qmpSocket))
 	if err != nil {
 		t.Fatal(err)
 	}
