@@ -111,10 +111,20 @@ func (c *compiler) unit(from hcl.Range, name, template string, v values, how pla
 // ruleset adds the firewall, and its text for who wants to read it: "network up" sends the rules themselves.
 func (c *compiler) ruleset() {
 	n := &c.plan.Network
-	n.Ruleset = Ruleset(c.plan.EgressInterface, *n)
+	n.Ruleset = Ruleset(c.plan.EgressInterface, *n, connectionLimits(c.plan.Slots)...)
 	c.add(c.host.Network.Range, plan.File{
 		Path: nftPath, Mode: "0644", Owner: "root", Group: "root", Content: n.Ruleset.Text(c.plan.Slots),
 	})
+}
+
+// connectionLimits are the different ones that slots have, sorted.
+func connectionLimits(slots []plan.Slot) []int {
+	var limits []int
+	for _, s := range slots {
+		limits = append(limits, s.Connections)
+	}
+	slices.Sort(limits)
+	return slices.Compact(limits)
 }
 
 // disks adds what mounts the clones' file system. "directory" is a folder of the state_dir's own file system, and "auto"

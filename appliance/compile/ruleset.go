@@ -41,8 +41,10 @@ const (
 // ARP senders are checked in a table of the arp family. A netdev chain on the TAPs would see the same frames a little earlier,
 // but it is bound to its devices: they must exist before the rules do, and one chain takes 256 of
 // them at most (the kernel's NFT_NETDEVICE_MAX), so that chains and rules would grow with the slots.
-func Ruleset(egressInterface string, n plan.Network) plan.Ruleset {
-	r := ruler{egress: egressInterface, net: n, six: n.Subnet6 != nil}
+//
+// limits are the different numbers of connections that slots may have, sorted.
+func Ruleset(egressInterface string, n plan.Network, limits ...int) plan.Ruleset {
+	r := ruler{egress: egressInterface, net: n, limits: limits, six: n.Subnet6 != nil}
 	return plan.Ruleset{Tables: []plan.Table{r.inet(), r.arp()}}
 }
 
@@ -50,6 +52,7 @@ func Ruleset(egressInterface string, n plan.Network) plan.Ruleset {
 type ruler struct {
 	egress string
 	net    plan.Network
+	limits []int // of connections
 	six    bool // the workers have IPv6
 }
 
@@ -57,7 +60,7 @@ func (r *ruler) inet() plan.Table {
 	forward, toHost, sets := r.egressRules()
 	return plan.Table{
 		Family: "inet", Name: tableName,
-		Sets: append(r.sets(), sets...),
+		Sets: slices.Concat(r.sets(), r.counts(), sets),
 		Chains: []plan.Chain{
 			{Name: chainFromWorker, Rules: r.fromWorker(forward)},
 			{Name: chainToHost, Rules: r.toHost(toHost)},
@@ -170,12 +173,42 @@ func (r *ruler) replies() []plan.Rule {
 	return rules
 }
 
+// counts are the sets that count each worker's connections, and where pools have different limits those of their TAPs.
+func (r *ruler) counts() []plan.Set {
+	var sets []plan.Set
+	for _, limit := range r.limits {
+		if len(r.limits) > 1 {
+			sets = append(sets, plan.Set{Name: limitedSet(limit), Key: []plan.DataType{plan.TypeIFName}, Slots: true, Connections: limit})
+		}
+		sets = append(sets, plan.Set{Name: countSet(limit), Key: []plan.DataType{plan.TypeIFName}, Dynamic: true})
+	}
+	return sets
+}
+
+func limitedSet(limit int) string { return "limited_" + strconv.Itoa(limit) }
+func countSet(limit int) string   { return "connections_" + strconv.Itoa(limit) }
+
+// tooMany refuses a worker's connection beyond its limit: the kernel's table of connections is the host's, and one job that fills it
+// would cut off all others. The number of rules grows with the number of different limits.
+func (r *ruler) tooMany() []plan.Rule {
+	var rules []plan.Rule
+	for _, limit := range r.limits {
+		over := plan.Match{Fields: []plan.Field{plan.IIFName}, Set: countSet(limit), Over: limit}
+		matches := []plan.Match{over}
+		if len(r.limits) > 1 {
+			matches = []plan.Match{in(plan.IIFName, limitedSet(limit)), over}
+		}
+		rules = append(rules, counted("more connections than its pool allows", plan.Reject, matches...))
+	}
+	return rules
+}
+
 // fromWorker judges a connection that a worker begins, through the host.
 func (r *ruler) fromWorker(egress []plan.Rule) []plan.Rule {
 	rules := []plan.Rule{
 		counted("no part of a connection", plan.Drop, is(plan.CTState, "invalid")),
-		counted("another worker", plan.Reject, is(plan.IPDest, r.net.Subnet.String())),
 	}
+	rules = append(append(rules, r.tooMany()...), counted("another worker", plan.Reject, is(plan.IPDest, r.net.Subnet.String())))
 	if r.six {
 		rules = append(rules, counted("another worker", plan.Reject, is(plan.IP6Dest, r.net.Subnet6.String())))
 	}
@@ -195,7 +228,7 @@ func (r *ruler) toHost(egress []plan.Rule) []plan.Rule {
 	if r.six {
 		rules = append(rules, rule("neighbour discovery", verdict(plan.Accept), neighbours))
 	}
-	rules = append(append(rules, egress...), r.dns()...)
+	rules = append(append(append(rules, r.tooMany()...), egress...), r.dns()...)
 	return append(rules, counted("the host itself", plan.Reject))
 }
 

@@ -43,10 +43,10 @@ func (c *compiler) slots() {
 	// The host numbers of a slot's two addresses are equal: whoever reads one log line knows the other.
 	addr := p.Network.Gateway
 	p.Slots = make([]plan.Slot, 0, total)
-	add := func(queues int) {
+	add := func(queues, connections int) {
 		i := len(p.Slots)
 		addr = addr.Next()
-		s := plan.Slot{Index: i, TAP: "fleet" + strconv.Itoa(i), Address: addr, Queues: queues}
+		s := plan.Slot{Index: i, TAP: "fleet" + strconv.Itoa(i), Address: addr, Queues: queues, Connections: connections}
 		if addr6.IsValid() {
 			addr6 = addr6.Next()
 			a := addr6
@@ -58,11 +58,11 @@ func (c *compiler) slots() {
 		p.Pools = append(p.Pools, pool(spec, len(p.Slots)))
 		c.from(spec.Range, plan.KindPool, spec.Name)
 		for range spec.MaxInstances {
-			add(min(spec.CPUs, maxQueues))
+			add(min(spec.CPUs, maxQueues), spec.Limits.Connections)
 		}
 	}
 	for range h.Images {
-		add(1) // a prebuild VM downloads and waits: one queue is enough
+		add(1, hostspec.DefaultConnections) // a prebuild VM downloads and waits: one queue is enough
 	}
 }
 

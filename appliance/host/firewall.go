@@ -31,6 +31,9 @@ const ruleMark = "fleetingd"
 // metaIIFKind is NFT_META_IIFKIND of linux/netfilter/nf_tables.h, which neither x/sys nor google/nftables names.
 const metaIIFKind = expr.MetaKey(26)
 
+// connlimitOver is NFT_CONNLIMIT_F_INV: the expression matches above its count.
+const connlimitOver = 1
+
 const (
 	// elementsAMessage keeps a set's elements below the 64 KiB that one netlink attribute holds.
 	elementsAMessage = 500
@@ -118,6 +121,9 @@ func translateSet(t *nftables.Table, s plan.Set, slots []plan.Slot) (*fwSet, err
 		return nil, err
 	}
 	fs := &fwSet{set: &nftables.Set{Table: t, Name: s.Name, KeyType: key, Interval: s.Interval}}
+	if s.Dynamic {
+		fs.set.Dynamic, fs.set.Size = true, plan.DynamicSize
+	}
 	if len(types) == 1 {
 		fs.set.KeyType = types[0]
 		// What nft declares: names are strings in the host's order, all else is big-endian.
@@ -454,6 +460,11 @@ func (b *ruleBuilder) lookup(m plan.Match, loads []field) error {
 		b.load(f, register, 0)
 		register++
 	}
+	if m.Over > 0 {
+		b.add(&expr.Dynset{SrcRegKey: unix.NFT_REG_1, SetName: m.Set, Operation: unix.NFT_DYNSET_OP_ADD,
+			Exprs: []expr.Any{&expr.Connlimit{Count: uint32(m.Over), Flags: connlimitOver}}})
+		return nil
+	}
 	b.add(&expr.Lookup{SourceRegister: unix.NFT_REG_1, SetName: m.Set, Invert: m.Not})
 	return nil
 }
@@ -751,6 +762,11 @@ func sameExpr(t *nftables.Table, a, b expr.Any) bool {
 		b := b.(*expr.Lookup)
 		return a.SetName == b.SetName && a.SourceRegister == b.SourceRegister && a.Invert == b.Invert
 	}
+	if a, ok := a.(*expr.Dynset); ok {
+		b := b.(*expr.Dynset)
+		return a.SetName == b.SetName && a.SrcRegKey == b.SrcRegKey && a.Operation == b.Operation &&
+			slices.EqualFunc(a.Exprs, b.Exprs, func(x, y expr.Any) bool { return sameExpr(t, x, y) })
+	}
 	x, errX := expr.Marshal(byte(t.Family), a)
 	y, errY := expr.Marshal(byte(t.Family), b)
 	return errX == nil && errY == nil && bytes.Equal(x, y)
@@ -773,8 +789,10 @@ func diffSets(c *nftables.Conn, want *fwTable) ([]string, error) {
 		case !ok:
 			diff = append(diff, "set "+w.set.Name+" is missing")
 			continue
-		case h.KeyType.Bytes != w.set.KeyType.Bytes || h.Interval != w.set.Interval:
+		case h.KeyType.Bytes != w.set.KeyType.Bytes || h.Interval != w.set.Interval || h.Dynamic != w.set.Dynamic:
 			diff = append(diff, "set "+w.set.Name+" has another type")
+			continue
+		case w.set.Dynamic: // its elements come and go with packets
 			continue
 		}
 		elements, err := c.GetSetElements(h)

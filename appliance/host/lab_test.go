@@ -180,7 +180,7 @@ func (l *lab) plan(slots int, six bool) *plan.Plan {
 	}
 	for i := range slots {
 		a, a6 = a.Next(), a6.Next()
-		s := plan.Slot{Index: i, TAP: fmt.Sprintf("fleet%d", i), Address: a, Queues: 1 + i%2}
+		s := plan.Slot{Index: i, TAP: fmt.Sprintf("fleet%d", i), Address: a, Queues: 1 + i%2, Connections: 4096}
 		if six {
 			own := a6
 			s.Address6 = &own
@@ -192,7 +192,14 @@ func (l *lab) plan(slots int, six bool) *plan.Plan {
 }
 
 // rules makes the plan's ruleset anew.
-func rules(p *plan.Plan) { p.Network.Ruleset = compile.Ruleset(p.EgressInterface, p.Network) }
+func rules(p *plan.Plan) {
+	var limits []int
+	for _, s := range p.Slots {
+		limits = append(limits, s.Connections)
+	}
+	slices.Sort(limits)
+	p.Network.Ruleset = compile.Ruleset(p.EgressInterface, p.Network, slices.Compact(limits)...)
+}
 
 // owner is somebody without rights.
 var owner = Options{UID: 54321, GID: 54321}

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"strings"
@@ -152,6 +153,63 @@ func TestPackets(t *testing.T) {
 }
 
 // with is the lab for a subtest.
+// TestConnectionLimit: a worker that opens connections without end is refused further ones, and neither the host nor another worker
+// notices. A pool with another limit has its own.
+func TestConnectionLimit(t *testing.T) {
+	l := newLab(t)
+	p := l.plan(3, false)
+	const few, more = 20, 50
+	p.Slots[0].Connections, p.Slots[1].Connections, p.Slots[2].Connections = few, few, more
+	rules(p)
+	l.up(p)
+	if diff := l.check(p); len(diff) > 0 {
+		t.Errorf("it differs from the plan as soon as it is up: %v", diff)
+	}
+	greedy, other, rich := l.worker(p, 0), l.worker(p, 1), l.worker(p, 2)
+	l.serve(l.internet, server, 80)
+	for _, c := range []struct {
+		worker
+		limit int
+	}{{greedy, few}, {rich, more}} {
+		// Each port is a connection of its own, and the entry of a UDP one stays for half a minute.
+		const all = 3 * more
+		before := l.counter(tooMany)
+		if err := l.in(c.NsHandle, func() error {
+			s, err := net.ListenUDP("udp4", nil)
+			if err != nil {
+				return err
+			}
+			defer s.Close()
+			for port := range all {
+				to := &net.UDPAddr{IP: net.ParseIP(server), Port: 1000 + port}
+				if _, err := s.WriteTo([]byte("x"), to); err != nil && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.ECONNREFUSED) {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		l.wait("the rest is refused", func() bool { return l.counter(tooMany)-before >= all-c.limit })
+		if let := all - (l.counter(tooMany) - before); let < c.limit-1 || let > c.limit+1 {
+			t.Errorf("of %d connections %d were let out, want %d", all, let, c.limit)
+		}
+		l.refused(c.NsHandle, "tcp", server, 80, tooMany)
+	}
+	l.reaches(other.NsHandle, "tcp", server, 80, hostWAN)
+	l.reaches(other.NsHandle, "udp", server, 80, hostWAN)
+	if _, err := l.call(l.host, "tcp", server, 80); err != nil {
+		t.Errorf("the host itself: %v", err)
+	}
+	// What rules have counted is no difference from the plan.
+	if diff := l.check(p); len(diff) > 0 {
+		t.Errorf("it differs from the plan: %v", diff)
+	}
+}
+
+// tooMany is that rule's comment.
+const tooMany = "more connections than its pool allows"
+
 func (l *lab) with(t *testing.T) *lab {
 	sub := *l
 	sub.TB = t

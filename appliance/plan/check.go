@@ -245,7 +245,7 @@ func (p *Plan) checkPools(f *findings, used []string) {
 		f.unless(pool.CPUs >= 1 && pool.Memory >= 1 && pool.Disk >= 1, "%s: cpus, memory and disk are above 0", who)
 		f.unless(oneOf(pool.Start, "warm", "cold"), "%s: start is warm or cold, not %q", who, pool.Start)
 		f.unless(pool.StartTimeout > 0, "%s: start_timeout is not above 0", who)
-		f.unless(pool.Limits.CPUQuotaPercent >= 0 && pool.Limits.DiskIOPS >= 0 && pool.Limits.NetworkMbps >= 0,
+		f.unless(pool.Limits.CPUQuotaPercent >= 0 && pool.Limits.DiskIOPS >= 0 && pool.Limits.NetworkMbps >= 0 && pool.Limits.Connections >= 0,
 			"%s: a negative limit", who)
 		// Compared like this, no sum of theirs can overflow.
 		if pool.FirstSlot < 0 || pool.MaxInstances < 1 || pool.FirstSlot > len(used)-1 ||

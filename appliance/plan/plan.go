@@ -134,6 +134,8 @@ type Slot struct {
 	// Queues is how many RX/TX pairs the TAP has. Above 1 the TAP is made with
 	// IFF_MULTI_QUEUE, and whoever opens it must say the same.
 	Queues int `json:"queues"`
+	// Connections is how many conntrack entries its worker may have.
+	Connections int `json:"connections"`
 }
 
 // Image is what a pool's workers are cloned from.
@@ -236,6 +238,7 @@ type Limits struct {
 	CPUQuotaPercent int `json:"cpu_quota_percent,omitempty"` // 400 is four CPUs
 	DiskIOPS        int `json:"disk_iops,omitempty"`
 	NetworkMbps     int `json:"network_mbps,omitempty"` // 10^6 bit/s, each direction
+	Connections     int `json:"connections,omitempty"`  // conntrack entries; the firewall keeps to it
 }
 
 // Runner is one [[runners]] section; its whole text is in the File

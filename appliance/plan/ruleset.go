@@ -29,8 +29,15 @@ type Set struct {
 	Key      []DataType `json:"key"`                // several are a concatenation
 	Interval bool       `json:"interval,omitempty"` // elements may be prefixes and ranges; they must not overlap
 	Slots    bool       `json:"slots,omitempty"`
+	// Connections, above 0, makes it a set of the slots with that many Connections only.
+	Connections int `json:"connections,omitempty"`
+	// Dynamic: rules add the elements, each with a state of its own (Match.Over).
+	Dynamic  bool     `json:"dynamic,omitempty"`
 	Elements []string   `json:"elements,omitempty"` // in order: "10.0.0.0/8", "443", "9000-9001"
 }
+
+// DynamicSize is how many elements a dynamic set may have: more than a host has slots.
+const DynamicSize = 65536
 
 // DataType is nft's name for the type of a set's key.
 type DataType string
@@ -87,7 +94,9 @@ type Match struct {
 	Fields []Field `json:"fields"`
 	Not    bool    `json:"not,omitempty"`
 	Set    string  `json:"set,omitempty"`
-	Value  string  `json:"value,omitempty"` // an interface, address, prefix, port, port range, state or type
+	// Over, above 0, matches once the Fields' element of the dynamic Set has more connections than that.
+	Over  int    `json:"over,omitempty"`
+	Value string `json:"value,omitempty"` // an interface, address, prefix, port, port range, state or type
 }
 
 // Field is nft's name for a part of a packet or of what the kernel knows of it.
@@ -152,6 +161,9 @@ func (s Set) Values(slots []Slot) [][]string {
 	}
 	values := make([][]string, 0, len(slots))
 	for _, slot := range slots {
+		if s.Connections > 0 && slot.Connections != s.Connections {
+			continue
+		}
 		element := make([]string, len(s.Key))
 		for i, t := range s.Key {
 			switch t {
@@ -202,6 +214,9 @@ func (s Set) text(b *strings.Builder, slots []Slot) {
 	fmt.Fprintf(b, "\tset %s {\n\t\ttype %s\n", s.Name, strings.Join(key, " . "))
 	if s.Interval {
 		b.WriteString("\t\tflags interval\n")
+	}
+	if s.Dynamic {
+		fmt.Fprintf(b, "\t\tsize %d\n\t\tflags dynamic\n", DynamicSize)
 	}
 	values := s.Values(slots)
 	if len(values) > 0 {
@@ -272,6 +287,9 @@ func (m Match) String() string {
 	fields := make([]string, len(m.Fields))
 	for i, f := range m.Fields {
 		fields[i] = string(f)
+	}
+	if m.Over > 0 {
+		return fmt.Sprintf("add @%s { %s ct count over %d }", m.Set, strings.Join(fields, " . "), m.Over)
 	}
 	words := []string{strings.Join(fields, " . ")}
 	if m.Not {

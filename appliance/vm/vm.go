@@ -103,4 +103,5 @@ type Limits struct {
 	CPUQuotaPercent int // 400 is four CPUs
 	DiskIOPS        int
 	NetworkMbps     int // 10^6 bit/s, each direction
+	Connections     int // conntrack entries; the host's firewall keeps to it
 }

@@ -312,10 +312,12 @@ func (l *loader) decodePool(b *hcl.Block) *Pool {
 	if b := s.one("limits"); b != nil {
 		s := l.open(b, &p.Limits, []attrSpec{
 			{"cpu_quota", `"400%"`, false}, {"disk_iops", `5000`, false}, {"network_mbps", `500`, false},
+			{"connections", `16384`, false},
 		})
 		parsed(s, "cpu_quota", parsePercent, &p.Limits.CPUQuotaPercent)
 		s.integer("disk_iops", &p.Limits.DiskIOPS)
 		s.integer("network_mbps", &p.Limits.NetworkMbps)
+		s.integer("connections", &p.Limits.Connections)
 	}
 	return p
 }

@@ -19,6 +19,7 @@ func (l *loader) setDefaults(s *spec) {
 	}
 	for _, p := range s.pools {
 		deflt(l, p, "start", &p.Start, "warm")
+		deflt(l, &p.Limits, "connections", &p.Limits.Connections, DefaultConnections)
 	}
 	for _, r := range s.runners {
 		l.defaultRunner(r)

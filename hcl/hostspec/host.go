@@ -127,11 +127,15 @@ type Pool struct {
 	Range        hcl.Range
 }
 
+// DefaultConnections is how many conntrack entries a worker may have where its pool does not say.
+const DefaultConnections = 16384
+
 // Limits is a pool's limits block; 0 is no limit.
 type Limits struct {
 	CPUQuotaPercent int
 	DiskIOPS        int
 	NetworkMbps     int
+	Connections     int // conntrack entries; always limited
 }
 
 // Runner is one runner block.

@@ -76,7 +76,8 @@ var (
 func TestDefaults(t *testing.T) {
 	got := load(t, Options{}, minimal)
 	image := &Image{Name: "debian", Debian: &DebianSource{Suite: "trixie", Arch: "amd64"}, User: "ci"}
-	pool := &Pool{Name: "small", Image: "debian", CPUs: 2, Memory: 1 << 30, Disk: 5 << 30, Start: "warm", MaxInstances: 3}
+	pool := &Pool{Name: "small", Image: "debian", CPUs: 2, Memory: 1 << 30, Disk: 5 << 30, Start: "warm", MaxInstances: 3,
+		Limits: Limits{Connections: DefaultConnections}}
 	want := &Host{
 		Name: "metal-01", EgressInterface: "eno1", StateDir: "/var/lib/fleetingd", Refresh: 24 * time.Hour,
 		Disks: Disks{Backing: "auto"},

@@ -498,6 +498,7 @@ func (l *loader) validatePool(p *Pool, images []*Image) {
 	l.inRange(&p.Limits, "cpu_quota", p.Limits.CPUQuotaPercent, 1, 25400, " It is a percentage of one CPU. Omit it for no limit.")
 	l.inRange(&p.Limits, "disk_iops", p.Limits.DiskIOPS, 1, 1e9, " Omit it for no limit.")
 	l.inRange(&p.Limits, "network_mbps", p.Limits.NetworkMbps, 1, 1e6, " Omit it for no limit.")
+	l.inRange(&p.Limits, "connections", p.Limits.Connections, 64, 1<<24, "")
 }
 
 // checkBytes checks a size that a virtual machine is given.

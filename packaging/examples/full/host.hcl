@@ -94,6 +94,7 @@ pool "small" {
     cpu_quota    = "400%"
     disk_iops    = 5000
     network_mbps = 500
+    connections  = 16384 # (default) conntrack entries
   }
 }
 
