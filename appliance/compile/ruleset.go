@@ -53,7 +53,7 @@ type ruler struct {
 	egress string
 	net    plan.Network
 	limits []int // of connections
-	six    bool // the workers have IPv6
+	six    bool  // the workers have IPv6
 }
 
 func (r *ruler) inet() plan.Table {

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"unsafe"
 
+	landlock "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -212,18 +213,13 @@ func trialLoad(r plan.Ruleset, slots []plan.Slot) error {
 	return <-result
 }
 
-// landlockABI is 0 where the kernel has no landlock, or has it turned off (landlock_create_ruleset(2)).
+// landlockABI is 0 where the kernel has no landlock, or has it turned off.
 func landlockABI() (int, error) {
-	const createRulesetVersion = 1 // LANDLOCK_CREATE_RULESET_VERSION
-	abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, createRulesetVersion)
-	switch errno {
-	case 0:
-		return int(abi), nil
-	case unix.ENOSYS, unix.EOPNOTSUPP:
+	abi, err := landlock.LandlockGetABIVersion()
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) {
 		return 0, nil
-	default:
-		return 0, fmt.Errorf("landlock_create_ruleset: %w", errno)
 	}
+	return abi, err
 }
 
 // clockSynced asks the kernel, which every NTP client tells (adjtimex(2)).

@@ -400,7 +400,7 @@ func TestDoctorAsksOnlyWhatMatters(t *testing.T) {
 	for _, f := range d.examine(t.Context()) {
 		got[f.Check] = true
 	}
-	for _, check := range []string{"cpu-virtualization", "kvm", "landlock", "qemu-img", "gitlab-runner"} {
+	for _, check := range []string{"cpu-virtualization", "kvm", "qemu-img", "gitlab-runner"} {
 		if got[check] {
 			t.Errorf("check %s has no place here; there are %q", check, slices.Sorted(maps.Keys(got)))
 		}

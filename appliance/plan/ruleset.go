@@ -33,7 +33,7 @@ type Set struct {
 	Connections int `json:"connections,omitempty"`
 	// Dynamic: rules add the elements, each with a state of its own (Match.Over).
 	Dynamic  bool     `json:"dynamic,omitempty"`
-	Elements []string   `json:"elements,omitempty"` // in order: "10.0.0.0/8", "443", "9000-9001"
+	Elements []string `json:"elements,omitempty"` // in order: "10.0.0.0/8", "443", "9000-9001"
 }
 
 // DynamicSize is how many elements a dynamic set may have: more than a host has slots.
