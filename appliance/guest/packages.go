@@ -3,8 +3,12 @@ package guest
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net"
+	"net/url"
 	"regexp"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -28,7 +32,7 @@ var aptOptions = []string{
 func installPackages(ctx context.Context, names []string, say func(string)) result {
 	switch {
 	case onPath("apt-get"):
-		return aptInstall(ctx, "apt-get", names, say)
+		return aptInstall(ctx, "apt-get", aptPatience, names, say)
 	case onPath("dnf"):
 		args := append([]string{"-y", "--setopt=timeout=20", "--setopt=retries=3", "install", "--"}, names...)
 		return runCommand(ctx, say, "dnf", args...)
@@ -38,38 +42,99 @@ func installPackages(ctx context.Context, names []string, say func(string)) resu
 	return result{code: 1, err: errors.New("the image has none of apt-get, dnf and apk; install packages in a run step")}
 }
 
-// aptLine are the lines in which apt says how a download went.
-var aptLine = regexp.MustCompile(`^(Get|Hit|Ign|Err):[0-9]+ `)
+// aptPatience is how long `apt-get update` may only fail. For a name that does not resolve, it waits for the resolver with every
+// file of every mirror, again and again.
+const aptPatience = time.Minute
 
-func aptInstall(ctx context.Context, apt string, names []string, say func(string)) result {
-	options := aptOptions[:len(aptOptions):len(aptOptions)]
-	var r result
-	fetched, failed := false, false
-	for start := time.Now(); ; {
-		locked := false
-		r = runCommand(ctx, func(l string) {
-			say(l)
-			if m := aptLine.FindStringSubmatch(l); m != nil {
-				fetched = fetched || m[1] == "Get" || m[1] == "Hit"
-				failed = failed || m[1] == "Err"
-			}
-			// Unlike dpkg's lock, apt does not wait for this one.
-			locked = locked || strings.Contains(l, "Could not get lock")
-		}, apt, append(options, "update")...)
-		if r.code <= 0 || !locked || time.Since(start) > lockPatience {
-			break
+// lookupTimeout is for a name to resolve.
+const lookupTimeout = 10 * time.Second
+
+// aptDownload matches the lines in which apt reports on a download.
+var aptDownload = regexp.MustCompile(`^(Get|Hit|Ign|Err):[0-9]+ (\S+)`)
+
+// errNothingFetched ends an update.
+var errNothingFetched = errors.New("could not connect to any mirror")
+
+// aptUpdate is one run of `apt-get update`.
+type aptUpdate struct {
+	mu      sync.Mutex
+	fetched bool   // anything
+	failed  string // URL of a download that failed last, or ""
+	locked  bool   // by another process: unlike for dpkg's lock, apt does not wait for this one
+}
+
+func (u *aptUpdate) hear(line string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if m := aptDownload.FindStringSubmatch(line); m != nil {
+		if m[1] == "Get" || m[1] == "Hit" {
+			u.fetched = true
+		} else {
+			u.failed = m[2]
 		}
+	}
+	u.locked = u.locked || strings.Contains(line, "Could not get lock")
+}
+
+// unreached returns the URL of a mirror if none was reached, or "".
+func (u *aptUpdate) unreached() string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.fetched {
+		return ""
+	}
+	return u.failed
+}
+
+func (u *aptUpdate) run(ctx context.Context, apt string, patience time.Duration, say func(string)) result {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		for wait := patience; pause(ctx, wait); wait = patience / 10 {
+			if u.unreached() != "" {
+				cancel(errNothingFetched)
+			}
+		}
+	}()
+	r := runCommand(ctx, func(l string) { say(l); u.hear(l) }, apt, append(aptOptions[:len(aptOptions):len(aptOptions)], "update")...)
+	if errors.Is(context.Cause(ctx), errNothingFetched) {
+		say(fmt.Sprintf("apt-get update was stopped after %v: %v", patience, explain(u.unreached())))
+		return result{}
+	}
+	return r
+}
+
+// explain says why a mirror was not reached, where apt has not come to that yet.
+func explain(mirror string) error {
+	at, err := url.Parse(mirror)
+	if err != nil || at.Hostname() == "" {
+		return errNothingFetched
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
+	defer cancel()
+	if _, err := net.DefaultResolver.LookupHost(ctx, at.Hostname()); err != nil {
+		return fmt.Errorf("could not resolve %s (%w)", at.Hostname(), err)
+	}
+	return fmt.Errorf("could not connect to %s", at.Host)
+}
+
+func aptInstall(ctx context.Context, apt string, patience time.Duration, names []string, say func(string)) result {
+	u := &aptUpdate{}
+	r := u.run(ctx, apt, patience, say)
+	for start := time.Now(); r.code > 0 && u.locked && time.Since(start) < lockPatience; r = u.run(ctx, apt, patience, say) {
 		say("waiting for the package manager that holds the lock")
 		if !pause(ctx, 5*time.Second) {
 			break
 		}
+		u = &aptUpdate{}
 	}
 	if r.code != 0 || r.err != nil {
 		return r
 	}
-	if failed && !fetched {
-		// apt-get calls that a success, and the packages may be installed already. But there is nothing to wait for.
-		options = append(options, "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=5", "-o", "Acquire::https::Timeout=5")
+	args := append(aptOptions[:len(aptOptions):len(aptOptions)], "install")
+	if u.unreached() != "" {
+		// apt-get calls that a success, and indeed the packages may be there already.
+		args = append(args, "--no-download")
 	}
-	return runCommand(ctx, say, apt, append(append(options, "install", "--"), names...)...)
+	return runCommand(ctx, say, apt, append(append(args, "--"), names...)...)
 }

@@ -219,7 +219,7 @@ func (r rig) prebuild() (kernel, initrd string) {
 		RunCmd: [][]string{
 			{"mkdir", "-p", "/run/seed", "/usr/lib/fleetingd"}, {"mount", "-o", "ro", "LABEL=cidata", "/run/seed"},
 			{"install", "-m", "0755", "/run/seed/fleetingd", "/usr/lib/fleetingd/fleetingd"}, {"umount", "/run/seed"},
-			{"systemd-run", "--unit=fleetingd-prebuild", "--no-block", "/usr/lib/fleetingd/fleetingd", "guest", "--prebuild"},
+			{"systemd-run", "-p", "OOMPolicy=continue", "--unit=fleetingd-prebuild", "--no-block", "/usr/lib/fleetingd/fleetingd", "guest", "--prebuild"},
 		},
 	}
 	v := r.start(ctx, "prebuild", filepath.Join(dir, "kernel"), filepath.Join(dir, "initrd"), s,
@@ -244,6 +244,19 @@ func (r rig) prebuild() (kernel, initrd string) {
 	err = session.Prebuild(ctx, []guest.Step{{Name: "bad", Command: "echo no such luck; exit 7"}}, io.Discard)
 	if !errors.As(err, &failed) || failed.Code != 7 || len(failed.Tail) != 1 || failed.Tail[0] != "no such luck" {
 		t.Errorf("a step that fails gave %#v", err)
+	}
+	for command, want := range map[string]guest.StepError{
+		"no-such-curl -fsSL https://get.invalid | sh": {Code: 127, Tail: []string{"no-such-curl: command not found"}},
+		"echo one\nfalse\necho never":                 {Code: 1, Tail: []string{"one"}},
+		"tail /dev/zero":                              {Code: 137, Reason: "memory ran out"},
+		"#!/usr/bin/env python3\nraise SystemExit(9)": {Code: 9},
+	} {
+		err := session.Prebuild(ctx, []guest.Step{{Name: "bad", Command: command}}, io.Discard)
+		var failed *guest.StepError
+		if !errors.As(err, &failed) || failed.Code != want.Code || !strings.Contains(failed.Reason, want.Reason) ||
+			len(want.Tail) > 0 && !strings.HasSuffix(strings.Join(failed.Tail, "\n"), want.Tail[0]) {
+			t.Errorf("%q gave %#v, want %+v", command, err, want)
+		}
 	}
 	e, err := session.Seal(ctx)
 	if err != nil {
@@ -353,6 +366,25 @@ func (r rig) worker(name, disk, kernel, initrd string, details bool) string {
 	}
 	if got := run("somebody", "id -un; sudo -n id -un"); got != "somebody\nroot\n" {
 		t.Errorf("a user that only the seed knows, over IPv6: %q", got)
+	}
+	for _, command := range []string{"cloud-init status --wait", "/usr/bin/cloud-init status --wait"} {
+		asked := time.Now()
+		if got := run("debian", command); strings.TrimSpace(got) != "status: disabled" {
+			t.Errorf("%s: %q", command, got)
+		}
+		t.Logf("%s: %v", command, time.Since(asked))
+	}
+	// The worst network that a job can make, in the middle of a session: its bridge has the gateway's own address.
+	for _, g := range []string{gateway4.String() + "/16", gateway6.String() + "/64 nodad"} {
+		if got := run("debian", "sudo -n sh -ec 'ip link show docker0 >/dev/null 2>&1 || ip link add docker0 type bridge; ip link set docker0 up; "+
+			"ip addr add "+g+" dev docker0'; sleep 1; echo alive"); got != "alive\n" {
+			t.Errorf("after a bridge has %s: %q", g, got)
+		}
+	}
+	for _, user := range []string{"debian", "somebody"} { // by IPv4 and IPv6
+		if got := run(user, "echo a new session"); got != "a new session\n" {
+			t.Errorf("%s: %q", user, got)
+		}
 	}
 	t.Logf("our boot:\n%s", run("debian", "systemd-analyze; systemd-analyze blame | head -25; systemd-analyze critical-chain ssh.service | cat; "+
 		"systemd-analyze critical-chain fleetingd-guest.service | cat; sudo journalctl -b -u fleetingd-guest -o short-monotonic --no-pager; "+
