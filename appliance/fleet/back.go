@@ -38,14 +38,17 @@ const (
 	goneTimeout = 5 * time.Second
 )
 
-// What the halves say to each other, by net/rpc: gob needs exported fields.
+// What the halves say to each other by net/rpc, which takes only exported types.
 type (
+	// InitArgs are what GitLab Runner gives the plugin at Init.
 	InitArgs struct {
 		Config   []byte // plugin_config as JSON
 		Settings provider.Settings
 	}
+	// ShutdownArgs say how long Shutdown may take.
 	ShutdownArgs struct{ Timeout time.Duration }
-	ShownWorker  struct {
+	// ShownWorker is one worker of an Update.
+	ShownWorker struct {
 		ID    string
 		State provider.State
 	}
@@ -166,7 +169,7 @@ func (b *back) call(ctx context.Context, method string, args, reply any) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	_, said := call.Error.(rpc.ServerError)
+	_, said := errors.AsType[rpc.ServerError](call.Error)
 	switch {
 	case call.Error == nil:
 		return nil
@@ -218,7 +221,10 @@ func serveBack(g *Group) int {
 		return 1
 	}
 	// What we start must not take itself for a back.
-	os.Unsetenv(backVariable)
+	if err := os.Unsetenv(backVariable); err != nil {
+		fmt.Fprintf(os.Stderr, "fleetingd: %v\n", err)
+		return 1
+	}
 	unix.CloseOnExec(linkFD)
 	unix.CloseOnExec(runnerFD)
 	link := os.NewFile(linkFD, "front")

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"strings"
@@ -13,6 +12,7 @@ import (
 	"github.com/agext/levenshtein"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
 // config is a checked plugin_config: plan and pool, or the predecessor's keys.
@@ -171,13 +171,9 @@ func (g *Group) loadPlan() (*plan.Plan, error) {
 	case g.cfg.plan == "":
 		return nil, errors.New("plugin_config: plan and pool are missing: " + example)
 	}
-	data, err := readPlan(g.cfg.plan)
+	p, err := state.ReadPlan(g.cfg.plan)
 	if err != nil {
-		return nil, err
-	}
-	p, err := plan.Parse(data)
-	if err != nil {
-		return nil, fmt.Errorf("plugin_config plan: %s: %w", g.cfg.plan, err)
+		return nil, fmt.Errorf("plugin_config plan: %w (`fleetingd apply` writes it, or `fleetingd compile` below the folder that you give it)", err)
 	}
 	return p, nil
 }
@@ -198,21 +194,4 @@ func (g *Group) predecessorPlan() (*plan.Plan, error) {
 	}
 	g.cfg.pool = p.Pools[0].Name
 	return p, nil
-}
-
-func readPlan(path string) ([]byte, error) {
-	const cure = "`fleetingd apply` writes it, or `fleetingd compile` below the folder that you give it"
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("plugin_config plan: %w: %s", err, cure)
-	}
-	defer f.Close()
-	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-		return nil, errors.Join(fmt.Errorf("plugin_config plan: %s is not a regular file: %s", path, cure), err)
-	}
-	data, err := io.ReadAll(io.LimitReader(f, plan.MaxSize+1))
-	if err != nil {
-		return nil, fmt.Errorf("plugin_config plan: %w", err)
-	}
-	return data, nil
 }

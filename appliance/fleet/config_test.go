@@ -86,7 +86,7 @@ func TestInitErrors(t *testing.T) {
 		settings provider.ConnectorConfig
 		want     []string
 	}{
-		"no plan":          {change: func(t *testing.T, h *host, _ *Group) { remove(t, h.path) }, want: []string{"plugin_config plan: open ", "`fleetingd apply` writes it"}},
+		"no plan":          {change: func(t *testing.T, h *host, _ *Group) { remove(t, h.path) }, want: []string{"plugin_config plan: read the plan: open ", "`fleetingd apply` writes it"}},
 		"plan is a folder": {change: func(_ *testing.T, _ *host, g *Group) { g.cfg.plan = "/" }, want: []string{"/ is not a regular file"}},
 		"plan is no plan":  {change: func(_ *testing.T, h *host, _ *Group) { os.WriteFile(h.path, []byte("x = 1"), 0o600) }, want: []string{"plugin_config plan: "}},
 		"no such pool":     {change: func(_ *testing.T, _ *host, g *Group) { g.cfg.pool = "large" }, want: []string{`plugin_config pool: host "testhost" has no pool "large": it has small`}},

@@ -2,12 +2,13 @@ package fleet
 
 import (
 	"errors"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
+
+	"github.com/fleetingd/fleetingd/appliance/state"
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // Of each worker's console its last maxConsole bytes are kept, and of each pool the last maxConsoles workers'.
@@ -24,7 +25,7 @@ func (g *Group) keepConsole(id string) error {
 	if !g.pool.Console {
 		return nil
 	}
-	tail, err := readEnd(g.consolePath(id), maxConsole)
+	tail, err := state.Tail(g.consolePath(id), maxConsole)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -51,35 +52,19 @@ func (g *Group) keepConsole(id string) error {
 	return nil
 }
 
-// consoleTail is the end of a worker's console for the log, each line quoted: the guest wrote it. It is nil
+// consoleTail is the end of a worker's console for the log, each line escaped: the guest wrote it. It is nil
 // without one.
 func (g *Group) consoleTail(id string) []string {
 	if !g.pool.Console {
 		return nil
 	}
-	b, err := readEnd(g.consolePath(id), tailBytes)
+	b, err := state.Tail(g.consolePath(id), tailBytes)
 	if err != nil {
 		return nil
 	}
 	lines := strings.Split(strings.TrimRight(string(b), "\r\n"), "\n")
 	for i, l := range lines {
-		lines[i] = strconv.QuoteToASCII(strings.TrimRight(l, "\r"))
+		lines[i] = visible.Text(strings.TrimRight(l, "\r"))
 	}
 	return slices.Clip(lines[max(0, len(lines)-10):])
-}
-
-// readEnd reads the last n bytes of a file.
-func readEnd(path string, n int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	start := max(0, st.Size()-n)
-	// A section and not the rest of the file: the guest may still write.
-	return io.ReadAll(io.NewSectionReader(f, start, n))
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,13 +23,13 @@ import (
 func TestFailuresArePaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHost(t, 8)
-		broken := true
-		tried := 0
+		var cured atomic.Bool
+		var tries atomic.Int64
 		h.driver.start = func(_ context.Context, cfg vm.Config) error {
-			if !broken {
+			if cured.Load() {
 				return nil
 			}
-			tried++
+			tries.Add(1)
 			return fmt.Errorf("open /dev/net/tun for %s: permission denied; chmod 0666 /dev/net/tun", cfg.Net.TAP)
 		}
 		g := h.group()
@@ -49,6 +50,7 @@ func TestFailuresArePaced(t *testing.T) {
 		for end := time.Now().Add(70 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 			demand(4)
 		}
+		tried := tries.Load()
 		lines := strings.Count(h.log.String(), "\n") + strings.Count(runnerLog.String(), "\n")
 		t.Logf("70 s on a host where no VM starts: %d workers tried, %d lines in the log of runner and plugin", tried, lines)
 		if tried > 12 || lines > 200 {
@@ -61,7 +63,7 @@ func TestFailuresArePaced(t *testing.T) {
 			t.Errorf("the log does not say what to do\n%s", h.log)
 		}
 
-		broken = false
+		cured.Store(true)
 		start := time.Now()
 		for ; p.Capacity().Running < 4; time.Sleep(100 * time.Millisecond) {
 			demand(4)
@@ -113,8 +115,10 @@ func TestPacer(t *testing.T) {
 			t.Errorf("let through (%t, %v)", first, err)
 		}
 	}
-	if pass() || pass() {
-		t.Error("somebody tries for others where nothing is wrong")
+	for range 2 {
+		if pass() {
+			t.Error("somebody tries for others where nothing is wrong")
+		}
 	}
 	want := []time.Duration{1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300}
 	for i, seconds := range want {
@@ -146,8 +150,10 @@ func TestPacer(t *testing.T) {
 		t.Error("nobody tries after the one that was deleted")
 	}
 	p.ended(true, true, "")
-	if pass() || pass() {
-		t.Error("a success does not reset the pacer")
+	for range 2 {
+		if pass() {
+			t.Error("a success does not reset the pacer")
+		}
 	}
 }
 

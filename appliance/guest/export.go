@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // Bounds of an export. A distribution's kernel is 15 MB, its full initrd below 100.
@@ -47,7 +49,7 @@ func ReadExport(r io.Reader, dst string, e Export) (err error) {
 		}
 		if h.Name != ExportKernel && h.Name != ExportInitrd {
 			return fmt.Errorf("read the guest's export: it has a file %q; only %s and %s are allowed",
-				escape(h.Name, maxName), ExportKernel, ExportInitrd)
+				visible.Cut(h.Name, maxName), ExportKernel, ExportInitrd)
 		}
 		if h.Typeflag != tar.TypeReg || h.Size <= 0 || h.Size > maxExportFile {
 			return fmt.Errorf("read the guest's export: %s is of type %q and %d bytes; it must be a regular file of 1 to %d bytes",

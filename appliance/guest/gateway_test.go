@@ -252,10 +252,9 @@ func bootCommands(t *testing.T, s seed.Seed) [][]string {
 // container is a namespace on the worker's bridge.
 func (l *gateLab) container(bridge string) {
 	l.t.Helper()
-	addr, length, _ := strings.Cut(bridge, "/")
-	if l.family == "-4" {
-		addr = "172.17.0.77"
-	} else {
+	_, length, _ := strings.Cut(bridge, "/")
+	addr := "172.17.0.77"
+	if l.family != "-4" {
 		addr = "fd00:17::77"
 	}
 	l.ip(l.guest, "link add veth0 type veth peer name box0", "link set veth0 master docker0", "link set veth0 up")

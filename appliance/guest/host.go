@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // Limits on what a Session accepts from a guest, so that a hostile one costs only a bounded amount of anything.
@@ -98,7 +100,7 @@ func (s *Session) WaitReady(ctx context.Context) (Ready, error) {
 		switch m.Type {
 		case typeHello:
 			if m.Mode != modeWorker {
-				return Ready{}, fmt.Errorf("%s: the guest part is in mode %q: this disk was not sealed", doing, escape(m.Mode, maxName))
+				return Ready{}, fmt.Errorf("%s: the guest part is in mode %q: this disk was not sealed", doing, visible.Cut(m.Mode, maxName))
 			}
 			if boot != "" && boot != m.Boot {
 				if reboots++; reboots > maxReboots {
@@ -107,10 +109,10 @@ func (s *Session) WaitReady(ctx context.Context) (Ready, error) {
 			}
 			boot = m.Boot
 		case typeFailed:
-			return Ready{}, fmt.Errorf("the guest cannot get ready: %s", escape(m.Error, maxText))
+			return Ready{}, fmt.Errorf("the guest cannot get ready: %s", visible.Cut(m.Error, maxText))
 		case typeReady:
 			return Ready{
-				BootID: s.boot, Version: s.version, Hostname: escape(m.Hostname, 253),
+				BootID: s.boot, Version: s.version, Hostname: visible.Cut(m.Hostname, 253),
 				Took: time.Duration(min(m.TookMS, int64(24*time.Hour/time.Millisecond))) * time.Millisecond,
 			}, nil
 		}
@@ -153,7 +155,7 @@ func (s *Session) step(ctx context.Context, step Step, o *output) error {
 	})
 	switch {
 	case err == nil && (done.Code != 0 || done.Error != ""):
-		err = &StepError{Step: step.Name, Code: done.Code, Reason: escape(done.Error, maxText), Hint: networkHint(o.tail), Tail: o.tail}
+		err = &StepError{Step: step.Name, Code: done.Code, Reason: visible.Cut(done.Error, maxText), Hint: networkHint(o.tail), Tail: o.tail}
 	case err == nil || s.heard.IsZero():
 	case ctx.Err() != nil:
 		err = &StepError{Step: step.Name, Code: -1, Reason: fmt.Sprintf("%v; %s", context.Cause(ctx), s.state()),
@@ -183,7 +185,7 @@ func (s *Session) Seal(ctx context.Context) (Export, error) {
 		return Export{}, err
 	}
 	if done.Code != 0 {
-		return Export{}, fmt.Errorf("sealing the image failed in the guest: %s", strings.Join(append(o.tail, escape(done.Error, maxText)), "; "))
+		return Export{}, fmt.Errorf("sealing the image failed in the guest: %s", strings.Join(append(o.tail, visible.Cut(done.Error, maxText)), "; "))
 	}
 	if done.Bytes > maxExport {
 		return Export{}, fmt.Errorf("sealing the image: the guest claims an export of %d bytes, more than %d", done.Bytes, int64(maxExport))
@@ -192,7 +194,7 @@ func (s *Session) Seal(ctx context.Context) (Export, error) {
 		// It powers off by itself after hostGone.
 		s.log.Warn("could not tell the sealed guest to power off", "error", err)
 	}
-	return Export{Bytes: done.Bytes, Kernel: escape(done.Kernel, maxName), Reason: escape(done.Error, maxText)}, nil
+	return Export{Bytes: done.Bytes, Kernel: visible.Cut(done.Kernel, maxName), Reason: visible.Cut(done.Error, maxText)}, nil
 }
 
 // command sends the messages that make returns, again if a stream breaks before the guest has received
@@ -217,7 +219,7 @@ func (s *Session) command(
 		case m.Type == typeHello:
 			if m.Mode != modePrebuild {
 				return message{}, fmt.Errorf("%s: the guest is in mode %q and takes no commands: the disk has already been sealed",
-					doing, escape(m.Mode, maxName))
+					doing, visible.Cut(m.Mode, maxName))
 			}
 			if boot != "" && m.Boot != boot {
 				return message{}, fmt.Errorf("%s: the guest rebooted, which a prebuild step must not do: the "+
@@ -359,7 +361,7 @@ func (s *Session) hello(ctx context.Context, m message) (bool, error) {
 		s.junk = 0
 	}
 	s.cur.greeted, s.heard = true, time.Now()
-	s.boot, s.mode, s.version = escape(m.Boot, maxName), m.Mode, escape(m.Version, maxName)
+	s.boot, s.mode, s.version = visible.Cut(m.Boot, maxName), m.Mode, visible.Cut(m.Version, maxName)
 	return true, nil
 }
 
@@ -546,7 +548,7 @@ type output struct {
 }
 
 func (o *output) line(s string) error {
-	s = escape(s, maxText)
+	s = visible.Cut(s, maxText)
 	if len(o.tail) == tailLines {
 		o.tail = o.tail[1:]
 	}

@@ -17,6 +17,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // link joins both real ends: each dial makes a pipe, whose other end the agent gets.
@@ -579,11 +581,11 @@ func TestEscape(t *testing.T) {
 		"\x1b[12":                `\x1b[12`,
 		"\u00a0\ufeff\U000e0041": `\u00a0\ufeff\U000e0041`,
 	} {
-		if got := escape(in, 1000); got != want {
-			t.Errorf("escape(%q) = %q, want %q", in, got, want)
+		if got := visible.Cut(in, 1000); got != want {
+			t.Errorf("visible.Cut(%q) = %q, want %q", in, got, want)
 		}
 	}
-	if got := escape(strings.Repeat("x", 100), 10); got != strings.Repeat("x", 10) {
+	if got := visible.Cut(strings.Repeat("x", 100), 10); got != strings.Repeat("x", 10) {
 		t.Errorf("%q", got)
 	}
 }

@@ -6,10 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strconv"
-	"strings"
-	"unicode"
-	"unicode/utf8"
 )
 
 // The protocol is one JSON object a line, in both directions, over a byte stream
@@ -157,44 +153,4 @@ func (l *lineReader) next(skipped func(n int) error) ([]byte, error) {
 			return nil, err
 		}
 	}
-}
-
-// escape makes a guest's text safe for a terminal and a log: at most n bytes of
-// it, colours taken out, every other control or invisible character shown as Go
-// would write it ("\x1b", "\u202e").
-func escape(s string, n int) string {
-	var b strings.Builder
-	for i := 0; i < len(s) && b.Len() < n; {
-		if end := colour(s[i:]); end > 0 {
-			i += end
-			continue
-		}
-		r, size := rune(s[i]), 1
-		if r >= 0x80 {
-			r, size = utf8.DecodeRuneInString(s[i:])
-		}
-		switch {
-		case r == unicode.ReplacementChar && size == 1:
-			fmt.Fprintf(&b, `\x%02x`, s[i])
-		case r == '\t' || unicode.IsPrint(r):
-			b.WriteRune(r)
-		default:
-			q := strconv.QuoteRune(r)
-			b.WriteString(q[1 : len(q)-1])
-		}
-		i += size
-	}
-	return b.String()
-}
-
-// colour is the length of the SGR sequence ("\x1b[1;31m", ECMA-48 8.3.117) that s begins with, or 0.
-func colour(s string) int {
-	if !strings.HasPrefix(s, "\x1b[") {
-		return 0
-	}
-	end := 2 + len(s[2:]) - len(strings.TrimLeft(s[2:], "0123456789;"))
-	if end < len(s) && s[end] == 'm' {
-		return end + 1
-	}
-	return 0
 }

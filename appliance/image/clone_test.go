@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/need"
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // xfs mounts a file system that can clone, of so many MiB (300 at least).
@@ -215,7 +216,7 @@ func TestBytesText(t *testing.T) {
 			t.Errorf("%d: %q, want %q", n, got, want)
 		}
 	}
-	if got := printable("a\x1b[31m\"b\"\n"); strings.ContainsAny(got, "\x1b\n") || !strings.Contains(got, `"b"`) {
+	if got := visible.Text("a\x1b[31m\"b\"\n"); strings.ContainsAny(got, "\x1b\n") || !strings.Contains(got, `"b"`) {
 		t.Errorf("%q", got)
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // lastLines is how many lines of a failed program's output its error shows.
@@ -73,7 +75,7 @@ func (l *lines) flush() {
 	if text == "" {
 		return
 	}
-	text = printable(text)
+	text = visible.Text(text)
 	if l.last = append(l.last, text); len(l.last) > lastLines {
 		l.last = l.last[1:]
 	}

@@ -14,11 +14,11 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
-	"unicode"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/state"
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // Bounds on what a server may send, in bytes: a server that never stops must
@@ -274,7 +274,7 @@ func contentEncoding(resp *http.Response) string {
 	if strings.EqualFold(v, "identity") {
 		return ""
 	}
-	return printable(v)
+	return visible.Text(v)
 }
 
 // try is one request. It leaves in t.part what it got.
@@ -312,7 +312,7 @@ func (f *fetcher) try(ctx context.Context, t *transfer) (_ *hashes, err error) {
 	} else if v := validatorOf(resp); v != "" && v != validator {
 		// Not every server and cache knows If-Range. What it sends then is the rest of another file. One that does may
 		// leave Last-Modified out of its answer (RFC 9110, 15.3.7).
-		return nil, fmt.Errorf("GET %s: %w: it was %s and is %s", redacted(t.url), errChanged, printable(validator), printable(v))
+		return nil, fmt.Errorf("GET %s: %w: it was %s and is %s", redacted(t.url), errChanged, visible.Text(validator), visible.Text(v))
 	}
 	if err := out.Truncate(offset); err != nil {
 		return nil, err
@@ -400,7 +400,7 @@ func (f *fetcher) get(ctx context.Context, address string, offset int64, validat
 	case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable && offset > 0:
 		err = fmt.Errorf("GET %s: %w", redacted(address), errChanged)
 	default:
-		err = &statusError{redacted(address), printable(resp.Status), resp.StatusCode, parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())}
+		err = &statusError{redacted(address), visible.Text(resp.Status), resp.StatusCode, parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())}
 	}
 	resp.Body.Close()
 	return nil, err
@@ -589,21 +589,7 @@ func fileSize(path string) int64 {
 func redacted(address string) string {
 	u, err := url.Parse(address)
 	if err != nil {
-		return printable(address)
+		return visible.Text(address)
 	}
 	return u.Redacted()
-}
-
-// printable escapes what came from elsewhere for a terminal: what is no visible character is written as Go
-// writes it.
-func printable(s string) string {
-	var b strings.Builder
-	for _, r := range s {
-		if unicode.IsPrint(r) {
-			b.WriteRune(r)
-		} else {
-			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
-		}
-	}
-	return b.String()
 }

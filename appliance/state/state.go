@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -88,3 +89,17 @@ func WaitLock(ctx context.Context, path string) (*Lock, error) {
 // Unlock gives the lock up. The file stays: removing it would let two
 // processes hold two different files of one name.
 func (l *Lock) Unlock() error { return l.f.Close() }
+
+// Tail returns the end of a file, at most n bytes, which somebody may still be writing.
+func Tail(path string, n int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(io.NewSectionReader(f, max(0, st.Size()-n), n))
+}

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // chAnswer bounds an answer. The longest that we ask for is an error's chain.
@@ -225,7 +227,7 @@ func chChain(body []byte) []string {
 	const most, longest = 20, 500
 	out := make([]string, 0, min(len(chain), most))
 	for _, link := range chain[:min(len(chain), most)] {
-		if link = printable(strings.TrimSpace(link[:min(len(link), longest)])); link != "" {
+		if link = visible.Text(strings.TrimSpace(link[:min(len(link), longest)])); link != "" {
 			out = append(out, link)
 		}
 	}

@@ -417,10 +417,10 @@ func TestFakeFaults(t *testing.T) {
 	for _, call := range []string{"start", "vmm.ping", "vm.create", "vm.boot"} {
 		for fault, want := range map[string]string{
 			"die": "panicked at " + call, "hang": "no answer", "close": "without an answer", "garbage": "malformed",
-			"endless": call, "error": "The outer: The ?[2Jinner: No space left", "plain": "plain old text",
+			"endless": call, "error": `The outer: The \x1b[2Jinner: No space left`, "plain": "plain old text",
 		} {
 			if call == "start" {
-				want = map[string]string{"die": "cannot start ?[31mat all", "hang": "no connection to the VMM at"}[fault]
+				want = map[string]string{"die": "cannot start at all", "hang": "no connection to the VMM at"}[fault]
 			}
 			// Each call can die or hang; how an answer can be wrong does not depend on the call.
 			if fault != "die" && fault != "hang" && call != "vm.create" {

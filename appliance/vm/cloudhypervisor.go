@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
 // Names in the VMM's private folder, and the event pipe's in Config.Dir.
@@ -360,7 +361,7 @@ var chVCPUError = regexp.MustCompile(`<vcpu\d+> ERROR:`)
 
 // chBroke reports whether a vCPU thread complains at the end of the log.
 func chBroke(path string) bool {
-	tail, err := fileTail(path, 16<<10)
+	tail, err := state.Tail(path, 16<<10)
 	return err == nil && chVCPUError.Match(tail)
 }
 

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -19,11 +18,11 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/state"
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // Files of every driver in Config.Dir.
@@ -598,38 +597,14 @@ func trimFile(path string, keep int64) error {
 
 // lastWords is the end of a VMM's output, on one line and safe to print.
 func lastWords(path string) string {
-	tail, err := fileTail(path, 2048)
+	tail, err := state.Tail(path, 2048)
 	if err != nil {
 		return ""
 	}
 	tail = bytes.Trim(tail, "\x00 \t\r\n") // zeros: where trim has cut
 	lines := strings.FieldsFunc(string(tail), func(r rune) bool { return r == '\n' || r == '\r' })
 	lines = lines[max(0, len(lines)-5):]
-	return printable(strings.Join(lines, " | "))
-}
-
-// fileTail is the end of a file, at most n bytes.
-func fileTail(path string, n int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	return io.ReadAll(io.NewSectionReader(f, max(0, st.Size()-n), n))
-}
-
-// printable replaces what a terminal might obey.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r == unicode.ReplacementChar || !unicode.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, s)
+	return visible.Text(strings.Join(lines, " | "))
 }
 
 func openPidfd(pid int) (*os.File, error) {

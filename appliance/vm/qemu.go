@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // Names in the VMM's private folder.
@@ -402,7 +403,7 @@ func (v *qemuVM) event(name string, data qmpEventData) {
 			v.rebooted()
 		}
 	case "BLOCK_IO_ERROR":
-		v.log.Warn("a disk of the guest has an I/O error: is the host's disk full?", "disk", printable(data.Device))
+		v.log.Warn("a disk of the guest has an I/O error: is the host's disk full?", "disk", visible.Text(data.Device))
 	}
 }
 

@@ -159,7 +159,7 @@ func TestLastWords(t *testing.T) {
 		"":                              "",
 		"one\n":                         "one",
 		"1\n2\n3\n4\n5\n6\r\n\n":        "2 | 3 | 4 | 5 | 6",
-		"\x1b]0;evil\a bell \xff":       "?]0;evil? bell ?",
+		"\x1b]0;evil\a bell \xff":       `\x1b]0;evil\a bell \xff`,
 		"\x00\x00\x00tail":              "tail",
 		strings.Repeat("x", 5000) + "y": strings.Repeat("x", 2047) + "y",
 	} {

@@ -6,12 +6,13 @@ import (
 	"io"
 	"os"
 	"strings"
-	"unicode"
 	"unicode/utf8"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hcled"
 	"golang.org/x/term"
+
+	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
 // diagnostic is a finding as `terraform validate -json` prints it, which editors
@@ -136,13 +137,13 @@ func (p diagnosticPrinter) print(d diagnostic) {
 	if d.Severity == "warning" {
 		title, code = "Warning", "33"
 	}
-	fmt.Fprintf(p.w, "%s: %s\n\n", p.paint(code, title), p.paint("1", printable(d.Summary)))
+	fmt.Fprintf(p.w, "%s: %s\n\n", p.paint(code, title), p.paint("1", visible.Columns(d.Summary)))
 	if d.Range != nil {
 		p.source(d)
 	}
 	if d.Detail != "" {
 		for line := range strings.Lines(d.Detail) {
-			fmt.Fprintf(p.w, "%s\n", wrap(printable(strings.TrimSuffix(line, "\n")), p.width))
+			fmt.Fprintf(p.w, "%s\n", wrap(visible.Columns(strings.TrimSuffix(line, "\n")), p.width))
 		}
 		fmt.Fprintln(p.w)
 	}
@@ -151,12 +152,12 @@ func (p diagnosticPrinter) print(d diagnostic) {
 func (p diagnosticPrinter) source(d diagnostic) {
 	in := ":"
 	if d.Snippet != nil && d.Snippet.Context != nil {
-		in = ", in " + printable(*d.Snippet.Context) + ":"
+		in = ", in " + visible.Columns(*d.Snippet.Context) + ":"
 	}
-	fmt.Fprintf(p.w, "  on %s line %d, column %d%s\n", printable(d.Range.Filename), d.Range.Start.Line, d.Range.Start.Column, in)
+	fmt.Fprintf(p.w, "  on %s line %d, column %d%s\n", visible.Columns(d.Range.Filename), d.Range.Start.Line, d.Range.Start.Column, in)
 	if s := d.Snippet; s != nil {
 		for i, line := range strings.Split(s.Code, "\n") {
-			fmt.Fprintf(p.w, "%4d: %s\n", s.StartLine+i, printable(line))
+			fmt.Fprintf(p.w, "%4d: %s\n", s.StartLine+i, visible.Columns(line))
 			if i == 0 {
 				fmt.Fprintf(p.w, "      %s\n", p.paint("31", marker(line, s.Start, s.End)))
 			}
@@ -183,16 +184,6 @@ func (p diagnosticPrinter) paint(code, s string) string {
 		return s
 	}
 	return "\x1b[" + code + "m" + s + "\x1b[0m"
-}
-
-// printable keeps a spec from steering the terminal that it is shown on.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r == '\t' || unicode.IsPrint(r) {
-			return r
-		}
-		return utf8.RuneError
-	}, s)
 }
 
 // wrap breaks a line between words. What is indented is an example and stays as it is.

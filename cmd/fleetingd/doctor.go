@@ -17,6 +17,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/host"
 	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/visible"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
@@ -121,7 +122,7 @@ func (r doctorReport) table(w io.Writer) error {
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	for _, f := range r.Checks {
 		counts[f.Status]++
-		fmt.Fprintf(tw, "%s\t%s\t%s\n", f.Status, f.Check, printable(f.Detail))
+		fmt.Fprintf(tw, "%s\t%s\t%s\n", f.Status, f.Check, visible.Columns(f.Detail))
 		if f.Cure != "" {
 			fmt.Fprintf(tw, "\t\tcure: %s\n", f.Cure)
 		}

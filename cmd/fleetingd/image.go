@@ -16,6 +16,7 @@ import (
 
 	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
 func imageCommand() *cli.Command {
@@ -56,20 +57,7 @@ func readPlan(c *cli.Context) (*plan.Plan, error) {
 		// The library's own "required" would print the whole help to standard output, and exit with 1.
 		return nil, usageErrorf("%s: of which host? Write --plan /etc/fleetingd/plan.json, or what fleetingd compile wrote", c.Command.FullName())
 	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read the plan: %w", err)
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, plan.MaxSize+1))
-	if err != nil {
-		return nil, fmt.Errorf("read the plan: %w", err)
-	}
-	p, err := plan.Parse(data)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return p, nil
+	return state.ReadPlan(path)
 }
 
 func textLog(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }

@@ -25,6 +25,7 @@ var mayImport = []struct {
 	{pkg: "appliance/netrange", pure: true},
 	{pkg: "hcl/hostspec", own: []string{"appliance/netrange"}, pure: true},
 	{pkg: "templates", pure: true},
+	{pkg: "appliance/visible", pure: true},
 	{pkg: "seed", pure: true},
 	{pkg: "appliance/plan", own: []string{"seed"}, pure: true},
 	{pkg: "appliance/compile", own: []string{"appliance/netrange", "hcl/hostspec", "templates", "seed", "appliance/plan"}, pure: true},
@@ -33,11 +34,11 @@ var mayImport = []struct {
 	{pkg: "appliance/need", own: []string{"appliance/state"}},
 	{pkg: "appliance/host", own: []string{"appliance/netrange", "appliance/plan", "appliance/state"}},
 	{pkg: "appliance/apply", own: []string{"appliance/plan", "appliance/state", "appliance/host"}},
-	{pkg: "appliance/vm", own: []string{"appliance/plan", "appliance/state"}},
-	{pkg: "appliance/guest", own: []string{"seed", "appliance/plan"}},
-	{pkg: "appliance/image", own: []string{"appliance/plan", "seed", "appliance/state", "appliance/vm", "appliance/guest"}},
+	{pkg: "appliance/vm", own: []string{"appliance/visible", "appliance/plan", "appliance/state"}},
+	{pkg: "appliance/guest", own: []string{"appliance/visible", "seed", "appliance/plan"}},
+	{pkg: "appliance/image", own: []string{"appliance/visible", "appliance/plan", "seed", "appliance/state", "appliance/vm", "appliance/guest"}},
 	{pkg: "appliance/fleet", own: []string{
-		"appliance/plan", "appliance/state", "seed", "appliance/vm", "appliance/guest", "appliance/image"}},
+		"appliance/visible", "appliance/plan", "appliance/state", "seed", "appliance/vm", "appliance/guest", "appliance/image"}},
 	{pkg: "appliance/hostlab"},
 	// What only tests use: helpers of one package's tests, in a folder of their own to be shared.
 	{pkg: "appliance/vm/vmtest", own: []string{"appliance/need", "appliance/vm"}},

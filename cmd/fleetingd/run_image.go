@@ -5,12 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"strings"
 
 	"github.com/fleetingd/fleetingd/appliance/guest"
 	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
@@ -121,13 +121,9 @@ func prebuild(ctx context.Context, v *view, req jobRequest) error {
 
 // openImages opens the images of a request's plan, with the driver that prebuilds them.
 func openImages(req jobRequest, progress func(image.Progress)) (*image.Store, *plan.Plan, error) {
-	text, err := os.ReadFile(req.Plan)
+	p, err := state.ReadPlan(req.Plan)
 	if err != nil {
 		return nil, nil, err
-	}
-	p, err := plan.Parse(text)
-	if err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", req.Plan, err)
 	}
 	log := slog.New(slog.DiscardHandler)
 	driver, err := vm.Open(p.Hypervisor, log)

@@ -176,7 +176,7 @@ func TestSilentWorker(t *testing.T) {
 					here, there := net.Pipe()
 					ends = append(ends, here, there)
 					if c.cut == 1 {
-						time.Sleep(1)
+						<-cut
 					}
 					servers.Go(func() { w.serve(newCable(there, cut)) })
 					return newCable(here, cut), nil

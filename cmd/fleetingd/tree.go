@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
 // replaceTree writes a tree below dir, whole or not at all: it is made beside dir, and takes dir's place in one step. A
@@ -82,14 +83,13 @@ func replaceable(dir string) (exists bool, err error) {
 	case len(entries) == 0:
 		return true, nil
 	}
-	earlier, err := os.ReadFile(filepath.Join(dir, plan.Path))
-	if err != nil {
+	p, err := state.ReadPlan(filepath.Join(dir, plan.Path))
+	if errors.Is(err, fs.ErrNotExist) {
 		return true, fmt.Errorf("%s is not empty, and holds no tree of an earlier compile: name another folder, or remove it", dir)
 	}
-	p, err := plan.Parse(earlier)
 	if err != nil {
-		return true, fmt.Errorf("%s is not empty, and its %s is of no use to tell what an earlier compile wrote: name another "+
-			"folder, or remove it: %w", dir, plan.Path, err)
+		return true, fmt.Errorf("%s is not empty, and its plan does not tell what an earlier compile wrote: name another "+
+			"folder, or remove it: %w", dir, err)
 	}
 	files, err := p.Tree(nil)
 	if err != nil {
