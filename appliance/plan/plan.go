@@ -12,7 +12,7 @@ import (
 )
 
 // Version is the format of plan.json. A reader refuses any other.
-const Version = 1
+const Version = 2
 
 // Plan is one compiled host. The same spec gives the same bytes.
 type Plan struct {

@@ -211,8 +211,8 @@ func TestParseRefuses(t *testing.T) {
 	good := string(text(t, small()))
 	for _, c := range []struct{ name, text, want string }{
 		{"empty", "", "not a plan: line 1: unexpected end of JSON input"},
-		{"no plan", "{}", "the plan has format version 0, and this fleetingd reads and writes version 1"},
-		{"newer", strings.Replace(good, `"version": 1`, `"version": 2, "new": {}`, 1), "compile the spec again with the fleetingd"},
+		{"no plan", "{}", "the plan has format version 0, and this fleetingd reads and writes version 2"},
+		{"newer", strings.Replace(good, `"version": 2`, `"version": 3, "new": {}`, 1), "compile the spec again with the fleetingd"},
 		{"unknown field", strings.Replace(good, `"host"`, `"hsot"`, 1), `unknown field "hsot"`},
 		{"more after the end", good + "{}", "invalid character '{' after top-level value"},
 		{"wrong type", strings.Replace(good, `"mtu": 1500`, `"mtu": "x"`, 1), "not a plan: line "},

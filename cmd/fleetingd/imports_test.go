@@ -3,12 +3,17 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
@@ -140,5 +145,46 @@ func TestImportTable(t *testing.T) {
 			t.Errorf("%s is in the table twice", r.pkg)
 		}
 		above = append(above, r.pkg)
+	}
+}
+
+// TestArchitecture compares the table in the documentation with the one that is enforced, and with the packages that there are.
+func TestArchitecture(t *testing.T) {
+	text, err := os.ReadFile("../../packaging/docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(text), "<!-- packages -->")
+	table, _, ok := strings.Cut(after, "<!-- /packages -->")
+	if !ok {
+		t.Fatal("architecture.md has no table of packages between its marks")
+	}
+	var documented []string
+	row := regexp.MustCompile("^\\| `([^`]+)`( \\(pure\\))? \\| .+ \\|(.*)\\|$")
+	code := regexp.MustCompile("`([^`]+)`")
+	for line := range strings.Lines(table) {
+		m := row.FindStringSubmatch(strings.TrimSuffix(line, "\n"))
+		if m == nil {
+			continue
+		}
+		var own []string
+		for _, name := range code.FindAllStringSubmatch(m[3], -1) {
+			own = append(own, name[1])
+		}
+		documented = append(documented, fmt.Sprint(m[1], " pure: ", m[2] != "", " imports: ", own))
+	}
+	there := map[string]bool{}
+	for _, p := range goList(t, module+"...") {
+		there[strings.TrimPrefix(p.ImportPath, module)] = true
+	}
+	var enforced []string
+	for _, r := range mayImport {
+		if !there[r.pkg] {
+			continue // its time will come
+		}
+		enforced = append(enforced, fmt.Sprint(r.pkg, " pure: ", r.pure, " imports: ", r.own))
+	}
+	if diff := cmp.Diff(enforced, documented); diff != "" {
+		t.Errorf("architecture.md's table is stale (-enforced +documented)\n%s", diff)
 	}
 }
