@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -16,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"go.yaml.in/yaml/v3"
+	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/need"
 	"github.com/fleetingd/fleetingd/seed"
@@ -167,7 +169,7 @@ func (l *gateLab) setUp(cloudInit bool) {
 		l.sysctl(l.host, "ipv6/neigh/tap0/proxy_delay", "0")
 		l.ip(l.host, "neigh add proxy "+l.gateway+" dev tap0")
 	}
-	l.ip(l.host, "route add "+l.worker+length+" dev tap0 src "+l.gateway)
+	l.ip(l.host, "route add "+l.worker+length+" dev tap0 src "+l.gateway, "neigh add "+l.worker+" lladdr 02:fe:00:00:00:02 dev tap0 nud permanent")
 
 	l.ip(l.guest, "link set lo up")
 	n := &seed.Network{MAC: "02:FE:00:00:00:02", MTU: 1500,
@@ -293,13 +295,17 @@ func (l *gateLab) listen(ns netns.NsHandle, addr string) string {
 func (l *gateLab) dial(ns netns.NsHandle, addr string) net.Conn {
 	l.t.Helper()
 	l.in(ns)
-	// A packet or two may be lost while a bridge port comes up.
-	c, err := net.DialTimeout("tcp", addr, 10*time.Second)
-	if err != nil {
-		l.t.Fatal(err)
+	// Neighbours are not found at once while a link or a bridge's port comes up.
+	for end := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
+		c, err := net.DialTimeout("tcp", addr, 10*time.Second)
+		if err == nil {
+			l.t.Cleanup(func() { c.Close() })
+			return c
+		}
+		if !errors.Is(err, unix.EHOSTUNREACH) || time.Now().After(end) {
+			l.t.Fatal(err)
+		}
 	}
-	l.t.Cleanup(func() { c.Close() })
-	return c
 }
 
 func (l *gateLab) ping(c net.Conn, what string) {

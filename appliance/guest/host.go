@@ -158,8 +158,11 @@ func (s *Session) step(ctx context.Context, step Step, o *output) error {
 		err = &StepError{Step: step.Name, Code: done.Code, Reason: visible.Cut(done.Error, maxText), Hint: networkHint(o.tail), Tail: o.tail}
 	case err == nil || s.heard.IsZero():
 	case ctx.Err() != nil:
-		err = &StepError{Step: step.Name, Code: -1, Reason: fmt.Sprintf("%v; %s", context.Cause(ctx), s.state()),
-			Hint: networkHint(o.tail), Tail: o.tail, err: context.Cause(ctx)}
+		reason := context.Cause(ctx).Error()
+		if time.Since(s.heard) > 2*beatEvery {
+			reason += "; " + s.state()
+		}
+		err = &StepError{Step: step.Name, Code: -1, Reason: reason, Hint: networkHint(o.tail), Tail: o.tail, err: context.Cause(ctx)}
 	case len(o.tail) > 0:
 		err = fmt.Errorf("%w; the step's last lines:\n  %s", err, strings.Join(o.tail, "\n  "))
 	}

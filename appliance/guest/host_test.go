@@ -437,7 +437,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 				for say(c, message{Type: typeBeat, Session: s}) {
 				}
 			}
-		}, want: "was last heard"},
+		}, want: "context deadline exceeded"},
 		"endless reconnects": {guest: func(c net.Conn, s string) {}, want: "broke 200 times"},
 		"endless reconnects with hello": {guest: func(c net.Conn, s string) {
 			say(c, helloOf(s, modeWorker, "b"))
@@ -487,7 +487,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 			say(c, helloOf(s, modePrebuild, "b"))
 			for i := uint64(1); say(c, message{Type: typeDone, Session: s, ID: 1000 + i, Seq: i}); i++ {
 			}
-		}, want: "was last heard"},
+		}, want: "context deadline exceeded"},
 		"a wrong exit code": {step: true, guest: func(c net.Conn, s string) {
 			go swallow(c)
 			say(c, helloOf(s, modePrebuild, "b"), message{Type: typeDone, Session: s, Seq: 1, ID: 1, Code: -1 << 62, Error: "\x1b]0;x\a"})
@@ -498,7 +498,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 			say(c, helloOf(s, modePrebuild, "b"))
 			for i := uint64(1); say(c, message{Type: typeOutput, Session: s, ID: 1, Seq: i, Line: strings.Repeat("\x1b", 1000)}); i++ {
 			}
-		}, want: "was last heard"},
+		}, want: "context deadline exceeded"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

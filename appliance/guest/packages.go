@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -96,7 +97,7 @@ func (u *aptUpdate) run(ctx context.Context, apt string, patience time.Duration,
 			}
 		}
 	}()
-	r := runCommand(ctx, func(l string) { say(l); u.hear(l) }, apt, append(aptOptions[:len(aptOptions):len(aptOptions)], "update")...)
+	r := runCommand(ctx, func(l string) { say(l); u.hear(l) }, apt, slices.Concat(aptOptions, []string{"update"})...)
 	if errors.Is(context.Cause(ctx), errNothingFetched) {
 		say(fmt.Sprintf("apt-get update was stopped after %v: %v", patience, explain(u.unreached())))
 		return result{}
@@ -131,7 +132,7 @@ func aptInstall(ctx context.Context, apt string, patience time.Duration, names [
 	if r.code != 0 || r.err != nil {
 		return r
 	}
-	args := append(aptOptions[:len(aptOptions):len(aptOptions)], "install")
+	args := slices.Concat(aptOptions, []string{"install"})
 	if u.unreached() != "" {
 		// apt-get calls that a success, and indeed the packages may be there already.
 		args = append(args, "--no-download")
