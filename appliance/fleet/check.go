@@ -51,11 +51,11 @@ func checkLinks(p *plan.Plan, slots []plan.Slot) error {
 	}
 	cure := fmt.Sprintf("`fleetingd network up --plan FILE` makes them, for the user %q", p.User)
 	if len(missing) > 0 {
-		return fmt.Errorf("%d of the pool's %d TAPs do not exist (%s is the first): %s",
+		return fmt.Errorf("%d of the pool's %d TAPs do not exist (the first is %s): %s",
 			len(missing), len(slots), missing[0], cure)
 	}
 	if len(foreign) > 0 {
-		return fmt.Errorf("%d of the pool's %d interfaces are no TAPs that uid %d may open (%s is the first): %s",
+		return fmt.Errorf("%d of the pool's %d interfaces are not TAPs that uid %d may open (the first is %s): %s",
 			len(foreign), len(slots), uid, foreign[0], cure)
 	}
 	return nil

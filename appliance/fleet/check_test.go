@@ -29,7 +29,7 @@ func TestCheckLinks(t *testing.T) {
 	p := testPlan("/x", 3)
 	slots := p.Slots[:2]
 	err = checkLinks(p, slots)
-	if err == nil || !strings.Contains(err.Error(), "2 of the pool's 2 TAPs do not exist (fltest0 is the first)") {
+	if err == nil || !strings.Contains(err.Error(), "2 of the pool's 2 TAPs do not exist (the first is fltest0)") {
 		t.Errorf("no TAPs: %v", err)
 	}
 	for _, s := range slots {
@@ -56,7 +56,7 @@ func TestCheckLinks(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = checkLinks(p, p.Slots[:3])
-	if err == nil || !strings.Contains(err.Error(), "1 of the pool's 3 interfaces are no TAPs that uid 0 may open (fltest2 is the first)") {
+	if err == nil || !strings.Contains(err.Error(), "1 of the pool's 3 interfaces are not TAPs that uid 0 may open (the first is fltest2)") {
 		t.Errorf("a veth: %v", err)
 	}
 }

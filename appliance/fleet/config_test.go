@@ -100,7 +100,7 @@ func TestInitErrors(t *testing.T) {
 		"two at once": {change: func(_ *testing.T, h *host, g *Group) {
 			h.driver.probe = func() error { return errors.New("no /dev/kvm") }
 			g.checkLinks = checkLinks
-		}, want: []string{"no /dev/kvm; 2 of the pool's 2 TAPs do not exist (fltest0 is the first): `fleetingd network up"}},
+		}, want: []string{"no /dev/kvm; 2 of the pool's 2 TAPs do not exist (the first is fltest0): `fleetingd network up"}},
 		"no folder": {change: func(_ *testing.T, h *host, _ *Group) {
 			os.MkdirAll(filepath.Dir(h.plan.Paths.Clones), 0o700)
 			os.WriteFile(h.plan.Paths.Clones, nil, 0o600)

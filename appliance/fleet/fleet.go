@@ -107,7 +107,7 @@ type Group struct {
 	closed  bool
 	workers map[string]*worker
 	busy    map[int]int // slot index: how many workers hold it
-	free    []plan.Slot // the one that is free for longest is first
+	free    []plan.Slot // least recently used first
 	ended   chan struct{}
 }
 
@@ -151,8 +151,8 @@ func (g *Group) UnmarshalJSON(data []byte) error {
 var _ json.Unmarshaler = (*Group)(nil)
 
 var (
-	errShutdown = errors.New("the plugin ends")
-	errDeleted  = errors.New("deletion was asked for")
+	errShutdown = errors.New("plugin shutting down")
+	errDeleted  = errors.New("deletion requested")
 )
 
 // Init checks all that could keep workers from starting, takes the pool for this process, and adopts or removes
@@ -336,7 +336,7 @@ func (g *Group) refresh() error {
 	}
 	removed, err := g.images.Prune(g.ctx, g.startsFrom)
 	if len(removed) > 0 {
-		g.log.Info("removed images that nothing stands for any more", "number", len(removed))
+		g.log.Info("removed unreferenced images", "number", len(removed))
 	}
 	return err
 }
@@ -414,7 +414,7 @@ func (g *Group) Increase(_ context.Context, n int) (int, error) {
 		return 0, err
 	}
 	if err != nil {
-		g.log.Error("fewer workers than were asked for", "asked", n, "made", made, "error", err)
+		g.log.Error("made fewer workers than requested", "asked", n, "made", made, "error", err)
 	}
 	return made, nil
 }

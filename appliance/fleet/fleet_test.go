@@ -325,7 +325,7 @@ func TestMoreThanSlots(t *testing.T) {
 	if n, err := g.Increase(t.Context(), 5); n != 3 || err != nil {
 		t.Errorf("Increase(5) with 3 slots = %d, %v", n, err)
 	}
-	if !strings.Contains(h.log.String(), "fewer workers than were asked for: asked=5 made=3") {
+	if !strings.Contains(h.log.String(), "made fewer workers than requested: asked=5 made=3") {
 		t.Errorf("log:\n%s", h.log)
 	}
 	if n, err := g.Increase(t.Context(), 1); n != 0 || err == nil || !strings.Contains(err.Error(), `all 3 slots of pool "small" are taken`) {

@@ -151,7 +151,7 @@ func (g *Group) teardownUntilDone(w *worker) bool {
 		if err == nil {
 			return true
 		}
-		g.log.Error("worker is not removed yet; its slot stays taken",
+		g.log.Error("cannot remove worker yet; its slot stays taken",
 			"worker", w.id, "error", oneLine(err), "again_in", pause.String())
 		select {
 		case <-g.ctx.Done():

@@ -31,7 +31,7 @@ func cloneDisk(src, dst string, size int64) (err error) {
 	}()
 	have := fileSize(dst)
 	if have > size {
-		return fmt.Errorf("clone %s to %s: the disk is %s and the clone is to be %s: a disk can grow and not shrink; "+
+		return fmt.Errorf("clone %s to %s: the disk has %s and the clone would have %s; a disk can grow but not shrink: "+
 			"make the pool's disk larger", src, dst, bytesText(have), bytesText(size))
 	}
 	return os.Truncate(dst, size)

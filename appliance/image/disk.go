@@ -95,7 +95,7 @@ func convert(ctx context.Context, src, dst string) (err error) {
 		} // another file system: a real copy, once
 	}
 	if _, err := exec.LookPath("qemu-img"); err != nil {
-		return fmt.Errorf("convert %s to a raw disk: there is no qemu-img on PATH: apt-get install qemu-utils", src)
+		return fmt.Errorf("convert %s to a raw disk: qemu-img is not on PATH; install it with: apt-get install qemu-utils", src)
 	}
 	return command(ctx, nil, "qemu-img", "convert", "-f", format, "-O", "raw", "--", src, dst)
 }

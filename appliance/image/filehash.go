@@ -35,7 +35,7 @@ func stampOf(f *os.File) (stamp, error) {
 		return stamp{}, fmt.Errorf("stat %s: %w", f.Name(), err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return stamp{}, fmt.Errorf("%s is no regular file", f.Name())
+		return stamp{}, fmt.Errorf("%s is not a regular file", f.Name())
 	}
 	return stamp{Dev: uint64(st.Dev), Inode: st.Ino, Size: st.Size, MTime: st.Mtim.Nano(), CTime: st.Ctim.Nano()}, nil
 }

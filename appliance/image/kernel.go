@@ -49,7 +49,7 @@ const (
 // payload is the compressed kernel in a bzImage.
 func payload(b []byte) ([]byte, error) {
 	if len(b) < headerEnd || string(b[headerMagic:headerMagic+4]) != "HdrS" || binary.LittleEndian.Uint16(b[headerVersion:]) < 0x208 {
-		return nil, errors.New("it is no bzImage of boot protocol 2.08 or later")
+		return nil, errors.New("not a bzImage of boot protocol 2.08 or later")
 	}
 	sects := int64(b[setupSects])
 	if sects == 0 {
@@ -100,7 +100,7 @@ func unpack(packed []byte) ([]byte, error) {
 func checkPVH(kernel []byte) error {
 	f, err := elf.NewFile(bytes.NewReader(kernel))
 	if err != nil {
-		return errors.New("what is packed in it is no ELF executable")
+		return errors.New("its payload is not an ELF executable")
 	}
 	if f.Class != elf.ELFCLASS64 || f.Machine != elf.EM_X86_64 {
 		return fmt.Errorf("what is packed in it is for %v, %v", f.Machine, f.Class)

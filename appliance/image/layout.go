@@ -135,7 +135,7 @@ func (s *shelf) follow(kind, spec string) (*manifest, error) {
 		return nil, err
 	}
 	if filepath.Base(filepath.Dir(target)) != kind {
-		return nil, fmt.Errorf("%w: %s is no link to a %s image", errMissing, s.refPath(spec), kind)
+		return nil, fmt.Errorf("%w: %s is not a link to a %s image", errMissing, s.refPath(spec), kind)
 	}
 	return s.read(kind, filepath.Base(target))
 }

@@ -92,7 +92,7 @@ func (p *Plan) checkHypervisor(f *findings) {
 	f.unless(p.Disks.Size >= 0, "disks.size: negative")
 	p.checkDisks(f)
 	f.unless(oneOf(p.Hypervisor.Driver, "cloud-hypervisor", "qemu"), "hypervisor.driver: unknown %q", p.Hypervisor.Driver)
-	f.unless(p.Hypervisor.Binary != "" && !strings.HasPrefix(p.Hypervisor.Binary, "-"), "hypervisor.binary: %q is no program",
+	f.unless(p.Hypervisor.Binary != "" && !strings.HasPrefix(p.Hypervisor.Binary, "-"), "hypervisor.binary: %q is not a program",
 		p.Hypervisor.Binary)
 	f.unless(oneOf(p.Hypervisor.Accel, "", "auto", "kvm", "tcg"), "hypervisor.accel: unknown %q", p.Hypervisor.Accel)
 }
@@ -194,7 +194,7 @@ func (p *Plan) checkImages(f *findings, used []string) {
 	for i := range p.Images {
 		im := &p.Images[i]
 		who := "image." + im.Name
-		f.unless(itemName.MatchString(im.Name) && !seen[im.Name], "images[%d]: %q is no name, or used twice", i, im.Name)
+		f.unless(itemName.MatchString(im.Name) && !seen[im.Name], "images[%d]: %q is not a valid name, or is used twice", i, im.Name)
 		seen[im.Name] = true
 		f.unless(userName.MatchString(im.User), "%s: %q is not a user name", who, im.User)
 		take(f, used, im.BuildSlot, who)
@@ -237,7 +237,7 @@ func (p *Plan) checkPools(f *findings, used []string) {
 	for i := range p.Pools {
 		pool := &p.Pools[i]
 		who := "pool." + pool.Name
-		f.unless(itemName.MatchString(pool.Name) && !seen[pool.Name], "pools[%d]: %q is no name, or used twice", i, pool.Name)
+		f.unless(itemName.MatchString(pool.Name) && !seen[pool.Name], "pools[%d]: %q is not a valid name, or is used twice", i, pool.Name)
 		seen[pool.Name] = true
 		if _, err := p.Image(pool.Image); err != nil {
 			f.add("%s: %w", who, err)

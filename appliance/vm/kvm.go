@@ -92,7 +92,7 @@ func openKVM() (*os.File, error) {
 	case err == nil:
 		return os.NewFile(uintptr(fd), "/dev/kvm"), nil
 	case errors.Is(err, unix.ENOENT):
-		return nil, errors.New("there is no /dev/kvm: load kvm_intel or kvm_amd (modprobe), and turn virtualization on in " +
+		return nil, errors.New("/dev/kvm does not exist: load kvm_intel or kvm_amd (modprobe), and turn virtualization on in " +
 			"the firmware, or nested virtualization on in the hypervisor above")
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		return nil, fmt.Errorf("/dev/kvm may not be opened by uid %d: add the user to the group kvm (usermod -aG kvm USER)",

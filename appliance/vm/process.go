@@ -332,7 +332,7 @@ func (p *process) adoptUnrecorded(socket string) error {
 	}
 	// Ours, in a test: never end the process that asks.
 	if int(cred.Pid) == os.Getpid() || cred.Pid <= 1 {
-		return fmt.Errorf("%s is held by pid %d, which is no VMM", socket, cred.Pid)
+		return fmt.Errorf("%s is held by pid %d, which is not a VMM", socket, cred.Pid)
 	}
 	p.record.PID = int(cred.Pid)
 	if p.pidfd, err = openPidfd(p.record.PID); errors.Is(err, unix.ESRCH) {

@@ -43,7 +43,7 @@ func parseQMP(line []byte) (qmpMessage, error) {
 		return qmpMessage{}, fmt.Errorf("QMP: %w", err)
 	}
 	if m.Greeting == nil && m.Return == nil && m.Error == nil && m.Event == "" {
-		return qmpMessage{}, errors.New("QMP: a message that is no greeting, answer or event")
+		return qmpMessage{}, errors.New("QMP: a message that is not a greeting, an answer or an event")
 	}
 	return m, nil
 }

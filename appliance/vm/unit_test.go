@@ -318,7 +318,7 @@ func TestQMP(t *testing.T) {
 	}{
 		"silence":  {func(uint64) string { return "" }, "no answer"},
 		"garbage":  {func(uint64) string { return "HTTP/1.1 400 Bad Request\n" }, "QMP: invalid character"},
-		"nothing":  {func(uint64) string { return "{}\n" }, "no greeting"},
+		"nothing":  {func(uint64) string { return "{}\n" }, "not a greeting"},
 		"endless":  {func(uint64) string { return strings.Repeat("x", qmpLine+1) }, "too long"},
 		"other id": {func(id uint64) string { return ok(id + 7) }, "no answer"},
 	} {

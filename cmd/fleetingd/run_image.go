@@ -61,7 +61,7 @@ func (p *imageProgress) show(e image.Progress) {
 }
 
 func (p *imageProgress) there(ph image.Phase, name string) {
-	p.v.add(Phase{Name: p.label(ph), Detail: name + ": there already, nothing to do", Cached: true})
+	p.v.add(Phase{Name: p.label(ph), Detail: name + ": cached", Cached: true})
 }
 
 // end ends the phase that is under way.
