@@ -228,50 +228,6 @@ func watchProcesses(t *testing.T, text string, ended <-chan struct{}) map[string
 	}
 }
 
-// TestStuckSteps: steps that want a network which is not there. Packages fail within a short time, a step that hangs when the
-// prebuild's time is over; both show what they said themselves, and the error says where to look.
-func TestStuckSteps(t *testing.T) {
-	l := newLab(t)
-	text, err := os.ReadFile(l.spec)
-	if err != nil {
-		t.Fatal(err)
-	}
-	const run = `run = ["echo prebuilt > /etc/fleetingd-test"]`
-	for name, c := range map[string]struct {
-		prebuild string
-		want     []string
-		within   time.Duration
-	}{
-		"packages": {`packages = ["no-such-package"]`, []string{`prebuild step "packages: no-such-package" failed with exit code 100`, "names do not resolve",
-			"egress", "Unable to locate package"}, 8 * time.Minute},
-		"hang": {`timeout = "4m"
-			run = ["echo about to hang; python3 -c 'import socket; socket.getaddrinfo(\"deb.invalid\", 80)' 2>&1 | tail -n 1 || sleep 9000"]`,
-			[]string{"run[0]", "did not finish: the prebuild's timeout of 4m0s is over", "names do not resolve", "about to hang"}, 6 * time.Minute},
-	} {
-		spec := filepath.Join(l.dir, name+".hcl")
-		if err := os.WriteFile(spec, []byte(strings.Replace(string(text), run, c.prebuild, 1)), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		start := time.Now()
-		res := l.run(spec, "--", "true")
-		took := time.Since(start)
-		t.Logf("%s: after %v:\n%s", name, took, res.stderr)
-		if res.code != 1 || took > c.within {
-			t.Errorf("%s: exit code %d after %v", name, res.code, took)
-		}
-		_, last, _ := strings.Cut(res.stderr, "fleetingd: ")
-		for _, want := range c.want {
-			if !strings.Contains(last, want) {
-				t.Errorf("%s: the error does not say %q", name, want)
-			}
-		}
-		if strings.Contains(res.stderr, "console ends with") {
-			t.Errorf("%s: the error shows the guest's console", name)
-		}
-	}
-	l.nothingLeft()
-}
-
 const silentConfig = "FLEETINGD_TEST_SILENT"
 
 // TestSilentGuest: a guest that never answers is given up in time and shown as timed out; one whose VMM is
