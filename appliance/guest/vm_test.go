@@ -230,6 +230,11 @@ func (r rig) prebuild() (kernel, initrd string) {
 	err = session.Prebuild(ctx, []guest.Step{
 		{Name: "file", File: &guest.File{Path: "/opt/made/by/prebuild", Content: strings.Repeat("prebuilt\n", 50000), Mode: "0640"}},
 		{Name: "big output", Command: "seq 1 20000; head -c 3000000 /dev/zero | tr '\\0' x; echo"},
+		// cloud-init has set up the network here, and systemd-networkd removes what others added, unless it is the kernel's.
+		{Name: "network", Command: fmt.Sprintf("systemctl restart systemd-networkd; networkctl reload; networkctl reconfigure $(ip -o route show default | sed 's/.* dev //; s/ .*//'); sleep 5\n"+
+			"ip rule; ip -6 rule; ip route\nip rule | grep -q 'not from %s to %s iif lo lookup local'\n"+
+			"ip -6 rule | grep -q 'not from %s to %s iif lo lookup local'\nip route | grep -q '^%s dev .* proto kernel'\n[ $(ip rule | grep -c 'lookup local') = 1 ]",
+			address4, gateway4, address6, gateway6, gateway4)},
 		{Name: "boot", Command: "systemd-analyze; systemd-analyze blame | head -25; systemd-analyze critical-chain ssh.service | cat"},
 	}, &out)
 	if err != nil {
@@ -245,17 +250,24 @@ func (r rig) prebuild() (kernel, initrd string) {
 	if !errors.As(err, &failed) || failed.Code != 7 || len(failed.Tail) != 1 || failed.Tail[0] != "no such luck" {
 		t.Errorf("a step that fails gave %#v", err)
 	}
-	for command, want := range map[string]guest.StepError{
-		"no-such-curl -fsSL https://get.invalid | sh": {Code: 127, Tail: []string{"no-such-curl: command not found"}},
-		"echo one\nfalse\necho never":                 {Code: 1, Tail: []string{"one"}},
-		"tail /dev/zero":                              {Code: 137, Reason: "memory ran out"},
-		"#!/usr/bin/env python3\nraise SystemExit(9)": {Code: 9},
+	for _, c := range []struct {
+		step guest.Step
+		want guest.StepError // with words of its Reason and Hint, and its last line
+	}{
+		{guest.Step{Command: "no-such-curl -fsSL https://get.invalid | sh"}, guest.StepError{Code: 127, Tail: []string{"no-such-curl: command not found"}}},
+		{guest.Step{Command: "echo one\nfalse\necho never"}, guest.StepError{Code: 1, Tail: []string{"one"}}},
+		{guest.Step{Command: "#!/usr/bin/env python3\nraise SystemExit(9)"}, guest.StepError{Code: 9}},
+		{guest.Step{Command: "yes | head -n 1"}, guest.StepError{Code: 141, Reason: "SIGPIPE", Tail: []string{"y"}}},
+		{guest.Step{Command: "tail /dev/zero"}, guest.StepError{Code: 137, Reason: "memory ran out"}},
+		{guest.Step{Packages: []string{"no-such-package"}}, guest.StepError{Code: 100, Hint: "names do not resolve",
+			Tail: []string{"Unable to locate package no-such-package"}}},
 	} {
-		err := session.Prebuild(ctx, []guest.Step{{Name: "bad", Command: command}}, io.Discard)
+		c.step.Name = "bad"
+		err := session.Prebuild(ctx, []guest.Step{c.step}, io.Discard)
 		var failed *guest.StepError
-		if !errors.As(err, &failed) || failed.Code != want.Code || !strings.Contains(failed.Reason, want.Reason) ||
-			len(want.Tail) > 0 && !strings.HasSuffix(strings.Join(failed.Tail, "\n"), want.Tail[0]) {
-			t.Errorf("%q gave %#v, want %+v", command, err, want)
+		if !errors.As(err, &failed) || failed.Code != c.want.Code || !strings.Contains(failed.Reason, c.want.Reason) ||
+			!strings.Contains(failed.Hint, c.want.Hint) || len(c.want.Tail) > 0 && !strings.HasSuffix(strings.Join(failed.Tail, "\n"), c.want.Tail[0]) {
+			t.Errorf("%+v gave %#v, want %+v", c.step, err, c.want)
 		}
 	}
 	e, err := session.Seal(ctx)
