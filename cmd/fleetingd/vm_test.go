@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -317,9 +319,83 @@ func jobOnWorker(t *testing.T, config string) {
 	if err := worker.Heartbeat(t.Context()); err != nil {
 		t.Error(err)
 	}
+	jobWhilePluginDies(t, worker, info)
 	if os.Getuid() != 0 { // the predecessor ran as root, and its keys still do
 		noPrivileges(t)
 	}
+}
+
+// jobWhilePluginDies kills the plugin's working half three times during a job: the job prints all its lines, and the plugin answers
+// again within three seconds each time.
+func jobWhilePluginDies(t *testing.T, worker fleeting.Instance, info provider.ConnectInfo) {
+	const lines = 100
+	var out syncBuffer
+	job := make(chan error, 1)
+	go func() {
+		job <- connector.Run(t.Context(), info, connector.ConnectorOptions{RunOptions: connector.RunOptions{
+			Command: fmt.Sprintf("for i in $(seq %d); do echo $i; sleep 0.1; done", lines), Stdout: &out,
+		}})
+	}()
+	waitFor(t, time.Minute, "the job's first line", func() bool { return out.String() != "" })
+	for range 3 {
+		back := pluginBack(t)
+		start := time.Now()
+		if err := syscall.Kill(back, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		if err := worker.Heartbeat(t.Context()); err != nil {
+			t.Errorf("after the plugin's working half was killed: %v", err)
+		}
+		t.Logf("the plugin answers %v after its working half was killed", time.Since(start).Round(time.Millisecond))
+		if took := time.Since(start); took > 3*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		if again := pluginBack(t); again == back {
+			t.Error("the working half was not killed")
+		}
+	}
+	want := ""
+	for i := range lines {
+		want += strconv.Itoa(i+1) + "\n"
+	}
+	if err := <-job; err != nil || out.String() != want {
+		t.Errorf("the job: %v, %q", err, out.String())
+	}
+}
+
+// pluginBack is the plugin's working half: the child of the child that we started.
+func pluginBack(t *testing.T) int {
+	t.Helper()
+	parents := map[int][]int{}
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range stats {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended
+		}
+		fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
+		if len(fields) < 2 || fields[0] == "Z" {
+			continue
+		}
+		ppid, err1 := strconv.Atoi(fields[1])
+		pid, err2 := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+		if err := errors.Join(err1, err2); err != nil {
+			t.Fatal(err)
+		}
+		parents[ppid] = append(parents[ppid], pid)
+	}
+	for _, front := range parents[os.Getpid()] {
+		for _, back := range parents[front] {
+			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", back)); err == nil && strings.Contains(filepath.Base(exe), "fleetingd") {
+				return back
+			}
+		}
+	}
+	t.Fatal("the plugin has no working half")
+	return 0
 }
 
 // TestUpstreamProvisioning is upstream's suite with real VMs, as an ordinary user.
