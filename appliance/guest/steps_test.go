@@ -160,7 +160,6 @@ func TestAptInstall(t *testing.T) {
 			"true", 0, []string{"update", "update", "install jq -x"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
 			dir := t.TempDir()
 			text := fmt.Sprintf("#!/bin/sh\ncd %s\nsaid=\nfor a; do case $a in update|install|jq|-x|--no-download) said=\"$said $a\" ;; esac; done\n"+
 				"echo $said >> log\ncase $said in *update) %s ;; *) %s ;; esac\n", dir, c.update, c.install)
@@ -168,6 +167,7 @@ func TestAptInstall(t *testing.T) {
 			if err := os.WriteFile(apt, []byte(text), 0o700); err != nil {
 				t.Fatal(err)
 			}
+			t.Parallel() // from here on: a program that is being written must not be inherited by another case's child (ETXTBSY)
 			var said []string
 			r := aptInstall(t.Context(), apt, 2*time.Second, []string{"jq", "-x"}, func(l string) { said = append(said, l) })
 			if strings.Contains(c.name, "resolver") && !strings.Contains(networkHint(said), "names do not resolve") {
