@@ -13,13 +13,16 @@ GOBUILD  := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS
 TOOLS    := $(CURDIR)/.cache/tools
 GOLANGCI := v2.15.0
 STATICCHECK := v0.8.2
+# What "make soak" runs, and how often.
+COUNT    ?= 50
+PACKAGES ?= ./...
 # The interface of the default route, where the demo's workers reach the world.
 EGRESS   ?= $(shell ip -o route show default 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -1)
 # A Debian mirror, where apt on this machine has none.
 MIRROR   ?=
 JOB      ?= 'echo "hello from $$(hostname), up $$(cut -d" " -f1 /proc/uptime) s"; uname -srm'
 
-.PHONY: build demo test check lint cross bench hostlab deps clean
+.PHONY: build demo test check soak lint cross bench hostlab deps clean
 
 build: ## the static binaries
 	$(GOBUILD) -o bin/ ./cmd/...
@@ -32,6 +35,11 @@ test: deps lint ## every test, VMs included; nothing that can run here is skippe
 
 check: ## what needs neither root nor VMs: under a minute, anywhere
 	go test ./...
+
+soak: ## finds what fails by chance: the quick tests, COUNT times each, while something else keeps every core busy; takes hours
+	trap 'kill $$(jobs -p)' EXIT; \
+	for _ in $$(seq "$$(nproc)"); do sh -c 'while :; do :; done' & done; \
+	go test -race -count=$(COUNT) -timeout 6h $(PACKAGES)
 
 lint: $(TOOLS)/golangci-lint-$(GOLANGCI) $(TOOLS)/staticcheck-$(STATICCHECK)
 	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
