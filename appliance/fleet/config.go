@@ -2,6 +2,7 @@ package fleet
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,10 +10,9 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/agext/levenshtein"
-
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/state"
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // config is a checked plugin_config: plan and pool, or the predecessor's keys.
@@ -50,7 +50,7 @@ func parseConfig(data []byte, predecessor []string) (config, error) {
 		case slices.Contains(predecessor, key):
 			old = append(old, key)
 		default:
-			problem("unknown key %s%s", quote(key), nearest(key, known))
+			problem("unknown key %s%s", quote(key), cmp.Or(suggest.DidYouMean(key, known), ": known are "+strings.Join(known, ", ")))
 		}
 	}
 	_, hasPlan := raw[keyPlan]
@@ -135,23 +135,6 @@ func quoteAll(keys []string) string {
 		quoted[i] = quote(k)
 	}
 	return strings.Join(quoted, ", ")
-}
-
-// nearest is " (did you mean …?)" for a near miss. The distance is quadratic in the length.
-func nearest(given string, known []string) string {
-	best, dist := "", 3
-	if len(given) > maxShown {
-		return ""
-	}
-	for _, k := range known {
-		if d := levenshtein.Distance(strings.ToLower(given), k, nil); d < dist {
-			best, dist = k, d
-		}
-	}
-	if best == "" {
-		return ": known are " + strings.Join(known, ", ")
-	}
-	return fmt.Sprintf(" (did you mean %q?)", best)
 }
 
 func sortedKeys(m map[string]any) []string {

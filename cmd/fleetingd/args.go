@@ -5,8 +5,9 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/agext/levenshtein"
 	"github.com/urfave/cli/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // strictUsage makes wrong usage of every command an error with exit code 2; the library
@@ -40,10 +41,12 @@ func noCommand(c *cli.Context) error {
 		}
 		return usageError{fmt.Errorf("which command?")}
 	}
+	var names []string
 	for _, cmd := range commands {
-		if len(given) < 64 && levenshtein.Distance(given, cmd.Name, nil) < 3 {
-			return usageError{fmt.Errorf("there is no command %q; did you mean %q?", given, cmd.Name)}
-		}
+		names = append(names, cmd.Name)
+	}
+	if near := suggest.Nearest(given, names); near != "" {
+		return usageError{fmt.Errorf("there is no command %q; did you mean %q?", given, near)}
 	}
 	return usageError{fmt.Errorf("there is no command %q; see fleetingd --help", given)}
 }

@@ -28,7 +28,8 @@ var mayImport = []struct {
 	pure bool // see forbidden
 }{
 	{pkg: "appliance/netrange", pure: true},
-	{pkg: "hcl/hostspec", own: []string{"appliance/netrange"}, pure: true},
+	{pkg: "appliance/suggest", pure: true},
+	{pkg: "hcl/hostspec", own: []string{"appliance/netrange", "appliance/suggest"}, pure: true},
 	{pkg: "templates", pure: true},
 	{pkg: "appliance/visible", pure: true},
 	{pkg: "seed", pure: true},
@@ -43,7 +44,8 @@ var mayImport = []struct {
 	{pkg: "appliance/guest", own: []string{"appliance/visible", "seed", "appliance/plan"}},
 	{pkg: "appliance/image", own: []string{"appliance/visible", "appliance/plan", "seed", "appliance/state", "appliance/vm", "appliance/guest"}},
 	{pkg: "appliance/fleet", own: []string{
-		"appliance/visible", "appliance/plan", "appliance/state", "seed", "appliance/vm", "appliance/guest", "appliance/image"}},
+		"appliance/suggest", "appliance/visible", "appliance/plan", "appliance/state", "seed", "appliance/vm", "appliance/guest",
+		"appliance/image"}},
 	{pkg: "appliance/hostlab"},
 	// What only tests use: helpers of one package's tests, in a folder of their own to be shared.
 	{pkg: "appliance/vm/vmtest", own: []string{"appliance/need", "appliance/vm"}},

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // cronField is one field of a period: its bounds, and names for its numbers.
@@ -135,7 +137,7 @@ func (f cronField) number(s string) (int, error) {
 		if f.names != nil {
 			names = fmt.Sprintf(" or a name from %s to %s", f.names[0], f.names[len(f.names)-1])
 		}
-		return 0, fmt.Errorf("the %s %s must be a number from %d to %d%s%s", f.name, quote(s), f.least, f.most, names, didYouMean(strings.ToLower(s), f.names))
+		return 0, fmt.Errorf("the %s %s must be a number from %d to %d%s%s", f.name, quote(s), f.least, f.most, names, suggest.DidYouMean(strings.ToLower(s), f.names))
 	}
 	return n, nil
 }

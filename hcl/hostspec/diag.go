@@ -2,10 +2,8 @@ package hostspec
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 
-	"github.com/agext/levenshtein"
 	"github.com/hashicorp/hcl/v2"
 )
 
@@ -24,43 +22,6 @@ func (l *loader) errorf(at *hcl.Range, summary, detail string, args ...any) {
 func (l *loader) warnf(at *hcl.Range, summary, detail string, args ...any) {
 	l.errorf(at, summary, detail, args...)
 	l.diags[len(l.diags)-1].Severity = hcl.DiagWarning
-}
-
-// didYouMean is `; did you mean "x"?`-like text for a near miss, or "".
-func didYouMean(given string, known []string) string {
-	if s := nearest(given, known); s != "" {
-		return fmt.Sprintf(" (did you mean %q?)", s)
-	}
-	return ""
-}
-
-// nearest is the known name that a typo of given most likely meant, or "".
-func nearest(given string, known []string) string {
-	// The distance is quadratic in the length, and no name of ours is longer.
-	if len(given) > 64 {
-		return ""
-	}
-	best, bestDist := "", 3
-	for _, k := range slices.Sorted(slices.Values(known)) {
-		if strings.EqualFold(given, k) {
-			return k
-		}
-		// Two of three letters wrong is another word.
-		d := levenshtein.Distance(given, k, nil)
-		if d < bestDist && d <= len(k)/2 {
-			best, bestDist = k, d
-		}
-	}
-	if best != "" {
-		return best
-	}
-	// "cloudhypervisor-v2" and the like: one is the start of the other.
-	for _, k := range known {
-		if len(given) >= 3 && (strings.HasPrefix(k, given) || strings.HasPrefix(given, k) && len(k) >= 3) {
-			return k
-		}
-	}
-	return ""
 }
 
 // quotedList is `"a", "b" and "c"`, cut where it gets long.

@@ -7,11 +7,12 @@ import (
 	"regexp"
 	"slices"
 
-	"github.com/agext/levenshtein"
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
 	"github.com/zclconf/go-cty/cty/function"
+
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // eval gives an expression's value; false after a finding, which it has added, and
@@ -105,7 +106,7 @@ func (l *loader) checkReferences(expr hcl.Expression) bool {
 		at := t.SourceRange()
 		if name, is := member(t, "var"); is && l.scope.vars[name] == nil {
 			l.errorf(&at, "Unknown variable", "There is no variable %q%s. %s",
-				name, didYouMean(name, l.variableNames()), l.declaredVariables())
+				name, suggest.DidYouMean(name, l.variableNames()), l.declaredVariables())
 			ok = false
 		}
 		if name, is := member(t, "local"); is && l.scope.locals[name] == nil {
@@ -114,7 +115,7 @@ func (l *loader) checkReferences(expr hcl.Expression) bool {
 			if len(known) > 0 {
 				detail = "The locals are " + quotedList(known) + "."
 			}
-			l.errorf(&at, "Unknown local", "There is no local.%s%s. %s", name, didYouMean(name, known), detail)
+			l.errorf(&at, "Unknown local", "There is no local.%s%s. %s", name, suggest.DidYouMean(name, known), detail)
 			ok = false
 		}
 		if _, is := member(t, "local"); !is && t.RootName() == "local" {
@@ -129,17 +130,12 @@ func (l *loader) checkReferences(expr hcl.Expression) bool {
 			ok = false
 		default:
 			// Most of these are a shell's variables in a command.
-			guess, shell := "", root
+			shell := root
 			if len(shell) > 64 {
 				shell = "NAME"
 			}
-			for _, known := range []string{"local", "var"} {
-				if levenshtein.Distance(root, known, nil) < 3 {
-					guess = fmt.Sprintf(" Did you mean %q?", known)
-				}
-			}
-			l.errorf(&at, "Unknown name", "There is no %s.%s An expression can refer to var.NAME and local.NAME. "+
-				"Where it is for a shell, write $${%s} instead of ${%s}.", quote(root), guess, shell, shell)
+			l.errorf(&at, "Unknown name", "There is no %s%s. An expression can refer to var.NAME and local.NAME. "+
+				"Where it is for a shell, write $${%s} instead of ${%s}.", quote(root), suggest.DidYouMean(root, []string{"local", "var"}), shell, shell)
 			ok = false
 		}
 	}

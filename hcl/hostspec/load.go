@@ -9,6 +9,8 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/hashicorp/hcl/v2/json"
+
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // maxSource is the largest spec or variable file that is read. A spec for
@@ -175,7 +177,7 @@ func (l *loader) pick(s *spec) *Host {
 		return s.hosts[0]
 	case l.opts.Host != "":
 		l.errorf(nil, "No such host", "%s has no host block %q%s. It has %s.",
-			l.opts.Path, want, didYouMean(want, names), quotedList(names))
+			l.opts.Path, want, suggest.DidYouMean(want, names), quotedList(names))
 	case want == "":
 		l.errorf(nil, "Which host?", "%s has %d host blocks. Say which with --host: %s.",
 			l.opts.Path, len(names), quotedList(names))

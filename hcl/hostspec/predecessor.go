@@ -15,6 +15,8 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclwrite"
 	"github.com/zclconf/go-cty/cty"
+
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // PredecessorKeys are the plugin_config keys of helmholtzcloud's fleeting-plugin-fleetingd, which this one
@@ -84,7 +86,7 @@ func PredecessorSpec(keys map[string]any, o PredecessorOptions) ([]byte, hcl.Dia
 	p := &predecessor{keys: keys, env: environ(o.Environ)}
 	for _, k := range slices.Sorted(maps.Keys(keys)) {
 		if !slices.Contains(PredecessorKeys, k) {
-			p.errorf("Unknown key", "plugin_config has no key %s%s.", quote(k), didYouMean(k, PredecessorKeys))
+			p.errorf("Unknown key", "plugin_config has no key %s%s.", quote(k), suggest.DidYouMean(k, PredecessorKeys))
 		}
 	}
 	body := p.host(o)

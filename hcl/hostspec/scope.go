@@ -12,6 +12,8 @@ import (
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
 	"github.com/zclconf/go-cty/cty/convert"
+
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 const envVarPrefix = "FLEETINGD_VAR_"
@@ -166,7 +168,7 @@ func (l *loader) readVarFlag(s string, values map[string]given) {
 	v, ok := l.scope.vars[name]
 	if !ok {
 		l.errorf(nil, "Unknown variable", "--var sets %s, but %s declares no such variable%s. %s",
-			quote(name), l.opts.Path, didYouMean(name, l.variableNames()), l.declaredVariables())
+			quote(name), l.opts.Path, suggest.DidYouMean(name, l.variableNames()), l.declaredVariables())
 		return
 	}
 	if v.sensitive {
@@ -193,7 +195,7 @@ func (l *loader) readVarFile(path string, values map[string]given) {
 		if !ok {
 			l.masks = append(l.masks, a.Expr.Range()) // a misspelled name may be a secret's
 			l.warnf(&a.NameRange, "Unknown variable", "%s declares no variable %q%s. %s", l.opts.Path, a.Name,
-				didYouMean(a.Name, l.variableNames()), l.declaredVariables())
+				suggest.DidYouMean(a.Name, l.variableNames()), l.declaredVariables())
 			continue
 		}
 		if v.sensitive {

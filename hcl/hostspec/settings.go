@@ -12,6 +12,8 @@ import (
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
+
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // settingsCheck compares settings with what GitLab Runner reads. GitLab Runner silently ignores unknown keys, and refuses to
@@ -199,7 +201,7 @@ func (c *settingsCheck) unknown(p settingPath, key string, value any, known sett
 		return
 	}
 	suggestion := "."
-	if near := nearest(key, slices.Collect(maps.Keys(known))); near != "" {
+	if near := suggest.Nearest(key, slices.Collect(maps.Keys(known))); near != "" {
 		suggestion = fmt.Sprintf("; did you mean %q?", p.to(near).String())
 	}
 	c.warnf(at, "%s is not a setting of GitLab Runner %s%s GitLab Runner ignores unknown settings.", quote(at.String()), runnerVersion, suggestion)
@@ -385,7 +387,7 @@ func (c *settingsCheck) text(p settingPath, value any, s setting) {
 	case string:
 		switch {
 		case s.values != nil && !slices.Contains(s.values, v):
-			c.errorf(p, "%s must be one of %s; got %s%s.", quote(p.String()), quotedList(nonEmpty(s.values)), quote(v), didYouMean(v, s.values))
+			c.errorf(p, "%s must be one of %s; got %s%s.", quote(p.String()), quotedList(nonEmpty(s.values)), quote(v), suggest.DidYouMean(v, s.values))
 		case s.kind == kindAddress:
 			address := v
 			if s.portless && !strings.Contains(strings.Trim(v, "[]"), ":") && v != "" {
@@ -541,7 +543,7 @@ func (c *settingsCheck) freeMap(p settingPath, value any, s setting) {
 		at := p.to(key)
 		c.value(at, table[key], *s.elem)
 		if p.String() == "feature_flags" && !slices.Contains(featureFlags, key) {
-			c.warnf(at, "%s is not a feature flag of GitLab Runner %s%s. GitLab Runner ignores unknown ones.", quote(key), runnerVersion, didYouMean(key, featureFlags))
+			c.warnf(at, "%s is not a feature flag of GitLab Runner %s%s. GitLab Runner ignores unknown ones.", quote(key), runnerVersion, suggest.DidYouMean(key, featureFlags))
 		}
 	}
 }

@@ -31,7 +31,7 @@ locals {
   nope2  = local.domian # ERROR: There is no local.domian (did you mean "domain"?)
   all    = local # ERROR: Write local.NAME
   func   = filee("x") # ERROR: Did you mean "file"?
-  root   = vra.x # ERROR: Did you mean "var"?
+  root   = vra.x # ERROR: did you mean "var"?
   env    = env("FLEETINGD_TEST_NOT_SET") # where it is a secret, it is read later
 }
 
