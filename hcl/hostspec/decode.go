@@ -382,7 +382,7 @@ func (s *section) settings(name string, to *map[string]any) {
 		return
 	}
 	if t := v.Type(); !t.IsObjectType() && !t.IsMapType() {
-		s.fail(a, nil, "a map is wanted, and this is %s. Write, for example: %s", t.FriendlyName(), s.example(name))
+		s.fail(a, nil, "%s must be a map; got a %s. Write, for example: %s", name, kindName(t), s.example(name))
 		return
 	}
 	p := plainer{tokens: &s.l.tokens, what: s.what}
@@ -476,7 +476,7 @@ func (p plainer) plain(v cty.Value, at string, files []fileMark) (any, error) {
 	t := v.Type()
 	switch {
 	case v.IsNull():
-		return nil, errors.New("a list in it has a null, and GitLab Runner's config.toml has no such thing; leave it out")
+		return nil, errors.New("a list in it has a null, which GitLab Runner's config.toml cannot hold; remove it")
 	case t == cty.String:
 		return p.text(v.AsString(), at, len(files) > 0), nil
 	case t == cty.Bool:
@@ -487,7 +487,7 @@ func (p plainer) plain(v cty.Value, at string, files []fileMark) (any, error) {
 			return n, nil
 		}
 		if f.IsInt() || f.IsInf() {
-			return nil, fmt.Errorf("%s is too large a number", f.Text('g', 10))
+			return nil, fmt.Errorf("the number %s is too large", f.Text('g', 10))
 		}
 		n, _ := f.Float64()
 		return n, nil
@@ -515,7 +515,7 @@ func (p plainer) plain(v cty.Value, at string, files []fileMark) (any, error) {
 		}
 		return list, nil
 	default:
-		return nil, fmt.Errorf("%s is no value for a setting", t.FriendlyName())
+		return nil, fmt.Errorf("%s cannot be the value of a setting", t.FriendlyName())
 	}
 }
 

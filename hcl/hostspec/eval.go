@@ -70,7 +70,7 @@ func (l *loader) value(expr hcl.Expression, ctx *hcl.EvalContext) (val cty.Value
 func explainTemplates(diags hcl.Diagnostics) {
 	for _, d := range diags {
 		if d.Summary == "Invalid template control keyword" {
-			d.Detail += " Where it is text, write %%{ instead of %{."
+			d.Detail += " If it is meant as text, write %%{ instead of %{."
 		}
 	}
 }
@@ -84,7 +84,7 @@ func withoutStack(d *hcl.Diagnostic) {
 	}
 	var p function.PanicError
 	if errors.As(call.FunctionCallError(), &p) {
-		d.Detail = fmt.Sprintf("%s can do nothing with these arguments. Write other ones.", call.CalledFunctionName())
+		d.Detail = fmt.Sprintf("%s cannot use these arguments. Write others.", call.CalledFunctionName())
 	}
 }
 
@@ -125,8 +125,8 @@ func (l *loader) checkReferences(expr hcl.Expression) bool {
 		switch root := t.RootName(); root {
 		case "var", "local":
 		case "image", "pool":
-			l.errorf(&at, "A reference in the wrong place", "%s.NAME stands alone, as in %s = %s.NAME; "+
-				"it has no value that an expression could use.", root, root, root)
+			l.errorf(&at, "A reference in the wrong place", "%s.NAME must stand alone, as in %s = %s.NAME; "+
+				"it has no value to use in an expression.", root, root, root)
 			ok = false
 		default:
 			// Most of these are a shell's variables in a command.
@@ -135,7 +135,7 @@ func (l *loader) checkReferences(expr hcl.Expression) bool {
 				shell = "NAME"
 			}
 			l.errorf(&at, "Unknown name", "There is no %s%s. An expression can refer to var.NAME and local.NAME. "+
-				"Where it is for a shell, write $${%s} instead of ${%s}.", quote(root), suggest.DidYouMean(root, []string{"local", "var"}), shell, shell)
+				"If it is meant for a shell, write $${%s} instead of ${%s}.", quote(root), suggest.DidYouMean(root, []string{"local", "var"}), shell, shell)
 			ok = false
 		}
 	}

@@ -306,7 +306,7 @@ func (l *loader) envFunc() function.Function {
 		Impl: func(args []cty.Value, _ cty.Type) (cty.Value, error) {
 			name := args[0].AsString()
 			if name == "" || strings.ContainsAny(name, "=\x00") {
-				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s is no name of an environment variable", quote(name))
+				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s is not the name of an environment variable", quote(name))
 			}
 			return l.tokens.of(envSecret(l.env, name)), nil
 		},
@@ -384,7 +384,7 @@ var cidrSubnet = function.New(&function.Spec{
 func wholeArg(v cty.Value) (*big.Int, error) {
 	f := v.AsBigFloat()
 	if f.IsInf() || !f.IsInt() || f.MantExp(nil) > 256 {
-		return nil, errors.New("a whole number is wanted here")
+		return nil, errors.New("must be a whole number")
 	}
 	n, _ := f.Int(nil)
 	return n, nil

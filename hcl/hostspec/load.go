@@ -179,11 +179,11 @@ func (l *loader) pick(s *spec) *Host {
 		l.errorf(nil, "No such host", "%s has no host block %q%s. It has %s.",
 			l.opts.Path, want, suggest.DidYouMean(want, names), quotedList(names))
 	case want == "":
-		l.errorf(nil, "Which host?", "%s has %d host blocks. Say which with --host: %s.",
+		l.errorf(nil, "Which host?", "%s has %d host blocks. Choose one with --host: %s.",
 			l.opts.Path, len(names), quotedList(names))
 	default:
-		l.errorf(nil, "Which host?", "%s has %d host blocks, and none is named %q as this machine is. "+
-			"Say which with --host: %s.", l.opts.Path, len(names), want, quotedList(names))
+		l.errorf(nil, "Which host?", "%s has %d host blocks, and none has this machine's name, %q. "+
+			"Choose one with --host: %s.", l.opts.Path, len(names), want, quotedList(names))
 	}
 	return nil
 }

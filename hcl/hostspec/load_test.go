@@ -205,7 +205,7 @@ func TestJSONFindings(t *testing.T) {
 		{"no JSON", `{"host": `, "ERROR: "},
 		{"not an object", `[1]`, "ERROR: "},
 		{"unknown block", `{"hots": {"a": {}}}`, `No argument or block type is named "hots". Did you mean "host"?`},
-		{"literal token", `{"runner": {"r": {"pool": "pool.x", "url": "https://x", "token": "glrt-secret"}}}`, "A secret in the spec"},
+		{"literal token", `{"runner": {"r": {"pool": "pool.x", "url": "https://x", "token": "glrt-secret"}}}`, "could read a secret that is written in it"},
 		{"unit", `{"pool": {"p": {"image": "image.x", "cpus": 1, "memory": 8, "disk": "8GB", "max_instances": 1}}}`, `write "8GiB"`},
 		{"unknown reference", `{"image": {"ubuntu": {}}, "pool": {"p": {"image": "image.ubunut"}}}`, "Did you mean image.ubuntu?"},
 		{"no reference", `{"pool": {"p": {"image": "ubuntu"}}}`, "Write the name of an image block"},
@@ -336,8 +336,8 @@ func TestHostIsPicked(t *testing.T) {
 	}{
 		{Options{Host: "metal-03"}, `has no host block "metal-03" (did you mean "metal-01"?)`},
 		{Options{Host: "metal-03", AnyHost: true}, `has no host block "metal-03"`},
-		{Options{Machine: "laptop"}, `none is named "laptop" as this machine is. Say which with --host: "metal-01" and "metal-02"`},
-		{Options{}, `has 2 host blocks. Say which with --host`},
+		{Options{Machine: "laptop"}, `none has this machine's name, "laptop". Choose one with --host: "metal-01" and "metal-02"`},
+		{Options{}, `has 2 host blocks. Choose one with --host`},
 	} {
 		if got := findings(tt.opts, two); !strings.Contains(got, tt.want) {
 			t.Errorf("%+v: want %q in:\n%s", tt.opts, tt.want, got)

@@ -167,7 +167,7 @@ func (p *predecessor) source(b *bytes.Buffer, line func(attr, value, from string
 	disk, kernel, initrd := p.env[EnvImage], p.env[EnvKernel], p.env[EnvInitrd]
 	switch {
 	case disk == "" && (kernel != "" || initrd != ""):
-		p.errorf("Incomplete environment", "%s and %s go with %s, which is not set.", EnvKernel, EnvInitrd, EnvImage)
+		p.errorf("Incomplete environment", "%s and %s need %s, which is not set.", EnvKernel, EnvInitrd, EnvImage)
 	case disk == "":
 		b.WriteString("ubuntu {\nrelease = \"noble\"\n")
 		if arch != "" {
@@ -175,7 +175,7 @@ func (p *predecessor) source(b *bytes.Buffer, line func(attr, value, from string
 		}
 		b.WriteString("}\n")
 	case kernel == "":
-		p.errorf("Incomplete environment", "%s is set, and %s is not: the VM is booted with a kernel from outside of the disk.",
+		p.errorf("Incomplete environment", "%s is set, and %s is not: the VM boots a kernel from outside the disk.",
 			EnvImage, EnvKernel)
 	default:
 		b.WriteString("url {\n")
@@ -215,7 +215,7 @@ func (p *predecessor) whole(key string, example int64) int64 {
 	case !isWhole:
 		p.wrongType(key, v, fmt.Sprintf("a whole number such as %d", example))
 	case n < 1:
-		p.errorf("Invalid value", "%s is %d, and has to be 1 or more, such as %d.", key, n, example)
+		p.errorf("Invalid value", "%s must be 1 or more, such as %d; got %d.", key, example, n)
 	}
 	return n
 }
@@ -252,8 +252,8 @@ func (p *predecessor) subnet() string {
 	const example = "172.16.120."
 	s := p.text(keySubnet, example)
 	if s != "" && !threeOctets.MatchString(s) {
-		p.errorf("Invalid value", "%s is %s, and has to be the first three numbers of an address with their dots, such as %q.",
-			keySubnet, quote(s), example)
+		p.errorf("Invalid value", "%s must be the first three numbers of an address with their dots, such as %q; got %s.",
+			keySubnet, example, quote(s))
 	}
 	return s + "0/24"
 }
@@ -321,7 +321,7 @@ func (p *predecessor) missing(key, example string) {
 }
 
 func (p *predecessor) wrongType(key string, v any, want string) {
-	p.errorf("Wrong type", "%s is %s, and has to be %s.", key, shownType(v), want)
+	p.errorf("Wrong type", "%s must be %s; got %s.", key, want, shownType(v))
 }
 
 // shownType is a value of the wrong type for a message.

@@ -65,9 +65,9 @@ func (n *Network) Denies(a netip.Addr, port uint16) string {
 	}
 	switch {
 	case a.IsLoopback() || a.IsUnspecified():
-		return "it means the worker itself"
+		return "the address means the worker itself"
 	case !subnet.IsValid():
-		return "workers have no IPv6, since there is no subnet6"
+		return "workers have no IPv6, because subnet6 is not set"
 	case subnet.Contains(a) && a != subnet.Addr().Next():
 		return "it is in the workers' own subnet, and workers do not reach one another"
 	}

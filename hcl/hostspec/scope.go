@@ -71,7 +71,7 @@ func (l *loader) declareVariable(b *hcl.Block) {
 		return
 	}
 	if first, ok := l.scope.vars[v.name]; ok {
-		l.errorf(&b.LabelRanges[0], "Duplicate variable", "The variable %q is declared at %s already.", v.name, first.rng)
+		l.errorf(&b.LabelRanges[0], "Duplicate variable", "The variable %q is already declared at %s.", v.name, first.rng)
 		return
 	}
 	l.scope.vars[v.name] = v
@@ -111,7 +111,7 @@ func (l *loader) literal(a *hcl.Attribute, want cty.Type, set func(cty.Value)) {
 	}
 	val, err := convert.Convert(val, want)
 	if err != nil || val.IsNull() || !val.IsKnown() {
-		l.errorf(a.Expr.Range().Ptr(), "Wrong type", "%q wants a %s, written out.", a.Name, want.FriendlyName())
+		l.errorf(a.Expr.Range().Ptr(), "Wrong type", "%q must be a literal %s.", a.Name, want.FriendlyName())
 		return
 	}
 	set(val)
@@ -316,7 +316,7 @@ func (l *loader) declareLocals(b *hcl.Block) {
 	l.diags = append(l.diags, diags...)
 	for _, a := range sortedAttrs(attrs) {
 		if first, ok := l.scope.locals[a.Name]; ok {
-			l.errorf(&a.NameRange, "Duplicate local", "local.%s is defined at %s already.", a.Name, first.attr.NameRange)
+			l.errorf(&a.NameRange, "Duplicate local", "local.%s is already defined at %s.", a.Name, first.attr.NameRange)
 			continue
 		}
 		l.scope.locals[a.Name] = &local{attr: a, value: cty.DynamicVal}
@@ -335,7 +335,7 @@ func (l *loader) evalLocal(name string, path []string) {
 		for i := range cycle {
 			cycle[i] = "local." + cycle[i]
 		}
-		l.errorf(&loc.attr.NameRange, "Locals in a circle", "Each of these needs the next one first: %s.", strings.Join(cycle, " → "))
+		l.errorf(&loc.attr.NameRange, "Locals in a circle", "Each of these depends on the next one: %s.", strings.Join(cycle, " → "))
 		return
 	case len(path) > maxDepth:
 		l.errorf(&loc.attr.NameRange, "Locals nested too deeply", "More than %d locals refer to each other in a row.", maxDepth)

@@ -381,9 +381,9 @@ func CheckToken(token string) error {
 		case r == '\n' || r == '\r':
 			return errors.New("the token has more than one line")
 		case unicode.IsSpace(r):
-			return errors.New("the token has a blank in it, or around it")
+			return errors.New("the token has a blank in or around it")
 		case r == '"' || r == '\\' || !unicode.IsPrint(r):
-			return errors.New("the token has a quote, a backslash or a control character in it, which no GitLab token has")
+			return errors.New("the token has a quote, a backslash or a control character, which no GitLab token has")
 		}
 	}
 	return nil
@@ -415,7 +415,7 @@ func (l *loader) secretText(expr hcl.Expression) (Text, error) {
 	if err != nil || text.IsNull() || !l.tokens.holds(text.AsString()) {
 		l.masks = append(l.masks, expr.Range())
 		if isLiteral(unwrap(expr)) {
-			return nil, fmt.Errorf("a secret in the spec could be read by all who can read the spec, its repository and its plan. %s", secretForms)
+			return nil, fmt.Errorf("everyone who can read the spec, its repository or its plan could read a secret that is written in it. %s", secretForms)
 		}
 		return nil, fmt.Errorf("a secret is only referred to, so that it is in no plan, state or log. %s", secretForms)
 	}
@@ -560,7 +560,7 @@ func (l *loader) hideText(v *variable, val cty.Value, from string) cty.Value {
 		}})
 	}
 	if v.byDefault {
-		l.tokens.refuse(from, fmt.Errorf("the variable %q has its default, which everyone who can read the spec can read. "+
+		l.tokens.refuse(from, fmt.Errorf("the variable %q is not set, and everyone who can read the spec can read its default. "+
 			"Omit the default, and set the variable with %s%s or --var-file", v.name, envVarPrefix, v.name))
 	}
 	secret := val.AsString()

@@ -147,7 +147,7 @@ func (s *section) one(typ string) *hcl.Block {
 		return nil
 	}
 	for _, b := range blocks[1:] {
-		s.l.errorf(&b.DefRange, "Duplicate block", "%s has a %s block at %s already; it takes one.", s.what, typ, blocks[0].DefRange)
+		s.l.errorf(&b.DefRange, "Duplicate block", "%s already has a %s block at %s; only one is allowed.", s.what, typ, blocks[0].DefRange)
 	}
 	return blocks[0]
 }
@@ -157,7 +157,11 @@ func (s *section) fail(a *hcl.Attribute, at *hcl.Range, format string, args ...a
 	if at == nil {
 		at = a.Expr.Range().Ptr()
 	}
-	s.l.errorf(at, "Invalid "+a.Name, "%s.", capital(fmt.Sprintf(format, args...)))
+	text := fmt.Sprintf(format, args...)
+	if !strings.HasPrefix(text, a.Name+" ") {
+		text = capital(text)
+	}
+	s.l.errorf(at, "Invalid "+a.Name, "%s.", text)
 }
 
 func (s *section) example(name string) string {
@@ -195,7 +199,7 @@ func (s *section) valueWithSecrets(name string) (*hcl.Attribute, *cty.Value) {
 		// As in Terraform, null is as if it were not written.
 		delete(s.l.attrs, key)
 		if s.required(name) {
-			s.l.errorf(a.Expr.Range().Ptr(), "Missing attribute", "%s needs %s, and this is null. Write, for example: %s",
+			s.l.errorf(a.Expr.Range().Ptr(), "Missing attribute", "%s needs %s; got null. Write, for example: %s",
 				s.what, name, s.example(name))
 		}
 		return a, nil
@@ -212,6 +216,19 @@ func (s *section) done(a *hcl.Attribute, elems ...hcl.Range) {
 	s.l.attrs[attrKey{s.owner, a.Name}] = attrInfo{rng: a.Expr.Range(), ok: true, elems: elems}
 }
 
+// kindName names a type as an administrator would: HCL tells tuples from lists and objects from maps, and a spec does not.
+func kindName(t cty.Type) string {
+	switch {
+	case t == cty.Bool:
+		return "boolean"
+	case t.IsTupleType():
+		return "list"
+	case t.IsObjectType():
+		return "map"
+	}
+	return t.FriendlyName()
+}
+
 // scalar is an attribute as a value of a primitive type.
 func (s *section) scalar(name string, want cty.Type) (*hcl.Attribute, *cty.Value) {
 	a, val := s.value(name)
@@ -220,8 +237,8 @@ func (s *section) scalar(name string, want cty.Type) (*hcl.Attribute, *cty.Value
 	}
 	conv, err := convert.Convert(*val, want)
 	if err != nil || conv.IsNull() {
-		s.fail(a, nil, "a %s is wanted, and this is %s. Write, for example: %s",
-			want.FriendlyName(), val.Type().FriendlyName(), s.example(name))
+		s.fail(a, nil, "%s must be a %s; got a %s. Write, for example: %s",
+			name, kindName(want), kindName(val.Type()), s.example(name))
 		return nil, nil
 	}
 	return a, &conv
@@ -247,7 +264,7 @@ func (s *section) textOrSecret(name string, to *string, secret *Text) {
 	bare, _ := v.UnmarkDeep()
 	conv, err := convert.Convert(bare, cty.String)
 	if err != nil || conv.IsNull() {
-		s.fail(a, nil, "a string is wanted, and this is %s. Write, for example: %s", bare.Type().FriendlyName(), s.example(name))
+		s.fail(a, nil, "%s must be a string; got a %s. Write, for example: %s", name, kindName(bare.Type()), s.example(name))
 		return
 	}
 	if text := conv.AsString(); s.l.tokens.holds(text) {
@@ -272,7 +289,7 @@ func (s *section) integer(name string, to *int) {
 	}
 	n, acc := v.AsBigFloat().Int64()
 	if acc != big.Exact || n < -1<<31 || n >= 1<<31 {
-		s.fail(a, nil, "a whole number is wanted, such as %s", s.example(name))
+		s.fail(a, nil, "%s must be a whole number, such as %s", name, s.example(name))
 		return
 	}
 	*to = int(n)
@@ -312,11 +329,11 @@ func parsedList[T any](s *section, name string, parse func(string) (T, error), t
 	}
 	t := v.Type()
 	if t == cty.String {
-		s.fail(a, nil, "a list is wanted: write %s = [%s]", name, quote(v.AsString()))
+		s.fail(a, nil, "%s must be a list: write %s = [%s]", name, name, quote(v.AsString()))
 		return
 	}
 	if !t.IsListType() && !t.IsTupleType() && !t.IsSetType() {
-		s.fail(a, nil, "a list is wanted, and this is %s. Write, for example: %s", t.FriendlyName(), s.example(name))
+		s.fail(a, nil, "%s must be a list; got a %s. Write, for example: %s", name, kindName(t), s.example(name))
 		return
 	}
 	values, ranges := v.AsValueSlice(), elementRanges(a.Expr, v.LengthInt())

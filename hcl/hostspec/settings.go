@@ -38,7 +38,7 @@ func (l *loader) checkSettings(r *Runner) {
 	c.table(nil, r.Settings, runnerSettings)
 	for _, key := range slices.Sorted(maps.Keys(r.Settings)) {
 		if s := runnerSettings[key]; s.executor != "" && s.executor != r.Executor && l.ok(r, "executor") == l.given(r, "executor") {
-			l.warnf(c.at(settingPath{key}), "A setting without effect", "%s is for executor = %q, and this runner has %q: GitLab Runner does not use it.",
+			l.warnf(c.at(settingPath{key}), "A setting without effect", "%s is for executor = %q, but this runner has %q, so GitLab Runner ignores it.",
 				quote(key), s.executor, r.Executor)
 		}
 	}
@@ -107,7 +107,7 @@ func (p settingPath) write(value string) string {
 	const longest = 60
 	switch key := p[len(p)-1]; {
 	case strings.HasPrefix(key, "["), len(key) > longest:
-		return fmt.Sprintf("Write %s in its place.", value)
+		return fmt.Sprintf("Write %s instead.", value)
 	case hclsyntax.ValidIdentifier(key):
 		return fmt.Sprintf("Write %s = %s.", key, value)
 	default:

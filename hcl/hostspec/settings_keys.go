@@ -223,8 +223,8 @@ var runnerSettings = settings{
 	"tag_list":     wordsFor(atGitLab),
 	"tags":         wordsFor(atGitLab),
 	// GitLab writes these two down when a runner is registered.
-	"token_expires_at":         wordsFor("it belongs to a registration, and the token is given here"),
-	"token_obtained_at":        wordsFor("it belongs to a registration, and the token is given here"),
+	"token_expires_at":         wordsFor("it comes from a registration, and the spec gives the token"),
+	"token_obtained_at":        wordsFor("it comes from a registration, and the spec gives the token"),
 	"unhealthy_interval":       durationSetting,
 	"unhealthy_requests_limit": integerSetting,
 	"url":                      wordsFor("write url = … in the runner block"),

@@ -30,7 +30,7 @@ func parseSize(s string) (int64, error) {
 	case !ok:
 		return 0, fmt.Errorf("the units are KiB, MiB, GiB and TiB (powers of 1024): write %q", num+guessSizeUnit(unit))
 	case s != num+unit:
-		return 0, fmt.Errorf("no spaces between number and unit: write %q", num+unit)
+		return 0, fmt.Errorf("a size has no space before its unit: write %q", num+unit)
 	case strings.Contains(num, "."):
 		return 0, fmt.Errorf("a size is a whole number: write %s", wholeSize(num, unit))
 	}
@@ -127,7 +127,7 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	switch {
 	case err != nil:
 		if host, _, _ := strings.Cut(s, "/"); hostSyntax.MatchString(strings.ToLower(host)) && strings.ContainsFunc(host, isLetter) {
-			return netip.Prefix{}, errors.New(`a rule is for addresses, and names are not resolved: write the name's addresses, such as "203.0.113.7/32"`)
+			return netip.Prefix{}, errors.New(`egress rules match addresses and do not resolve names: write the name's addresses, such as "203.0.113.7/32"`)
 		}
 		return netip.Prefix{}, errors.New(`a network is written as "10.0.0.0/24" or "fd00::/64"`)
 	case p.Addr().Is4In6():
@@ -150,7 +150,7 @@ func parsePorts(s string) (PortRange, error) {
 		return PortRange{}, fmt.Errorf(`a port is written as "tcp/443", a range as "tcp/9000-9001"%s`, guessPort(s))
 	}
 	if m[1] != "tcp" && m[1] != "udp" {
-		return PortRange{}, fmt.Errorf("ports are tcp or udp, not %s: write %q, or leave ports out for every protocol", m[1], "tcp/"+m[2])
+		return PortRange{}, fmt.Errorf("ports are tcp or udp, not %s: write %q, or omit ports for every protocol", m[1], "tcp/"+m[2])
 	}
 	first, _ := strconv.Atoi(m[2])
 	last := first
@@ -179,7 +179,7 @@ func guessPort(s string) string {
 		return fmt.Sprintf(": write %q", port)
 	}
 	if strings.HasPrefix(s, "icmp") {
-		return ": ICMP has none. Leave ports out for every protocol"
+		return ": ICMP has none. Omit ports for every protocol"
 	}
 	proto := "tcp"
 	var ports []string

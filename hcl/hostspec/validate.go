@@ -49,7 +49,7 @@ func (l *loader) checkPlaces(s *spec) {
 			continue
 		}
 		if n += p.MaxInstances; n > maxPlaces {
-			l.errorf(l.at(p, "max_instances"), "Too many workers", "With this pool the host has %d places for workers and images, and it can have %d. "+
+			l.errorf(l.at(p, "max_instances"), "Too many workers", "With this pool, the host has %d slots for workers and images; it can have %d. "+
 				"Lower max_instances.", n, maxPlaces)
 			return
 		}
@@ -100,7 +100,7 @@ func (l *loader) checkNames(s *spec) {
 			l.errorf(at, "Invalid name", "%s cannot be %s %s's name: use lower-case letters, digits and -, beginning with a letter%s.",
 				quote(name), article(kind), kind, suggestName(name))
 		} else if len(name) > longest {
-			l.errorf(at, "Invalid name", "The name %s has %d characters; %s %s's may have %d, since it becomes part of paths and host names.",
+			l.errorf(at, "Invalid name", "The name %s has %d characters; %s %s's name may have %d, because it becomes part of paths and host names.",
 				quote(name), len(name), article(kind), kind, longest)
 		}
 		if seen[kind] == nil {
@@ -209,24 +209,24 @@ func (l *loader) checkStateDir(h *Host) {
 	case !strings.HasPrefix(dir, "/"):
 		bad("%s is a relative path. Write an absolute one, such as \"/var/lib/fleetingd\".", quote(dir))
 	case !pathSyntax.MatchString(dir):
-		bad("%s has characters that systemd units would have to quote. Use letters, digits and - _ . + only.", quote(dir))
+		bad("%s has characters that systemd units would have to quote. Use only letters, digits and - _ . +", quote(dir))
 	case path.Clean(dir) != dir:
 		bad("Write %s as %q.", quote(dir), path.Clean(dir))
 	case len(dir) > maxStateDir:
-		bad("The path has %d characters and may have %d, since sockets below it may have 107.", len(dir), maxStateDir)
+		bad("The path has %d characters; it may have %d, because sockets below it may have 107.", len(dir), maxStateDir)
 	case slices.Contains(systemDirs, dir):
 		own := "/var/lib/fleetingd"
 		if slices.Contains([]string{"/media", "/mnt", "/opt", "/srv"}, dir) {
 			own = path.Join(dir, "fleetingd")
 		}
-		bad("%s belongs to the system. Write a folder of its own, such as %q.", dir, own)
+		bad("%s belongs to the system. Choose another folder, such as %q.", dir, own)
 	case under(dir, "/proc") || under(dir, "/sys") || under(dir, "/dev"):
 		bad("%s cannot hold files: its contents are the kernel's. Write \"/var/lib/fleetingd\", for example.", dir)
 	case len(h.Runners) == 0: // `fleetingd run` alone uses it
 	case under(dir, "/home") || under(dir, "/root") || under(dir, "/run/user"):
-		bad("%s is hidden from the runner: its unit sees no home folders (ProtectHome=). Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
+		bad("The runner cannot see %s: its unit hides home folders (ProtectHome=). Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
 	case under(dir, "/tmp") || under(dir, "/var/tmp"):
-		l.warnf(at, "Folder is not kept", "%s is hidden from the runner, whose unit has a /tmp of its own (PrivateTmp=), and is cleaned up by the system. "+
+		l.warnf(at, "Folder is not kept", "The runner cannot see %s: its unit has its own /tmp (PrivateTmp=), and the system cleans that folder up. "+
 			"Write \"/var/lib/fleetingd\" or \"/srv/fleetingd\", for example.", dir)
 	}
 }
@@ -241,10 +241,10 @@ func (l *loader) validateDisks(d *Disks) {
 	const least = 1 << 30
 	switch {
 	case d.Backing == "directory" && l.ok(d, "size"):
-		l.errorf(l.at(d, "size"), "Invalid size", "With backing = \"directory\" the folder's file system has the size that it has. "+
+		l.errorf(l.at(d, "size"), "Invalid size", "backing = \"directory\" uses the folder's file system as it is. "+
 			"Omit size, or write backing = \"xfs-image\".")
 	case (d.Backing == "xfs-image" || d.Backing == "tmpfs") && !l.given(d, "size"):
-		l.errorf(&d.Range, "Missing attribute", "With backing = %q, disks needs the size that it may grow to. Write, for example: size = \"200GiB\"", d.Backing)
+		l.errorf(&d.Range, "Missing attribute", "With backing = %q, disks needs a size, the most that they may take. Write, for example: size = \"200GiB\"", d.Backing)
 	case l.ok(d, "size") && d.Size < least:
 		l.errorf(l.at(d, "size"), "Invalid size", "%s is too small for an image and a worker. Write \"%s\" or more.", formatSize(d.Size), formatSize(least))
 	}
@@ -290,7 +290,7 @@ func (l *loader) checkArch(h *Host) {
 		case first == nil:
 			first = i
 		case i.arch() != first.arch():
-			l.errorf(&i.Range, "Images of two architectures", "The image %q is %s and %q is %s; host %q runs one of them. "+
+			l.errorf(&i.Range, "Images of two architectures", "The image %q is %s and %q is %s, but host %q can run only one architecture. "+
 				"Write the same arch in both.", i.Name, i.arch(), first.Name, first.arch(), h.Name)
 		}
 	}
@@ -350,16 +350,16 @@ func (l *loader) checkSubnet(n *Network) {
 		return
 	}
 	if n.Subnet.Bits() < 12 {
-		l.errorf(at, "Invalid subnet", "%s has more than a million addresses. Write a /12 or smaller.", n.Subnet)
+		l.errorf(at, "Invalid subnet", "%s has more than a million addresses. Write a /12 or a smaller network.", n.Subnet)
 		return
 	}
 	if !slices.ContainsFunc(private, func(p netip.Prefix) bool { return p.Contains(n.Subnet.Addr()) && p.Bits() <= n.Subnet.Bits() }) {
-		l.warnf(at, "Public subnet", "%s is public: this host could not reach the internet hosts that have these addresses. "+
+		l.warnf(at, "Public subnet", "%s is public: this host could no longer reach the internet hosts with these addresses. "+
 			"Write, for example, subnet = %q.", n.Subnet, netrange.Workers)
 		return
 	}
 	if by := netrange.Takers(n.Subnet); by != nil {
-		l.warnf(at, "Subnet in common use", "%s overlaps the default networks of %s. Where one of those comes up, in a worker or on the host, workers lose their network. %s",
+		l.warnf(at, "Subnet in common use", "%s overlaps the default networks of %s. If one of those comes up on the host, workers lose their network; in a worker, its jobs lose what they try to reach there. %s",
 			n.Subnet, and(by), l.freeSubnet(n))
 	}
 }
@@ -373,9 +373,9 @@ func (l *loader) freeSubnet(n *Network) string {
 		})
 	})
 	if !ok {
-		return "Write a smaller subnet outside of them."
+		return "Write a smaller subnet outside them."
 	}
-	return fmt.Sprintf("Write subnet = %q, for example: nothing uses that by default.", p)
+	return fmt.Sprintf("Write subnet = %q, for example, which nothing uses by default.", p)
 }
 
 func (l *loader) checkSubnet6(n *Network) {
@@ -399,7 +399,7 @@ func (l *loader) checkDNS(n *Network) {
 	}
 	const most = 3 // MAXNS of the C library's resolver
 	if len(n.DNS) > most {
-		l.errorf(l.at(n, "dns"), "Invalid dns", "There are %d servers; resolvers ask no more than %d.", len(n.DNS), most)
+		l.errorf(l.at(n, "dns"), "Invalid dns", "The list has %d servers; resolvers ask at most %d.", len(n.DNS), most)
 	}
 	for i, a := range n.DNS {
 		at := l.atElem(n, "dns", i)
@@ -408,12 +408,12 @@ func (l *loader) checkDNS(n *Network) {
 		case slices.Contains(n.DNS[:i], a):
 			l.errorf(at, "Invalid dns", "%s is in the list twice.", a)
 		case special:
-			l.errorf(at, "Invalid dns", "Workers cannot reach a name server at %s: it means the worker itself, its link, or a group. "+
+			l.errorf(at, "Invalid dns", "Workers cannot reach a name server at %s: this address means the worker itself, its link or a group. "+
 				"Write the address of a name server.", a)
 		case n.Subnet.Contains(a) || n.Subnet6.IsValid() && n.Subnet6.Contains(a):
-			l.errorf(at, "Invalid dns", "%s is in the workers' own subnet, where no name server runs. Write one outside of it.", a)
+			l.errorf(at, "Invalid dns", "%s is in the workers' own subnet, where no name server runs. Write an address outside it.", a)
 		case a.Is6() && !n.Subnet6.IsValid():
-			l.errorf(at, "Invalid dns", "%s is IPv6, and workers have none. Write subnet6 too, or an IPv4 address.", a)
+			l.errorf(at, "Invalid dns", "%s is IPv6, which workers do not have. Write subnet6 too, or an IPv4 address.", a)
 		}
 	}
 }
@@ -438,9 +438,9 @@ func (l *loader) validateEgress(e *Egress, n *Network) {
 		at := l.atElem(e, "to", i)
 		switch {
 		case e.Action == "allow" && (inside(to, n.Subnet) || n.Subnet6.IsValid() && inside(to, n.Subnet6)):
-			l.errorf(at, "Invalid to", "%s is in the workers' own subnet, and workers never reach one another. Write addresses outside of it.", to)
+			l.errorf(at, "Invalid to", "%s is in the workers' own subnet, and workers never reach one another. Write addresses outside it.", to)
 		case to.Addr().Is6() && !n.Subnet6.IsValid():
-			l.warnf(at, "Rule without effect", "%s is IPv6, and workers have none, since there is no subnet6.", to)
+			l.warnf(at, "Rule without effect", "%s is IPv6, which workers do not have, because subnet6 is not set.", to)
 		}
 	}
 }
@@ -472,8 +472,8 @@ func (l *loader) checkCapacity(h *Host) {
 			free++
 		}
 		fits := netip.PrefixFrom(p.Addr(), p.Addr().BitLen()-free).Masked()
-		l.errorf(l.at(&h.Network, name), "Subnet too small", "Host %q needs %d addresses (the pools' max_instances, and one for each image to be built at), "+
-			"and %s has %d for workers. Write %s = %q, or lower max_instances.", h.Name, need, p, have, name, fits.String())
+		l.errorf(l.at(&h.Network, name), "Subnet too small", "Host %q needs %d addresses (the pools' max_instances, and one for building each image), "+
+			"but %s has only %d. Write %s = %q, or lower max_instances.", h.Name, need, p, have, name, fits.String())
 	}
 	check("subnet", h.Network.Subnet)
 	if h.Network.Subnet6.IsValid() {
@@ -516,7 +516,7 @@ func (l *loader) checkBytes(owner any, name string, n, least, most int64) {
 
 func (l *loader) unknownReference(at *hcl.Range, kind, name string, known []string) {
 	if len(known) == 0 {
-		l.errorf(at, "Unknown "+kind, "There is no %s %q, nor any other.", kind, name)
+		l.errorf(at, "Unknown "+kind, "There is no %s %q; the spec has none.", kind, name)
 		return
 	}
 	cure := fmt.Sprintf("Write %s.%s", kind, known[0])

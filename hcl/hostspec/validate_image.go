@@ -26,9 +26,9 @@ func (l *loader) validateImage(i *Image) {
 	if l.ok(i, "user") {
 		switch {
 		case !userSyntax.MatchString(i.User):
-			l.errorf(l.at(i, "user"), "Invalid user", "%s is no account's name: use at most 32 lower-case letters, digits, - and _, beginning with a letter.", quote(i.User))
+			l.errorf(l.at(i, "user"), "Invalid user", "%s is not a valid account name: use at most 32 lower-case letters, digits, - and _, beginning with a letter.", quote(i.User))
 		case i.User == "root":
-			l.errorf(l.at(i, "user"), "Invalid user", "cloud-init lets nobody log in as root. Write another account; it may use sudo without a password.")
+			l.errorf(l.at(i, "user"), "Invalid user", "cloud-init does not allow logins as root. Write another account; it may use sudo without a password.")
 		}
 	}
 	if f := i.File; f != nil {
@@ -67,10 +67,10 @@ func (l *loader) checkSources(i *Image) {
 	switch len(have) {
 	case 1:
 	case 0:
-		l.errorf(&i.Range, "No source", "The image %q does not say where it comes from. Give it one of the blocks file, url, ubuntu and debian, such as:\n\n"+
+		l.errorf(&i.Range, "No source", "The image %q has no source. Add one of these blocks: file, url, ubuntu, debian. For example:\n\n"+
 			"ubuntu {\n  release = \"noble\"\n}", i.Name)
 	default:
-		l.errorf(&i.Range, "More than one source", "The image %q has the sources %s. Keep one; another image block can have the other.", i.Name, quotedList(have))
+		l.errorf(&i.Range, "More than one source", "The image %q has the sources %s. Keep one, and move the other to an image block of its own.", i.Name, quotedList(have))
 	}
 }
 
@@ -92,7 +92,7 @@ func (l *loader) checkCmdline(owner any, value string) {
 		return
 	}
 	if len(value) > most || strings.ContainsFunc(value, func(r rune) bool { return r < ' ' || r == 0x7f }) {
-		l.errorf(l.at(owner, "cmdline"), "Invalid cmdline", "A kernel's command line is one line of at most %d bytes.", most)
+		l.errorf(l.at(owner, "cmdline"), "Invalid cmdline", "A kernel command line must be one line of at most %d bytes.", most)
 	}
 }
 
@@ -104,14 +104,14 @@ func (l *loader) validateURLSource(u *URLSource) {
 	}
 	l.checkCmdline(u, u.Cmdline)
 	if l.ok(u, "sha256") && !sha256Syntax.MatchString(u.SHA256) {
-		cure := "It is 64 hexadecimal digits, as sha256sum prints them"
+		cure := "Write 64 hexadecimal digits, as sha256sum prints them"
 		if lower := strings.ToLower(u.SHA256); sha256Syntax.MatchString(lower) {
 			cure = "Write it in lower case: " + quote(lower)
 		}
-		l.errorf(l.at(u, "sha256"), "Invalid sha256", "%s is no SHA-256 checksum. %s.", quote(u.SHA256), cure)
+		l.errorf(l.at(u, "sha256"), "Invalid sha256", "%s is not a SHA-256 checksum. %s.", quote(u.SHA256), cure)
 	}
 	if sums, err := parseURL(u.SHA256Sums); err == nil && u.SHA256 == "" && sums.Scheme == "http" && !loopback(sums.Hostname()) {
-		l.warnf(l.at(u, "disk"), "Checksums without protection", "SHA256SUMS comes over http from %s, and whoever could change the image on its way could change that too. "+
+		l.warnf(l.at(u, "disk"), "Checksums without protection", "SHA256SUMS comes from %s over http, so anyone who can change the image on its way can change the checksums too. "+
 			"Write https, or the disk's sha256 here.", sums.Hostname())
 	}
 }
@@ -134,7 +134,7 @@ func parseURL(s string) (*url.URL, error) {
 	case u.Port() != "" && !isPort(u.Port()):
 		return nil, errors.New("port numbers go from 1 to 65535")
 	case u.User != nil:
-		return nil, errors.New("it holds a user or password, which would be in the plan for all to read")
+		return nil, errors.New("it holds a user or password, which everyone who can read the plan could read")
 	}
 	return u, nil
 }
@@ -176,9 +176,9 @@ func (l *loader) checkSuite(owner any, name, value string, byNumber map[string]s
 		return
 	}
 	if code := byNumber[value]; code != "" {
-		l.errorf(l.at(owner, name), "Invalid "+name, "%s goes by its code name: write %s = %q.", quote(value), name, code)
+		l.errorf(l.at(owner, name), "Invalid "+name, "Write the code name of %s: %s = %q.", quote(value), name, code)
 	} else if !suiteSyntax.MatchString(value) {
-		l.errorf(l.at(owner, name), "Invalid "+name, "%s is no code name. Write one in lower case, such as %q.", quote(value), lastOf(byNumber))
+		l.errorf(l.at(owner, name), "Invalid "+name, "%s is not a code name. Write one in lower case, such as %q.", quote(value), lastOf(byNumber))
 	}
 }
 
@@ -197,7 +197,7 @@ func packageCure(p string) string {
 	words := strings.Fields(strings.ToLower(p))
 	for _, word := range words {
 		if !packageSyntax.MatchString(word) {
-			return `Write each package by itself, such as ["git", "podman"].`
+			return `Write each package as its own string, such as ["git", "podman"].`
 		}
 	}
 	if len(words) == 0 {
@@ -238,7 +238,7 @@ func (l *loader) validatePrebuild(p *Prebuild) {
 		}
 	}
 	if l.ok(p, "timeout") && (p.Timeout < time.Second || p.Timeout > 24*time.Hour) {
-		l.errorf(l.at(p, "timeout"), "Invalid timeout", "A prebuild's timeout may be 1s to 24h, and this is %s.", p.Timeout)
+		l.errorf(l.at(p, "timeout"), "Invalid timeout", "A prebuild's timeout must be between 1s and 24h; got %s.", p.Timeout)
 	}
 	seen := map[string]hcl.Range{}
 	for _, f := range p.Files {
@@ -248,7 +248,7 @@ func (l *loader) validatePrebuild(p *Prebuild) {
 			continue
 		}
 		if first, ok := seen[f.Path]; ok {
-			l.errorf(at, "Duplicate file", "%s is written at %s already.", f.Path, first)
+			l.errorf(at, "Duplicate file", "%s is already written at %s.", f.Path, first)
 		}
 		seen[f.Path] = *at
 	}

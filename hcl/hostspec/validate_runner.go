@@ -34,8 +34,8 @@ func (l *loader) validateRunners(s *spec) {
 			continue
 		}
 		if first := users[r.Pool]; first != nil {
-			l.errorf(l.at(r, "pool"), "Pool used twice", "Pool %q is already used by the runner %q at %s. A runner needs all workers of its pool: "+
-				"give this one its own pool.", r.Pool, first.Name, first.Range)
+			l.errorf(l.at(r, "pool"), "Pool used twice", "Pool %q is already used by the runner %q at %s. A runner uses all workers of its pool, "+
+				"so give this runner a pool of its own.", r.Pool, first.Name, first.Range)
 		} else {
 			users[r.Pool] = r
 		}

@@ -8,7 +8,7 @@ image "a" {
   }
 }
 
-image "b" { # ERROR: The image "b" is arm64 and "a" is amd64; host "metal-01" runs one of them
+image "b" { # ERROR: The image "b" is arm64 and "a" is amd64, but host "metal-01" can run only one architecture
   debian {
     suite = "trixie"
     arch  = "arm64"

@@ -8,7 +8,7 @@ host "metal-01" {
   disks {
     backing = "xfs" # ERROR: backing must be one of "auto", "directory", "xfs-image" and "tmpfs"; got "xfs" (did you mean "xfs-image"?).
   }
-  disks { # ERROR: it takes one
+  disks { # ERROR: host "metal-01" already has a disks block at testdata/findings/host.hcl:8,3-8; only one is allowed
   }
   hypervisor "qemuu" { # ERROR: "qemuu" is not a hypervisor (did you mean "qemu"?)
     binary = "./qemu" # ERROR: is not an absolute, clean path
@@ -17,9 +17,9 @@ host "metal-01" {
 }
 
 host "metal-02" { # ERROR: host "metal-02" needs egress_interface. Write, for example: egress_interface = "eno1"
-  state_dir = "/etc" # ERROR: Write a folder of its own, such as "/var/lib/fleetingd"
+  state_dir = "/etc" # ERROR: Choose another folder, such as "/var/lib/fleetingd"
   refresh   = "5s"   # ERROR: Images cannot be rebuilt every 5s
-  disks { # ERROR: needs the size that it may grow to
+  disks { # ERROR: With backing = "tmpfs", disks needs a size, the most that they may take
     backing = "tmpfs"
   }
   hypervisor "cloud-hypervisor" {
@@ -34,13 +34,13 @@ host "metal-03" {
   refresh          = 24 # ERROR: "24": the unit is missing: write "24s" or "24m"
   disks {
     backing = "directory"
-    size    = "10GiB" # ERROR: the folder's file system has the size that it has
+    size    = "10GiB" # ERROR: backing = "directory" uses the folder's file system as it is
   }
   hypervisor "qemu" {
     accel   = "hvf" # ERROR: accel must be one of "auto", "kvm" and "tcg"; got "hvf".
-    sandbox = "yes" # ERROR: A bool is wanted, and this is string. Write, for example: sandbox = true
+    sandbox = "yes" # ERROR: Write, for example: sandbox = true
   }
-  hypervisor "cloud-hypervisor" { # ERROR: it takes one
+  hypervisor "cloud-hypervisor" { # ERROR: host "metal-03" already has a hypervisor block at testdata/findings/host.hcl:39,3-20; only one is allowed
   }
 }
 
@@ -57,7 +57,7 @@ host "metal-04" {
 }
 
 host "metal-05" {
-  egress_interface = null # ERROR: needs egress_interface, and this is null
+  egress_interface = null # ERROR: host "metal-05" needs egress_interface; got null
   state_dir        = "/proc/x" # ERROR: cannot hold files
   disks {
     size = "0.5GiB" # ERROR: a size is a whole number: write "512MiB"

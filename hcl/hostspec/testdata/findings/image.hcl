@@ -2,15 +2,15 @@ host "metal-01" {
   egress_interface = "eno1"
 }
 
-image "none" { # ERROR: does not say where it comes from
+image "none" { # ERROR: The image "none" has no source
 }
 
 image "two" { # ERROR: has the sources "ubuntu" and "debian". Keep one
   ubuntu {
-    release = "24.04" # ERROR: goes by its code name: write release = "noble".
+    release = "24.04" # ERROR: Write the code name of "24.04": release = "noble"
   }
   debian {
-    suite    = "Debian 13" # ERROR: is no code name. Write one in lower case, such as "trixie"
+    suite    = "Debian 13" # ERROR: Write one in lower case, such as "trixie"
     packages = ["git curl", "-o=x"] # ERROR: "git curl" is not the name of a Debian package. Write "git", "curl". && ERROR: "-o=x" is not the name
     mirror   = "ftp://mirror" # ERROR: it must start with https:// or http://
     arch     = "x86_64" # ERROR: arch must be one of "amd64", "arm64" and "riscv64"; got "x86_64".
@@ -26,7 +26,7 @@ image "url" {
 
 image "http" {
   url {
-    disk   = "http://images.example.com/x.qcow2" # WARNING: SHA256SUMS comes over http
+    disk   = "http://images.example.com/x.qcow2" # WARNING: SHA256SUMS comes from images.example.com over http, so anyone who can change the image on its way can change the checksums too
     kernel = "https://" # ERROR: it names no host
     initrd = "images/initrd" # ERROR: it must start with
   }
@@ -38,11 +38,11 @@ image "file" {
     kernel  = "/srv/vmlinuz"
     cmdline = "a\nb" # ERROR: one line of at most
   }
-  user = "root" # ERROR: lets nobody log in as root
+  user = "root" # ERROR: cloud-init does not allow logins as root
 }
 
 image "prebuild" {
-  user = "Build User" # ERROR: is no account's name
+  user = "Build User" # ERROR: "Build User" is not a valid account name: use at most 32 lower-case letters, digits, - and _, beginning with a letter
   debian {
     suite = "trixie"
     packages = ["git", "git"] # WARNING: The package git is in the list twice
@@ -50,7 +50,7 @@ image "prebuild" {
   prebuild {
     packages = [["git"]] # ERROR: Element 0 of the list is tuple
     run      = ["true", " "] # ERROR: Command 1 is empty
-    timeout  = "0s" # ERROR: may be 1s to 24h
+    timeout  = "0s" # ERROR: A prebuild's timeout must be between 1s and 24h; got 0s
     script   = "x" # ERROR: An argument named "script" is not expected here
     file "etc/motd" { # ERROR: is not the clean, absolute path of a file in the guest
       content = "x"
@@ -59,7 +59,7 @@ image "prebuild" {
       content = file("missing.txt") # ERROR: no such file or directory
       mode    = "rw-r--r--" # ERROR: a mode is octal digits
     }
-    file "/etc/motd" { # ERROR: is written at && ERROR: needs content
+    file "/etc/motd" { # ERROR: /etc/motd is already written at testdata/findings/image.hcl:58,10-21 && ERROR: needs content
       mode = 755
     }
     file "/etc/zero" {
@@ -79,10 +79,10 @@ image "Bad_Name" { # ERROR: cannot be an image's name: use lower-case letters, d
   }
 }
 
-image "a-name-that-is-longer-than-it-may-be" { # ERROR: has 36 characters; an image's may have 32
+image "a-name-that-is-longer-than-it-may-be" { # ERROR: The name "a-name-that-is-longer-than-it-may-be" has 36 characters; an image's name may have 32, because it becomes part of paths and host names
   ubuntu { # ERROR: ubuntu needs release
   }
-  ubuntu { # ERROR: it takes one
+  ubuntu { # ERROR: image "a-name-that-is-longer-than-it-may-be" already has a ubuntu block at testdata/findings/image.hcl:83,3-9; only one is allowed
   }
 }
 
@@ -101,7 +101,7 @@ image "shell" {
   prebuild {
     run = [
       "echo $HOME $${HOME} %%{http_code}",
-      "echo ${HOME}", # ERROR: There is no "HOME". An expression can refer to var.NAME and local.NAME. Where it is for a shell, write $${HOME} instead of ${HOME}.
+      "echo ${HOME}", # ERROR: There is no "HOME". An expression can refer to var.NAME and local.NAME. If it is meant for a shell, write $${HOME} instead of ${HOME}
       "echo ${host.name}", # ERROR: There is no "host". An expression can refer to
       join(" ", [for k, v in { a = "b" } : "${k}=${v}"]),
     ]

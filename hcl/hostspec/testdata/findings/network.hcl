@@ -1,7 +1,7 @@
 host "a" {
   egress_interface = "eno1"
   network {
-    subnet = "10.7.0.0/29" # ERROR: Host "a" needs 31 addresses && ERROR: has 6 for workers. Write subnet = "10.7.0.0/26", or lower max_instances
+    subnet = "10.7.0.0/29" # ERROR: Host "a" needs 31 addresses && ERROR: has only 6. Write subnet = "10.7.0.0/26", or lower max_instances
     dns    = ["10.7.0.3"]  # ERROR: is in the workers' own subnet
     mtu    = 100           # ERROR: mtu must be between 576 and 9216; got 100.
     egress "in" {
@@ -42,8 +42,8 @@ host "d" {
   egress_interface = "eno1"
   network {
     subnet = "172.16.120.0" # ERROR: the prefix length is missing: write "172.16.120.0/32" for this one address
-    dns    = ["9.9.9.9", "9.9.9.9", "127.0.0.53", "2620:fe::fe"] # ERROR: There are 4 servers; resolvers ask no more than 3 && ERROR: 9.9.9.9 is in the list twice && ERROR: Workers cannot reach a name server at 127.0.0.53 && ERROR: 2620:fe::fe is IPv6, and workers have none
-    mtu    = "big" # ERROR: A number is wanted, and this is string. Write, for example: mtu = 1500
+    dns    = ["9.9.9.9", "9.9.9.9", "127.0.0.53", "2620:fe::fe"] # ERROR: The list has 4 servers; resolvers ask at most 3 && ERROR: 9.9.9.9 is in the list twice && ERROR: Workers cannot reach a name server at 127.0.0.53 && ERROR: 2620:fe::fe is IPv6, which workers do not have
+    mtu    = "big" # ERROR: Write, for example: mtu = 1500
   }
 }
 
@@ -51,8 +51,8 @@ host "e" {
   egress_interface = "eno1"
   network {
     subnet  = "8.8.8.0/24" # WARNING: 8.8.8.0/24 is public
-    subnet6 = "fd00::/124" # ERROR: has 14 for workers. Write subnet6 = "fd00::/122"
-    dns     = "1.1.1.1"    # ERROR: A list is wanted: write dns = ["1.1.1.1"]
+    subnet6 = "fd00::/124" # ERROR: Write subnet6 = "fd00::/122", or lower max_instances
+    dns     = "1.1.1.1"    # ERROR: dns must be a list: write dns = ["1.1.1.1"]
   }
 }
 
@@ -61,10 +61,10 @@ host "f" {
   network {
     subnet = "10.0.0.0/8" # ERROR: has more than a million addresses
     dns    = [null]       # ERROR: Element 0 of the list is null
-    mtu    = 1500.5       # ERROR: A whole number is wanted, such as mtu = 1500
+    mtu    = 1500.5       # ERROR: mtu must be a whole number, such as mtu = 1500
     egress "six" {
       action = "deny"
-      to     = ["2001:db8::/32"] # WARNING: is IPv6, and workers have none
+      to     = ["2001:db8::/32"] # WARNING: 2001:db8::/32 is IPv6, which workers do not have, because subnet6 is not set
     }
   }
 }
@@ -73,7 +73,7 @@ host "f" {
 host "g" {
   egress_interface = "eno1"
   network {
-    subnet = "10.7.0.0/27" # ERROR: Host "g" needs 31 addresses (the pools' max_instances, and one for each image to be built at), and 10.7.0.0/27 has 30 for workers. Write subnet = "10.7.0.0/26"
+    subnet = "10.7.0.0/27" # ERROR: Host "g" needs 31 addresses (the pools' max_instances, and one for building each image), but 10.7.0.0/27 has only 30. Write subnet = "10.7.0.0/26", or lower max_instances
   }
 }
 
@@ -83,8 +83,8 @@ host "cures" {
   network {
     egress "x" {
       action = "drop" # ERROR: action must be "allow" or "deny"; got "drop". Write action = "deny".
-      to     = ["gitlab.example.com", "gitlab/32"] # ERROR: "gitlab.example.com": a rule is for addresses, and names are not resolved && ERROR: "gitlab/32": a rule is for addresses
-      ports  = [443, "https", "tcp/80,443", "dns", "icmp", "80 udp/90", "what"] # ERROR: "443": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: "https": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: write "tcp/80", "tcp/443" && ERROR: write "udp/53" && ERROR: ICMP has none. Leave ports out for every protocol && ERROR: write "udp/80", "udp/90" && ERROR: "what": a port is written as "tcp/443", a range as "tcp/9000-9001".
+      to     = ["gitlab.example.com", "gitlab/32"] # ERROR: "gitlab.example.com": egress rules match addresses and do not resolve names: write the name's addresses, such as "203.0.113.7/32" && ERROR: "gitlab/32": egress rules match addresses and do not resolve names: write the name's addresses, such as "203.0.113.7/32"
+      ports  = [443, "https", "tcp/80,443", "dns", "icmp", "80 udp/90", "what"] # ERROR: "443": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: "https": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: write "tcp/80", "tcp/443" && ERROR: write "udp/53" && ERROR: ICMP has none. Omit ports for every protocol && ERROR: write "udp/80", "udp/90" && ERROR: "what": a port is written as "tcp/443", a range as "tcp/9000-9001".
     }
   }
 }
@@ -92,7 +92,7 @@ host "cures" {
 host "h" {
   egress_interface = "eno1"
   network {
-    subnet = "172.17.0.0/24" # WARNING: 172.17.0.0/24 overlaps the default networks of Docker. Where one of those comes up, in a worker or on the host, workers lose their network. Write subnet = "172.16.120.0/24", for example
+    subnet = "172.17.0.0/24" # WARNING: 172.17.0.0/24 overlaps the default networks of Docker. If one of those comes up on the host, workers lose their network; in a worker, its jobs lose what they try to reach there. Write subnet = "172.16.120.0/24", for example, which nothing uses by default
   }
 }
 

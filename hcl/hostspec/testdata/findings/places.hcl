@@ -24,7 +24,7 @@ pool "b" {
   cpus          = 1
   memory        = "1GiB"
   disk          = "5GiB"
-  max_instances = 1 # ERROR: With this pool the host has 65537 places for workers and images, and it can have 65536
+  max_instances = 1 # ERROR: With this pool, the host has 65537 slots for workers and images; it can have 65536. Lower max_instances
 }
 
 pool "c" {

@@ -18,22 +18,22 @@ pool "small" {
   limits {
     cpu_quota    = 4   # ERROR: "4": the % sign is missing: write "400%" for 4 CPUs
     disk_iops    = 0   # ERROR: Omit it for no limit
-    network_mbps = "fast" # ERROR: A number is wanted
+    network_mbps = "fast" # ERROR: network_mbps must be a number; got a string
     disk_iop     = 1 # ERROR: limits may have: cpu_quota, disk_iops, network_mbps
   }
 }
 
 pool "units" {
   image         = image.windows # ERROR: There is no image "windows". Write image.ubuntu.
-  cpus          = "two"         # ERROR: A number is wanted, and this is string. Write, for example: cpus = 4
-  memory        = "8 GiB"       # ERROR: no spaces between number and unit: write "8GiB"
+  cpus          = "two"         # ERROR: Write, for example: cpus = 4
+  memory        = "8 GiB"       # ERROR: "8 GiB": a size has no space before its unit: write "8GiB"
   disk          = "30g"         # ERROR: write "30GiB"
-  console       = 1             # ERROR: A bool is wanted
-  max_instances = [1]           # ERROR: A number is wanted, and this is tuple
+  console       = 1             # ERROR: console must be a boolean; got a number
+  max_instances = [1]           # ERROR: max_instances must be a number; got a list
   limits {
     cpu_quota = "0%" # ERROR: cpu_quota must be between 1 and 25400; got 0.
   }
-  limits { # ERROR: it takes one
+  limits { # ERROR: pool "units" already has a limits block at testdata/findings/pool.hcl:33,3-9; only one is allowed
   }
 }
 
@@ -47,7 +47,7 @@ pool "more" {
 
 pool "refs" {
   image         = pool.small # ERROR: Write the name of an image block
-  cpus          = image.ubuntu # ERROR: image.NAME stands alone
+  cpus          = image.ubuntu # ERROR: image.NAME must stand alone, as in image = image.NAME; it has no value to use in an expression
   memory        = "99999999999999999999GiB" # ERROR: the number is too large
   disk          = "lots" # ERROR: a size is a whole number and a unit, such as "8GiB"
   max_instances = 1

@@ -81,7 +81,7 @@ runner "ranges" {
 }
 runner "six" {
   pool  = pool.a # ERROR: Pool used twice
-  url   = "https://[fd00::3]:8443" # WARNING: GitLab at [fd00::3]:8443: workers have no IPv6, since there is no subnet6. Write subnet6 in the network block
+  url   = "https://[fd00::3]:8443" # WARNING: GitLab at [fd00::3]:8443: workers have no IPv6, because subnet6 is not set. Write subnet6 in the network block
   token = env("T")
 }
 runner "mapped" {
@@ -91,12 +91,12 @@ runner "mapped" {
 }
 runner "self" {
   pool  = pool.a # ERROR: Pool used twice
-  url   = "http://localhost:3000" # WARNING: GitLab at localhost:3000: it means the worker itself. Write a name or an address
+  url   = "http://localhost:3000" # WARNING: GitLab at localhost:3000: the address means the worker itself. Write a name or an address
   token = env("T")
 }
 runner "loopback" {
   pool  = pool.a # ERROR: Pool used twice
-  url   = "http://127.0.1.1" # WARNING: it means the worker itself
+  url   = "http://127.0.1.1" # WARNING: the address means the worker itself
   token = env("T")
 }
 runner "subnet" {

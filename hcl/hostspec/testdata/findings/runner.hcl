@@ -29,7 +29,7 @@ locals {
 runner "a" {
   pool                  = pool.smal # ERROR: There is no pool "smal". Did you mean pool.small?
   url                   = "gitlab.example.com" # ERROR: it must start with https:// or http://
-  token                 = "glrt-literal" # ERROR: A secret in the spec could be read by all
+  token                 = "glrt-literal" # ERROR: Everyone who can read the spec, its repository or its plan could read a secret that is written in it
   executor              = "docker" # ERROR: executor must be "instance" or "docker-autoscaler"; got "docker" (did you mean "docker-autoscaler"?)
   capacity_per_instance = 0 # ERROR: capacity_per_instance must be between 1 and 1024; got 0.
   max_use_count         = -1 # ERROR: max_use_count must be between 0 and
@@ -50,7 +50,7 @@ runner "b" {
   settings = {
     executor  = "shell" # ERROR: settings may not have "executor": write executor = … in the runner block
     tokn      = "x" # WARNING: "tokn" is not a setting of GitLab Runner 19.4; did you mean "token"?
-    docker    = { image = "alpine" } # WARNING: "docker" is for executor = "docker-autoscaler", and this runner has "instance"
+    docker    = { image = "alpine" } # WARNING: "docker" is for executor = "docker-autoscaler", but this runner has "instance", so GitLab Runner ignores it
     autoscaler = { max_instances = 3 } # ERROR: write max_instances = … in the pool block
   }
   policy {
@@ -64,8 +64,8 @@ runner "b" {
 runner "c" {
   pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = var.token # ERROR: The value comes from a secret
-  token = var.token # ERROR: has its default, which everyone who can read the spec can read
-  settings = { environment = ["X=${local.secret}"] } # ERROR: The variable "token" has its default
+  token = var.token # ERROR: The variable "token" is not set, and everyone who can read the spec can read its default
+  settings = { environment = ["X=${local.secret}"] } # ERROR: The variable "token" is not set, and everyone who can read the spec can read its default
 }
 
 runner "d" { # ERROR: runner "d" needs token && ERROR: needs url
@@ -76,13 +76,13 @@ runner "e" {
   pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = "https://gitlab.example.com"
   token = local.plain # ERROR: A secret is only referred to
-  settings = ["x"] # ERROR: A map is wanted, and this is tuple
+  settings = ["x"] # ERROR: settings must be a map; got a list
 }
 
 runner "f" {
   pool  = pool.small # ERROR: Pool "small" is already used by the runner
   url   = upper(parseint(var.token, 10)) # ERROR: so parseint cannot work on it
-  token = "glrt-${var.token}" # ERROR: The variable "token" has its default
+  token = "glrt-${var.token}" # ERROR: The variable "token" is not set, and everyone who can read the spec can read its default
   settings = { list = [null] } # ERROR: A list in it has a null
 }
 
@@ -114,12 +114,12 @@ runner "h" {
 # What the runner's unit does not see.
 host "home" {
   egress_interface = "eno1"
-  state_dir        = "/home/ci/fleetingd" # ERROR: /home/ci/fleetingd is hidden from the runner: its unit sees no home folders
+  state_dir        = "/home/ci/fleetingd" # ERROR: The runner cannot see /home/ci/fleetingd: its unit hides home folders (ProtectHome=)
 }
 
 host "tmp" {
   egress_interface = "eno1"
-  state_dir        = "/var/tmp/fleetingd" # WARNING: is hidden from the runner, whose unit has a /tmp of its own
+  state_dir        = "/var/tmp/fleetingd" # WARNING: The runner cannot see /var/tmp/fleetingd: its unit has its own /tmp (PrivateTmp=), and the system cleans that folder up
 }
 
 runner "i" {

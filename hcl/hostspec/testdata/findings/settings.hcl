@@ -66,7 +66,7 @@ runner "types" {
       ]
       extra_hosts = [
         "gitlab.example.com:192.0.2.3",
-        5,                               # ERROR: "docker.extra_hosts[1]" must be a string; got the number 5. Write "5" in its place.
+        5,                               # ERROR: "docker.extra_hosts[1]" must be a string; got the number 5. Write "5" instead
       ]
       sysctls = {
         "net.ipv4.ip_forward" = 1        # ERROR: "docker.sysctls.net.ipv4.ip_forward" must be a string; got the number 1. Write "net.ipv4.ip_forward" = "1".
@@ -82,7 +82,7 @@ runner "types" {
           environment = ["PLAIN"]        # ERROR: "docker.services[1].environment[0]" must be NAME=value; got "PLAIN".
           aliases     = ["r"]            # WARNING: "docker.services[1].aliases" is not a setting of GitLab Runner 19.4; did you mean "docker.services[1].alias"?
         },
-        "redis",                         # ERROR: "docker.services[2]" must be a table; got the string "redis". Write { … } in its place.
+        "redis",                         # ERROR: "docker.services[2]" must be a table; got the string "redis". Write { … } instead
       ]
     }
     cache = {
@@ -91,7 +91,7 @@ runner "types" {
     }
     monitoring = { job_queuing_durations = { periods = ["* * * * *"] } } # ERROR: "monitoring.job_queuing_durations" must be a list of tables; got a table. Write job_queuing_durations = [{ … }].
     autoscaler = {
-      instance_life_duration_buckets = [1, 2.5, "5"] # ERROR: "autoscaler.instance_life_duration_buckets[2]" must be a number; got the string "5". Write 5 in its place.
+      instance_life_duration_buckets = [1, 2.5, "5"] # ERROR: "autoscaler.instance_life_duration_buckets[2]" must be a number; got the string "5". Write 5 instead
       scale_throttle   = { limit = 2, burst = "10" } # ERROR: "autoscaler.scale_throttle.burst" must be a whole number; got the string "10". Write burst = 10.
       connector_config = {
         username = "gitlab"              # ERROR: "autoscaler.connector_config.username" is "gitlab", but a worker's key is made for the image's user "ci". Omit it, or write user = "gitlab" in the image block.

@@ -23,7 +23,7 @@ host "metal-01" {
     }
     egress "ping" {
       action = "allow"
-      ports  = ["icmp/8"] # ERROR: write "tcp/8", or leave ports out for every protocol
+      ports  = ["icmp/8"] # ERROR: write "tcp/8", or omit ports for every protocol
     }
   }
 }

@@ -1,6 +1,6 @@
 variable "unset" { # ERROR: The variable "unset" has no default and was not set. Set it with --var unset=VALUE
 }
-variable "unset" { # ERROR: The variable "unset" is declared at
+variable "unset" { # ERROR: The variable "unset" is already declared at testdata/findings/variable.hcl:1,1-17
 }
 variable "kind" {
   type    = strin # ERROR: Invalid type specification
@@ -17,7 +17,7 @@ variable "not an identifier" { # ERROR: cannot be written as var.NAME
 }
 variable "attrs" {
   default   = 1
-  sensitive = "maybe" # ERROR: "sensitive" wants a bool, written out
+  sensitive = "maybe" # ERROR: "sensitive" must be a literal bool
   validate  = true # ERROR: An argument named "validate" is not expected here
 }
 
@@ -36,7 +36,7 @@ locals {
 }
 
 locals {
-  domain = "twice" # ERROR: local.domain is defined at
+  domain = "twice" # ERROR: local.domain is already defined at testdata/findings/variable.hcl:29,3-9
 }
 
 host "metal-01" {
@@ -46,7 +46,7 @@ host "metal-01" {
 
 image "ubuntu" {
   ubuntu {
-    release = "${local.domain}" # ERROR: is no code name
+    release = "${local.domain}" # ERROR: "ci.example.com" is not a code name
   }
 }
 

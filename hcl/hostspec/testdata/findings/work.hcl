@@ -14,7 +14,7 @@ locals {
   num1   = "${tonumber("1e9${"9"}9999999")}" # ERROR: the exponent of a number may be at most 300
   num2   = "${"1e999999999" + 1}" # ERROR: Evaluating this could touch more than
   num3   = jsondecode("[1e9${"9"}9999999]") # ERROR: the exponent of a number may be at most 300
-  num4   = log(-1, 0) # ERROR: log can do nothing with these arguments
+  num4   = log(-1, 0) # ERROR: log cannot use these arguments
   host   = cidrhost("10.0.0.0/24", 256) # ERROR: a /24 has 256 addresses
   net    = cidrsubnet("10.0.0.0/24", 9, 0) # ERROR: can be made between 0 and 8 bits longer
 }
