@@ -31,32 +31,19 @@ func bootOnce(ctx context.Context, cache string, base base, opts Options) (boote
 	h := sha256.New()
 	fmt.Fprintln(h, version, base.dir, opts.Disks, (&Lab{opts: opts, base: base}).qemuArgs())
 	b := booted{filepath.Join(cache, "booted-"+hex.EncodeToString(h.Sum(nil))[:16])}
-	lock, err := waitLock(ctx, filepath.Join(cache, "build.lock"))
-	if err != nil {
-		return b, fmt.Errorf("hostlab: waiting for another builder: %w", err)
-	}
-	defer lock.Close()
-	if _, err := os.Stat(b.dir); err == nil {
-		return b, nil
-	}
-	fmt.Fprintf(opts.Log, "hostlab: the first boot with %d CPUs, %d MiB and %d disks; later ones go on from its memory\n",
-		opts.CPUs, opts.Memory>>20, len(opts.Disks))
-	start := time.Now()
-	tmp := booted{b.dir + ".new"}
-	if err := os.RemoveAll(tmp.dir); err != nil { // of a process that was killed
-		return b, fmt.Errorf("hostlab: %w", err)
-	}
-	if err := os.MkdirAll(tmp.dir, 0o700); err != nil {
-		return b, fmt.Errorf("hostlab: %w", err)
-	}
-	if err := boot(ctx, tmp, base, opts); err != nil {
-		return b, errors.Join(err, os.RemoveAll(tmp.dir))
-	}
-	if err := os.Rename(tmp.dir, b.dir); err != nil {
-		return b, fmt.Errorf("hostlab: %w", err)
-	}
-	fmt.Fprintf(opts.Log, "hostlab: booted in %s\n", time.Since(start).Round(time.Second))
-	return b, nil
+	return b, makeOnce(ctx, cache, b.dir, func(tmp string) error {
+		fmt.Fprintf(opts.Log, "hostlab: the first boot with %d CPUs, %d MiB and %d disks; later ones go on from its memory\n",
+			opts.CPUs, opts.Memory>>20, len(opts.Disks))
+		start := time.Now()
+		if err := os.Chmod(tmp, 0o700); err != nil { // a guest's memory
+			return fmt.Errorf("hostlab: %w", err)
+		}
+		if err := boot(ctx, booted{tmp}, base, opts); err != nil {
+			return err
+		}
+		fmt.Fprintf(opts.Log, "hostlab: booted in %s\n", time.Since(start).Round(time.Second))
+		return nil
+	})
 }
 
 func boot(ctx context.Context, b booted, base base, opts Options) (err error) {

@@ -53,42 +53,55 @@ func recipeDigest() (string, error) {
 	return hex.EncodeToString(h.Sum(nil))[:16], err
 }
 
-// buildOnce returns the base image from the cache, after building it where it is not there. Of several builders one
-// works and the others wait for it.
+// buildOnce returns the base image from the cache, and builds it first if it is missing.
 func buildOnce(ctx context.Context, cache string, log io.Writer) (base, error) {
 	digest, err := recipeDigest()
 	if err != nil {
 		return base{}, err
 	}
 	b := base{filepath.Join(cache, "base-"+digest)}
+	return b, makeOnce(ctx, cache, b.dir, func(tmp string) error {
+		if os.Getuid() != 0 {
+			return errors.New("hostlab: the base image is not built yet, which needs root (mmdebstrap): run it as root once")
+		}
+		fmt.Fprintf(log, "hostlab: building the base image in %s from Debian's packages, once; it takes minutes\n", b.dir)
+		start := time.Now()
+		if err := build(ctx, base{tmp}, log); err != nil {
+			return err
+		}
+		fmt.Fprintf(log, "hostlab: built in %s\n", time.Since(start).Round(time.Second))
+		return prune(cache, base{tmp})
+	})
+}
+
+// makeOnce makes the folder dir of the cache unless it exists: fill writes to a temporary folder, which then gets that name. If several
+// processes want it, one works and the others wait.
+func makeOnce(ctx context.Context, cache, dir string, fill func(tmp string) error) error {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return b, fmt.Errorf("hostlab: %w", err)
+		return fmt.Errorf("hostlab: %w", err)
 	}
 	lock, err := waitLock(ctx, filepath.Join(cache, "build.lock"))
 	if err != nil {
-		return b, fmt.Errorf("hostlab: waiting for another builder: %w", err)
+		return fmt.Errorf("hostlab: waiting for another builder: %w", err)
 	}
 	defer lock.Close()
-	if _, err := os.Stat(b.dir); err == nil {
-		return b, nil
+	if _, err := os.Stat(dir); err == nil {
+		return nil
 	}
-	if os.Getuid() != 0 {
-		return b, errors.New("hostlab: the base image is not built yet, which needs root (mmdebstrap): run it as root once")
+	tmp := dir + ".new"
+	if err := os.RemoveAll(tmp); err != nil { // left by a process that was killed
+		return fmt.Errorf("hostlab: %w", err)
 	}
-	fmt.Fprintf(log, "hostlab: building the base image in %s from Debian's packages, once; it takes minutes\n", b.dir)
-	start := time.Now()
-	tmp := b.dir + ".new"
-	if err := os.RemoveAll(tmp); err != nil { // of a builder that was killed
-		return b, fmt.Errorf("hostlab: %w", err)
+	if err := os.Mkdir(tmp, 0o755); err != nil {
+		return fmt.Errorf("hostlab: %w", err)
 	}
-	if err := build(ctx, base{tmp}, log); err != nil {
-		return b, errors.Join(err, os.RemoveAll(tmp))
+	if err := fill(tmp); err != nil {
+		return errors.Join(err, os.RemoveAll(tmp))
 	}
-	if err := os.Rename(tmp, b.dir); err != nil {
-		return b, fmt.Errorf("hostlab: %w", err)
+	if err := os.Rename(tmp, dir); err != nil {
+		return fmt.Errorf("hostlab: %w", err)
 	}
-	fmt.Fprintf(log, "hostlab: built in %s\n", time.Since(start).Round(time.Second))
-	return b, prune(cache, b)
+	return nil
 }
 
 // prune removes what other recipes left in the cache: a gigabyte each, that nothing here will ask for again.
@@ -110,9 +123,6 @@ func prune(cache string, keep base) error {
 }
 
 func build(ctx context.Context, b base, log io.Writer) error {
-	if err := os.MkdirAll(b.dir, 0o755); err != nil {
-		return fmt.Errorf("hostlab: %w", err)
-	}
 	if err := unpackRecipe(b.dir); err != nil {
 		return fmt.Errorf("hostlab: %w", err)
 	}
