@@ -5,9 +5,10 @@ import (
 	"encoding/base32"
 	"encoding/binary"
 	"regexp"
-	"strings"
 	"sync"
 	"time"
+
+	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
 // idSource makes the names of workers: POOL-TIMERANDOM, a DNS label (it is the host's name inside) of at most
@@ -30,20 +31,7 @@ var encoding = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPaddin
 var idForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,11})-[0-9a-z]{16}$`)
 
 func newIDSource(pool string) *idSource {
-	label := strings.Map(func(r rune) rune {
-		switch {
-		case 'a' <= r && r <= 'z', '0' <= r && r <= '9':
-			return r
-		case 'A' <= r && r <= 'Z':
-			return r - 'A' + 'a'
-		}
-		return '-'
-	}, pool)
-	label = strings.Trim(label[:min(len(label), maxPoolLabel)], "-")
-	if label == "" {
-		label = "worker"
-	}
-	return &idSource{pool: label, now: time.Now}
+	return &idSource{pool: plan.Label(pool, maxPoolLabel), now: time.Now}
 }
 
 func (s *idSource) next() string {

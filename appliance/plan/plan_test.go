@@ -280,8 +280,8 @@ func TestWorkerSeed(t *testing.T) {
 		t.Errorf("(-want +got)\n%s", d)
 	}
 	for id, want := range map[string]string{"": "worker", "-_-": "worker", strings.Repeat("ab", 40): strings.Repeat("ab", 31) + "a"} {
-		if got := hostname(id); got != want {
-			t.Errorf("the host name of %q is %q, want %q", id, got, want)
+		if got := Label(id, 63); got != want {
+			t.Errorf("the label of %q is %q, want %q", id, got, want)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"cmp"
 	"net/netip"
 	"strings"
 
@@ -13,7 +14,7 @@ import (
 func (p *Plan) WorkerSeed(pool *Pool, slot Slot, id, authorizedKey string) seed.Seed {
 	s := seed.Seed{
 		InstanceID: id,
-		Hostname:   hostname(id),
+		Hostname:   Label(id, 63),
 		Network:    p.SlotNetwork(slot),
 	}
 	if im, err := p.Image(pool.Image); err == nil { // check() refuses a Plan where it is not
@@ -38,8 +39,9 @@ func (p *Plan) SlotNetwork(slot Slot) *seed.Network {
 	return n
 }
 
-// hostname makes a DNS label (RFC 1123: letters, digits and inner dashes, 63 at most) of a worker's id.
-func hostname(id string) string {
+// Label makes a DNS label (RFC 1123: letters, digits and inner dashes) of a name, most bytes long at most. Names of other characters
+// alone become "worker".
+func Label(name string, most int) string {
 	label := strings.Map(func(r rune) rune {
 		switch {
 		case 'a' <= r && r <= 'z', '0' <= r && r <= '9':
@@ -48,10 +50,6 @@ func hostname(id string) string {
 			return r - 'A' + 'a'
 		}
 		return '-'
-	}, id)
-	label = strings.Trim(label[:min(len(label), 63)], "-")
-	if label == "" {
-		return "worker"
-	}
-	return label
+	}, name)
+	return cmp.Or(strings.Trim(label[:min(len(label), most)], "-"), "worker")
 }
