@@ -4,8 +4,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 
 	"github.com/fleetingd/fleetingd/appliance/state"
 	"github.com/fleetingd/fleetingd/appliance/visible"
@@ -62,9 +60,5 @@ func (g *Group) consoleTail(id string) []string {
 	if err != nil {
 		return nil
 	}
-	lines := strings.Split(strings.TrimRight(string(b), "\r\n"), "\n")
-	for i, l := range lines {
-		lines[i] = visible.Text(strings.TrimRight(l, "\r"))
-	}
-	return slices.Clip(lines[max(0, len(lines)-10):])
+	return visible.LastLines(string(b), 10)
 }

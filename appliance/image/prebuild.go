@@ -13,6 +13,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/guest"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/state"
+	"github.com/fleetingd/fleetingd/appliance/visible"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 	"github.com/fleetingd/fleetingd/seed"
 )
@@ -325,7 +326,9 @@ func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error 
 		err = fmt.Errorf("%w; the VM ended: %w", err, machine.Exit())
 	default:
 	}
-	if last := lastOfFile(b.draft.path(consoleFile)); len(last) > 0 {
+	// Without a console there is nothing to add.
+	console, _ := state.Tail(b.draft.path(consoleFile), 8<<10)
+	if last := visible.LastLines(string(console), lastLines); len(last) > 0 {
 		err = fmt.Errorf("%w; the guest's console ends with:\n  %s", err, b.mask.Replace(strings.Join(last, "\n  ")))
 	}
 	return err
@@ -375,20 +378,4 @@ func (b *prebuild) unpackKernel() error {
 		return nil
 	}
 	return os.WriteFile(path, kernel, 0o644)
-}
-
-// lastOfFile gives the last lines of a file, escaped for a terminal: a console is what the guest likes to
-// write.
-func lastOfFile(path string) []string {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil
-	}
-	defer f.Close()
-	buf := make([]byte, 8<<10)
-	n, _ := f.ReadAt(buf, max(0, fileSize(path)-int64(len(buf)))) // a short read is what there is
-	var l lines
-	_, _ = l.Write(buf[:n])
-	l.flush()
-	return l.last
 }

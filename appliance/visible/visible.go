@@ -42,6 +42,21 @@ func escape(s string, n int) string {
 	return b.String()
 }
 
+// LastLines returns the last lines of s that are not blank, n at most, each made fit as Text does. A carriage return ends a line, too, as
+// progress bars use it; zeros at the start of s are what a hole in a file reads as.
+func LastLines(s string, n int) []string {
+	var last []string
+	for line := range strings.FieldsFuncSeq(strings.TrimLeft(s, "\x00"), func(r rune) bool { return r == '\n' || r == '\r' }) {
+		if line = strings.TrimRight(line, " \t"); line != "" {
+			last = append(last[max(0, len(last)-n+1):], line)
+		}
+	}
+	for i, line := range last {
+		last[i] = Text(line)
+	}
+	return last
+}
+
 // colour is the length of the SGR sequence ("\x1b[1;31m", ECMA-48 8.3.117) that s begins with, or 0.
 func colour(s string) int {
 	if !strings.HasPrefix(s, "\x1b[") {

@@ -1,6 +1,7 @@
 package visible
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"unicode"
@@ -29,6 +30,23 @@ func TestText(t *testing.T) {
 	}
 	if got := Columns("a\x1b\u202eb\tü"); got != "a\ufffd\ufffdb\tü" {
 		t.Errorf("%q", got)
+	}
+}
+
+func TestLastLines(t *testing.T) {
+	for in, want := range map[string][]string{
+		"":                         nil,
+		"\n \r\n":                  nil,
+		"one":                      {"one"},
+		"one\r\ntwo\n":             {"one", "two"},
+		"1\n2\n\n3 \n  4\n":        {"2", "3", "  4"},
+		"10%\r20%\r30%\r100%\r\n":  {"20%", "30%", "100%"},
+		"\x00\x00\x00after a hole": {"after a hole"},
+		"a\x1b[2J\nb\x00c\n":       {`a\x1b[2J`, `b\x00c`},
+	} {
+		if got := LastLines(in, 3); !slices.Equal(got, want) {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
 	}
 }
 

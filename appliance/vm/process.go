@@ -601,10 +601,7 @@ func lastWords(path string) string {
 	if err != nil {
 		return ""
 	}
-	tail = bytes.Trim(tail, "\x00 \t\r\n") // zeros: where trim has cut
-	lines := strings.FieldsFunc(string(tail), func(r rune) bool { return r == '\n' || r == '\r' })
-	lines = lines[max(0, len(lines)-5):]
-	return visible.Text(strings.Join(lines, " | "))
+	return strings.Join(visible.LastLines(string(tail), 5), " | ")
 }
 
 func openPidfd(pid int) (*os.File, error) {
