@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/fleetingd/fleetingd/appliance/landlockabi"
 	"github.com/fleetingd/fleetingd/appliance/netrange"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
@@ -136,12 +137,6 @@ func (d *doctor) cgroup() {
 	d.ok(check, "cgroup v2 with %s", strings.Join(cgroupControllers, ", "))
 }
 
-// What landlock keeps a VMM from, by the ABI that brought it: see packaging/docs/security.md.
-const (
-	landlockFiles  = 3 // all of files: Linux 6.2
-	landlockScopes = 6 // signals and abstract sockets: Linux 6.12
-)
-
 func (d *doctor) landlock() {
 	const check = "landlock"
 	if !d.plan.Hypervisor.Sandbox {
@@ -155,9 +150,9 @@ func (d *doctor) landlock() {
 	case abi == 0:
 		d.warn(check, "boot Linux 6.2 or later, with landlock in its lsm= list",
 			"the kernel has no landlock: a VMM that was taken over reaches all that user %s may read", d.plan.User)
-	case abi < landlockFiles:
-		d.warn(check, "boot Linux 6.2 or later", "landlock has ABI %d: it cannot keep a VMM from truncating files, and Cloud Hypervisor needs %d for its own", abi, landlockFiles)
-	case abi < landlockScopes:
+	case abi < landlockabi.Files:
+		d.warn(check, "boot Linux 6.2 or later", "landlock has ABI %d: it cannot keep a VMM from truncating files, and Cloud Hypervisor needs %d for its own", abi, landlockabi.Files)
+	case abi < landlockabi.Scopes:
 		d.ok(check, "landlock ABI %d; from Linux 6.12 on it keeps VMMs from sending signals, too", abi)
 	default:
 		d.ok(check, "landlock ABI %d", abi)

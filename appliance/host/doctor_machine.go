@@ -16,10 +16,10 @@ import (
 	"syscall"
 	"unsafe"
 
-	landlock "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/fleetingd/fleetingd/appliance/landlockabi"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
@@ -80,7 +80,7 @@ func realMachine() machine {
 		ask:      ask,
 		trial:    trialLoad,
 		dropper:  tryPackets,
-		landlock: landlockABI,
+		landlock: landlockabi.Version,
 		synced:   clockSynced,
 	}
 }
@@ -211,15 +211,6 @@ func trialLoad(r plan.Ruleset, slots []plan.Slot) error {
 		result <- loadFirewall(r, slots)
 	}()
 	return <-result
-}
-
-// landlockABI is 0 where the kernel has no landlock, or has it turned off.
-func landlockABI() (int, error) {
-	abi, err := landlock.LandlockGetABIVersion()
-	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) {
-		return 0, nil
-	}
-	return abi, err
 }
 
 // clockSynced asks the kernel, which every NTP client tells (adjtimex(2)).

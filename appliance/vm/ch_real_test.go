@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/fleetingd/fleetingd/appliance/landlockabi"
 	"github.com/fleetingd/fleetingd/appliance/need"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
@@ -50,7 +51,11 @@ func TestCloudHypervisorRealAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%s %s, landlock ABI %d", info.Binary, info.Version, LandlockABI())
+	abi, err := landlockabi.Version()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s %s, landlock ABI %d", info.Binary, info.Version, abi)
 	dir := shortDir(t)
 	disk := filepath.Join(dir, "disk.raw")
 	if err := os.WriteFile(disk, make([]byte, 1<<20), 0o600); err != nil {
@@ -95,7 +100,7 @@ func TestCloudHypervisorRealAPI(t *testing.T) {
 	if !errors.As(err, &failed) || failed.Status != 404 || len(failed.Chain) != 3 {
 		t.Errorf("vm.boot before vm.create: %v", err)
 	}
-	if err := v.api.put(t.Context(), "vm.create", chVMConfig(cfg, v.private, LandlockABI() >= landlockFiles)); err != nil {
+	if err := v.api.put(t.Context(), "vm.create", chVMConfig(cfg, v.private, abi >= landlockabi.Files)); err != nil {
 		t.Fatal(err)
 	}
 	var info2 struct {
@@ -106,7 +111,7 @@ func TestCloudHypervisorRealAPI(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A field that the VMM does not know would be ignored: what it gives back is what it understood.
-	want, got := chVMConfig(cfg, v.private, LandlockABI() >= landlockFiles), info2.Config
+	want, got := chVMConfig(cfg, v.private, abi >= landlockabi.Files), info2.Config
 	if got.CPUs != want.CPUs || got.Memory != want.Memory || got.Vsock != want.Vsock || got.Balloon != want.Balloon ||
 		got.Console != want.Console || got.Serial != want.Serial || got.Landlock != want.Landlock ||
 		got.Payload != want.Payload || len(got.Disks) != 2 || got.Disks[0] != want.Disks[0] || got.Disks[1] != want.Disks[1] ||

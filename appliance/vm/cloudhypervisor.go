@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/fleetingd/fleetingd/appliance/landlockabi"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
@@ -85,15 +86,9 @@ func (c *cloudHypervisor) Probe(ctx context.Context) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, binary, "--version").Output()
+	version, err := versionOf(ctx, binary, chVersion)
 	if err != nil {
-		return Info{}, fmt.Errorf("%s --version: %w", binary, err)
-	}
-	version, err := chVersion(string(out))
-	if err != nil {
-		return Info{}, fmt.Errorf("%s: %w", binary, err)
+		return Info{}, err
 	}
 	info := Info{Binary: binary, Version: "v" + version}
 	if err := c.kvm(); err != nil {
@@ -141,7 +136,8 @@ func (c *cloudHypervisor) Start(ctx context.Context, cfg Config) (VM, error) {
 		return nil, err
 	}
 	// Cloud Hypervisor insists on the ABI that has all of files.
-	own := c.plan.Sandbox && LandlockABI() >= landlockFiles
+	abi, _ := landlockabi.Version() // an error is in the log already
+	own := c.plan.Sandbox && abi >= landlockabi.Files
 	if err := v.boot(ctx, chVMConfig(cfg, v.private, own), chNetConfig(cfg), taps); err != nil {
 		return nil, v.abandon(ctx, err)
 	}

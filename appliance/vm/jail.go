@@ -17,6 +17,8 @@ import (
 	"github.com/landlock-lsm/go-landlock/landlock"
 	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"golang.org/x/sys/unix"
+
+	"github.com/fleetingd/fleetingd/appliance/landlockabi"
 )
 
 // All VMMs of a host run as one user, which may read the runner's config.toml, the other workers' disks and keys, and connect to
@@ -139,19 +141,15 @@ func (k *jailer) lock(j jail, binary string) (*ruleset, error) {
 	return &ruleset{fd, flags}, nil
 }
 
-// What landlock can do from which ABI on.
-const (
-	landlockFiles  = 3 // all of files, truncation too: Linux 6.2
-	landlockScopes = 6 // abstract sockets and signals: Linux 6.12
-)
-
 func (k *jailer) tell() {
-	switch abi := LandlockABI(); {
+	switch abi, err := landlockabi.Version(); {
+	case err != nil:
+		k.log.Warn("VMMs run without landlock: a VMM that was taken over could read other workers' files", "error", err)
 	case abi == 0:
 		k.log.Warn("VMMs run without landlock: a VMM that was taken over could read other workers' files; boot Linux 6.2 or later, with landlock in its lsm= list")
-	case abi < landlockFiles:
+	case abi < landlockabi.Files:
 		k.log.Warn("landlock cannot keep a VMM from truncating files: that takes Linux 6.2", "abi", abi)
-	case abi < landlockScopes:
+	case abi < landlockabi.Scopes:
 		k.log.Info("landlock cannot keep a VMM from sending signals to processes of its user: that takes Linux 6.12", "abi", abi)
 	}
 }
@@ -176,15 +174,6 @@ func (r *ruleset) enter() error {
 		}
 	}
 	return onlyUnixSockets()
-}
-
-// LandlockABI is the kernel's version of landlock (landlock_create_ruleset(2)); 0 where it is not there or is turned off.
-func LandlockABI() int {
-	abi, err := ll.LandlockGetABIVersion()
-	if err != nil {
-		return 0
-	}
-	return abi
 }
 
 // auditArch is the value of seccomp_data.arch for the native system calls (linux/audit.h).

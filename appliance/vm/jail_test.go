@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/fleetingd/fleetingd/appliance/landlockabi"
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
@@ -62,7 +63,7 @@ var attempts = []struct {
 	{"read config.toml", false, 1, func(t targets) error { return readOne(t.Config) }},
 	{"read another worker's disk", false, 1, func(t targets) error { return readOne(t.Disk) }},
 	{"write another worker's disk", false, 1, func(t targets) error { return writeOne(t.Disk) }},
-	{"truncate another worker's disk", false, landlockFiles, func(t targets) error { return os.Truncate(t.Disk, 0) }},
+	{"truncate another worker's disk", false, landlockabi.Files, func(t targets) error { return os.Truncate(t.Disk, 0) }},
 	{"write a worker's record", false, 1, func(t targets) error { return writeOne(t.Record) }},
 	{"list the workers", false, 1, func(t targets) error { _, err := os.ReadDir(t.Folder); return err }},
 	{"make a file there", false, 1, func(t targets) error { return os.WriteFile(filepath.Join(t.Folder, "new"), nil, 0o600) }},
@@ -70,7 +71,7 @@ var attempts = []struct {
 	{"link a file to its folder", false, 1, func(t targets) error { return os.Link(t.Config, filepath.Join(t.Private, "stolen")) }},
 	{"move a file to its folder", false, 1, func(t targets) error { return os.Rename(t.Disk, filepath.Join(t.Private, "stolen")) }},
 	{"list the sockets of the host", false, 1, func(targets) error { return readOne("/proc/self/net/unix") }},
-	{"connect to an abstract socket", false, landlockScopes, func(t targets) error { return dial("unix", t.Abstract) }},
+	{"connect to an abstract socket", false, landlockabi.Scopes, func(t targets) error { return dial("unix", t.Abstract) }},
 	// Before ABI 9 nothing forbids this to one who knows the path. The folders of VMMs' and the plugin's sockets have random names, and
 	// nobody can list them: see privatePrefix.
 	{"connect to a socket whose path it knows", false, 9, func(t targets) error { return dial("unix", t.Socket) }},
@@ -97,7 +98,7 @@ var attempts = []struct {
 		}
 		return err
 	}},
-	{"kill a process of its user", false, landlockScopes, func(t targets) error { return unix.Kill(t.Victim, unix.SIGTERM) }},
+	{"kill a process of its user", false, landlockabi.Scopes, func(t targets) error { return unix.Kill(t.Victim, unix.SIGTERM) }},
 	{"trace it", false, 1, func(t targets) error { return unix.PtraceSeize(t.Victim) }},
 	{"read its memory", false, 1, func(t targets) error {
 		b := make([]byte, 1)
@@ -185,7 +186,10 @@ func TestJail(t *testing.T) {
 	if os.Getenv(jailEnv) == "" && need.Full() {
 		t.Fatal("this test runs itself again as nobody, which takes root")
 	}
-	abi := LandlockABI()
+	abi, err := landlockabi.Version()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if abi == 0 {
 		t.Skip("skipped: this kernel has no landlock")
 	}

@@ -1,13 +1,16 @@
 package vm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
@@ -22,6 +25,21 @@ func Open(h plan.Hypervisor, log *slog.Logger) (Driver, error) {
 	default:
 		return nil, fmt.Errorf("hypervisor %q is not known; there are \"cloud-hypervisor\" and \"qemu\"", h.Driver)
 	}
+}
+
+// versionOf returns the version that a hypervisor's --version gives; parse finds it in the output. Errors name the binary.
+func versionOf(ctx context.Context, binary string, parse func(out string) (string, error)) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, binary, "--version").Output()
+	if err != nil {
+		return "", fmt.Errorf("%s --version: %w", binary, err)
+	}
+	version, err := parse(string(out))
+	if err != nil {
+		return "", fmt.Errorf("%s --version: %w", binary, err)
+	}
+	return version, nil
 }
 
 // maxDir leaves room for the longest socket name in sockaddr_un's 108 bytes.

@@ -110,15 +110,9 @@ func (q *qemu) Probe(ctx context.Context) (Info, error) {
 	if binary, err = filepath.Abs(binary); err != nil {
 		return Info{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, binary, "--version").Output()
+	version, err := versionOf(ctx, binary, qemuVersion)
 	if err != nil {
-		return Info{}, fmt.Errorf("%s --version: %w", binary, err)
-	}
-	version, err := qemuVersion(string(out))
-	if err != nil {
-		return Info{}, fmt.Errorf("%s --version: %w", binary, err)
+		return Info{}, err
 	}
 	if older(version, qemuOldest) {
 		return Info{}, fmt.Errorf("%s is version %s; %d.%d or newer is needed", binary, version, qemuOldest[0], qemuOldest[1])

@@ -29,6 +29,7 @@ var mayImport = []struct {
 }{
 	{pkg: "appliance/netrange", pure: true},
 	{pkg: "appliance/suggest", pure: true},
+	{pkg: "appliance/landlockabi"},
 	{pkg: "hcl/hostspec", own: []string{"appliance/netrange", "appliance/suggest"}, pure: true},
 	{pkg: "templates", pure: true},
 	{pkg: "appliance/visible", pure: true},
@@ -38,9 +39,9 @@ var mayImport = []struct {
 	// state writes files whole and locks them. Whoever keeps something stands below it.
 	{pkg: "appliance/state", own: []string{"appliance/plan"}},
 	{pkg: "appliance/need", own: []string{"appliance/state"}},
-	{pkg: "appliance/host", own: []string{"appliance/netrange", "appliance/plan", "appliance/state"}},
+	{pkg: "appliance/host", own: []string{"appliance/landlockabi", "appliance/netrange", "appliance/plan", "appliance/state"}},
 	{pkg: "appliance/apply", own: []string{"appliance/plan", "appliance/state", "appliance/host"}},
-	{pkg: "appliance/vm", own: []string{"appliance/visible", "appliance/plan", "appliance/state"}},
+	{pkg: "appliance/vm", own: []string{"appliance/landlockabi", "appliance/visible", "appliance/plan", "appliance/state"}},
 	{pkg: "appliance/guest", own: []string{"appliance/visible", "seed", "appliance/plan"}},
 	{pkg: "appliance/image", own: []string{"appliance/visible", "appliance/plan", "seed", "appliance/state", "appliance/vm", "appliance/guest"}},
 	{pkg: "appliance/fleet", own: []string{
