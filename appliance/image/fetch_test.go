@@ -293,7 +293,7 @@ func TestFetchTooLarge(t *testing.T) {
 		}
 	})
 	dst, _, err := fetchFrom(t, hasty(), download{url: url, max: 3 << 20})
-	wantError(t, err, url, "more than 3145728 bytes")
+	wantError(t, err, url, "larger than 3145728 bytes")
 	wantOnly(t, filepath.Dir(dst))
 	if n != 1 {
 		t.Errorf("asked %d times", n)
