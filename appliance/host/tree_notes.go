@@ -1,0 +1,138 @@
+package host
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/fleetingd/fleetingd/appliance/state"
+)
+
+// treeNotes are what a Tree must remember: which folders to remove with the last file in them, and who is to own what once it can be set.
+type treeNotes struct {
+	Made   []string          `json:"made,omitempty"`   // folders, in the order they were made
+	Owners map[string]string `json:"owners,omitempty"` // "owner:group" by path
+}
+
+func (t *Tree) readNotes() (*treeNotes, error) {
+	n := &treeNotes{}
+	b, err := os.ReadFile(t.onHost(t.notes))
+	if errors.Is(err, fs.ErrNotExist) {
+		return n, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(b, n); err != nil {
+		return nil, fmt.Errorf("%s is damaged (remove it; folders that fleetingd made will stay): %w", t.onHost(t.notes), err)
+	}
+	return n, nil
+}
+
+// writeNotes keeps the notes, or removes the file if there is nothing to remember.
+func (t *Tree) writeNotes(n *treeNotes) error {
+	at := t.onHost(t.notes)
+	if len(n.Made) == 0 && len(n.Owners) == 0 {
+		if err := os.Remove(at); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	b, err := json.Marshal(n)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
+		return err
+	}
+	return state.WriteFile(at, b, 0o600)
+}
+
+// recordOwner remembers the owner of a file; "" forgets it.
+func (t *Tree) recordOwner(name, owner string) error {
+	n, err := t.readNotes()
+	if err != nil || n.Owners[name] == owner {
+		return err
+	}
+	if n.Owners == nil {
+		n.Owners = map[string]string{}
+	}
+	n.Owners[name] = owner
+	if owner == "" {
+		delete(n.Owners, name)
+	}
+	return t.writeNotes(n)
+}
+
+// accounts are the users and groups of a tree.
+type accounts struct {
+	uids, gids map[string]int
+	userNames  map[int]string
+	groupNames map[int]string
+}
+
+// user is the name of a uid, or its digits.
+func (a *accounts) user(uid int) string { return nameOf(uid, a.userNames) }
+
+// group is the name of a gid, or its digits.
+func (a *accounts) group(gid int) string { return nameOf(gid, a.groupNames) }
+
+func nameOf(id int, names map[int]string) string {
+	if name, ok := names[id]; ok {
+		return name
+	}
+	return strconv.Itoa(id)
+}
+
+// readAccounts reads passwd(5) and group(5) of the tree, and no directory service: what fleetingd owns belongs to users of the system.
+func (t *Tree) readAccounts() (*accounts, error) {
+	a := &accounts{}
+	var err, err1 error
+	a.uids, a.userNames, err = readIDs(t.onHost("/etc/passwd"))
+	a.gids, a.groupNames, err1 = readIDs(t.onHost("/etc/group"))
+	return a, errors.Join(err, err1)
+}
+
+// maxAccounts bounds passwd and group, in bytes.
+const maxAccounts = 16 << 20
+
+// readIDs reads name and id of each line. Root is always 0, also in a tree that has no such file yet. Where several names have an id, the
+// first is its name.
+func readIDs(file string) (ids map[string]int, names map[int]string, err error) {
+	ids, names = map[string]int{"root": 0}, map[int]string{0: "root"}
+	f, err := os.Open(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return ids, names, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxAccounts))
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", file, err)
+	}
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Split(strings.TrimSuffix(line, "\n"), ":")
+		if len(fields) < 3 {
+			continue
+		}
+		id, err := strconv.Atoi(fields[2])
+		if err != nil {
+			continue
+		}
+		if _, ok := ids[fields[0]]; !ok {
+			ids[fields[0]] = id
+		}
+		if _, ok := names[id]; !ok {
+			names[id] = fields[0]
+		}
+	}
+	return ids, names, nil
+}
