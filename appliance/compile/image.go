@@ -49,7 +49,8 @@ func source(s *hostspec.Image) plan.Source {
 		}}
 	case s.Debian != nil:
 		return plan.Source{Debian: &plan.DebianSource{
-			Suite: s.Debian.Suite, Mirror: s.Debian.Mirror, Arch: s.Debian.Arch, Packages: notNil(s.Debian.Packages),
+			Suite: s.Debian.Suite, Mirror: s.Debian.Mirror, SecurityMirror: s.Debian.SecurityMirror, Arch: s.Debian.Arch,
+			Packages: notNil(s.Debian.Packages),
 		}}
 	}
 	return plan.Source{}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"runtime"
+	"time"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
@@ -63,12 +64,13 @@ func builtShelf(p *plan.Plan, log *slog.Logger) *shelf {
 type Builder struct {
 	kit
 	shelf *shelf
+	limit time.Duration // of a bootstrap
 }
 
 // NewBuilder makes a Builder; it changes nothing yet.
 func NewBuilder(p *plan.Plan, o Options) *Builder {
 	k := newKit(p, o)
-	return &Builder{kit: k, shelf: builtShelf(p, k.opts.Log)}
+	return &Builder{kit: k, shelf: builtShelf(p, k.opts.Log), limit: bootstrapLimit}
 }
 
 // Build makes the base of an image with a debian source, and returns nil for any other. Where it was built before nothing is done,
@@ -121,7 +123,7 @@ func (b *Builder) build(ctx context.Context, img *plan.Image, fresh bool) (_ *ma
 	m, cached, err := b.shelf.make(ctx, kindBase, digest, func(d *draft) (*manifest, error) {
 		b.log().Info("building from packages", "image", img.Name, "suite", src.Suite, "mirror", in.Repos[0].URI)
 		line := func(text string) { b.report(Progress{Image: img.Name, Phase: PhaseBuild, Line: text}) }
-		args, err := (&debianBuilder{inputs: in, digest: digest, proxy: proxy, line: line}).build(ctx, d)
+		args, err := (&debianBuilder{inputs: in, digest: digest, proxy: proxy, line: line, limit: b.limit}).build(ctx, d)
 		return &manifest{Image: img.Name, Cmdline: args, Inputs: inputs}, err
 	})
 	if err != nil {

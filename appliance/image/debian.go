@@ -10,7 +10,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -64,7 +63,7 @@ func (r debianRepo) String() string {
 	return fmt.Sprintf("deb [signed-by=%s] %s %s main", debianKeyring, r.URI, r.Suite)
 }
 
-// resolveDebian finds the mirror, and the state that the suite is in there.
+// resolveDebian finds the mirrors of a suite, its updates and its security updates, and the state that each is in.
 func resolveDebian(ctx context.Context, f *fetcher, src *plan.DebianSource) (*debianInputs, error) {
 	in := &debianInputs{Format: formatVersion, Recipe: debianRecipe, Suite: src.Suite, Arch: src.Arch}
 	in.Packages = append(slices.Clone(debianPackages), debianKernels[src.Arch])
@@ -84,84 +83,124 @@ func resolveDebian(ctx context.Context, f *fetcher, src *plan.DebianSource) (*de
 		return nil, err
 	}
 	in.Repos = append(in.Repos, main)
-	// A mirror may do without these two (and sid has neither): what is not there is left out.
-	sibling := strings.TrimSuffix(main.URI, "/") + "-security"
-	for _, extra := range []struct {
-		mirrors []string
-		suite   string
-	}{
-		{[]string{main.URI}, src.Suite + "-updates"},
-		{append(security, sibling), src.Suite + "-security"},
-	} {
-		repo, err := findSuite(ctx, f, extra.mirrors, extra.suite)
-		if errors.Is(err, errNoSuite) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		in.Repos = append(in.Repos, repo)
+	// Not every mirror has these: urgent fixes that are no security updates.
+	updates, err := findSuite(ctx, f, []string{main.URI}, src.Suite+"-updates")
+	if err == nil {
+		in.Repos = append(in.Repos, updates)
+	} else if !errors.Is(err, errNoSuite) {
+		return nil, err
 	}
+	switch {
+	case src.SecurityMirror == plan.NoSecurityMirror || slices.Contains(rollingSuites, src.Suite):
+		return in, nil
+	case src.SecurityMirror != "":
+		security = []string{src.SecurityMirror}
+	default:
+		security = append(security, main.URI+"-security")
+	}
+	repo, err := findSuite(ctx, f, security, src.Suite+"-security")
+	if errors.Is(err, errNoSuite) {
+		err = fmt.Errorf(`%w. The image would have no security updates. Name their mirror with security_mirror = "https://…" in the image's `+
+			`debian block, or write security_mirror = %q to build it without them`, err, plan.NoSecurityMirror)
+	}
+	if err != nil {
+		return nil, err
+	}
+	in.Repos = append(in.Repos, repo)
 	return in, nil
 }
 
-// errNoSuite is a suite that the mirrors do not have; they answered.
-var errNoSuite = errors.New("there is no such suite")
+// rollingSuites have no security updates of their own: fixes go into the suite itself.
+var rollingSuites = []string{"sid", "unstable"}
 
-// findSuite gives the first of the mirrors that has the suite.
+// errNoSuite means that every mirror answered and none has the suite.
+var errNoSuite = errors.New("no mirror has it")
+
+// findSuite returns the first of the mirrors that has the suite.
 func findSuite(ctx context.Context, f *fetcher, mirrors []string, suite string) (debianRepo, error) {
 	var failed []error
-	for _, m := range mirrors { // the first that answers, with the suite or without
-		m = strings.TrimSuffix(m, "/")
-		if u, err := url.Parse(m); err != nil || (u.Scheme != "http" && u.Scheme != "https") {
-			failed = append(failed, fmt.Errorf("mirror %q: it is not an http:// or https:// URL", m))
-			continue
-		}
-		b, err := f.bytes(ctx, m+"/dists/"+suite+"/InRelease", maxSums)
+	absent := 0
+	for _, m := range mirrors {
+		repo, err := suiteOf(ctx, f, strings.TrimSuffix(m, "/"), suite)
 		if err == nil {
-			return debianRepo{URI: m, Suite: suite, InRelease: sha256Hex(b), date: releaseDate(b)}, nil
+			return repo, nil
 		}
 		if e, ok := errors.AsType[*statusError](err); ok && e.code == http.StatusNotFound {
-			err = fmt.Errorf("%w: %w", errNoSuite, err)
+			absent++
 		}
 		failed = append(failed, err)
 	}
-	return debianRepo{}, fmt.Errorf("find Debian's suite %q: %w", suite, errors.Join(failed...))
+	err := errors.Join(failed...)
+	if absent == len(mirrors) {
+		err = fmt.Errorf("%w: %w", errNoSuite, err)
+	}
+	return debianRepo{}, fmt.Errorf("find Debian's suite %q: %w", suite, err)
 }
 
-// releaseDate is the Date of an InRelease file, or zero.
-func releaseDate(inRelease []byte) time.Time {
+// suiteOf returns the state of a suite on one mirror. What other distributions and vendors keep under the same name is an error.
+func suiteOf(ctx context.Context, f *fetcher, mirror, suite string) (debianRepo, error) {
+	if u, err := url.Parse(mirror); err != nil || (u.Scheme != "http" && u.Scheme != "https") {
+		return debianRepo{}, fmt.Errorf("mirror %q is not an http:// or https:// URL", mirror)
+	}
+	at := mirror + "/dists/" + suite + "/InRelease"
+	b, err := f.bytes(ctx, at, maxSums)
+	if err != nil {
+		return debianRepo{}, err
+	}
+	switch origin := releaseField(b, "Origin"); origin {
+	case "Debian":
+	case "":
+		return debianRepo{}, fmt.Errorf("%s is not a release file: it has no Origin", redacted(at))
+	default:
+		return debianRepo{}, fmt.Errorf("%s is not Debian's: its Origin is %.80q", redacted(at), origin)
+	}
+	date, err := time.Parse(time.RFC1123, releaseField(b, "Date"))
+	if err != nil {
+		return debianRepo{}, fmt.Errorf("%s is not a release file: %w", redacted(at), err)
+	}
+	return debianRepo{URI: mirror, Suite: suite, InRelease: sha256Hex(b), date: date}, nil
+}
+
+// releaseField returns a field of an InRelease file, or "".
+func releaseField(inRelease []byte, name string) string {
 	for line := range bytes.Lines(inRelease) {
-		if v, ok := bytes.CutPrefix(line, []byte("Date: ")); ok {
-			if t, err := time.Parse(time.RFC1123, strings.TrimSpace(string(v))); err == nil {
-				return t
-			}
+		if v, ok := bytes.CutPrefix(line, []byte(name+":")); ok {
+			return strings.TrimSpace(string(v))
 		}
 	}
-	return time.Time{}
+	return ""
 }
 
-// errNoMirror is a host whose apt names no Debian mirror: one of another distribution, or one without apt.
-var errNoMirror = errors.New("apt on this host names no Debian mirror; write one into the image's debian block: " +
+// errNoMirror means that apt on this host names no Debian mirror: the host runs another distribution, has no apt, or apt has not
+// fetched its lists.
+var errNoMirror = errors.New("apt on this host names no Debian mirror; run apt-get update, or write a mirror into the image's debian block: " +
 	`mirror = "https://mirror.example.com/debian"`)
 
-// hostMirrors returns the Debian mirrors that apt on this host is configured with.
+// hostMirrors returns the Debian mirrors that apt on this host is configured with: those whose release files say that they are Debian's,
+// whatever their path. Many vendors have a folder named debian.
 func hostMirrors(ctx context.Context) (debian, security []string, err error) {
-	out, err := exec.CommandContext(ctx, "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages").Output()
+	out, err := exec.CommandContext(ctx, "apt-get", "indextargets", "--format", "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)", "Created-By: Packages").Output()
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w (apt-get indextargets: %w)", errNoMirror, err)
 	}
 	for source := range strings.Lines(string(out)) {
-		for _, uri := range mirrorURIs(strings.TrimSpace(source)) {
+		fields := strings.Split(strings.TrimSpace(source), "\t")
+		if len(fields) != 3 || fields[0] != "Debian" {
+			continue
+		}
+		var list *[]string
+		switch fields[1] {
+		case "Debian":
+			list = &debian
+		case "Debian-Security":
+			list = &security
+		default:
+			continue
+		}
+		for _, uri := range mirrorURIs(fields[2]) {
 			uri = strings.TrimSuffix(uri, "/")
-			switch list := &debian; path.Base(uri) {
-			case "debian-security":
-				list = &security
-				fallthrough
-			case "debian":
-				if !slices.Contains(*list, uri) {
-					*list = append(*list, uri)
-				}
+			if isURL(uri) && !slices.Contains(*list, uri) {
+				*list = append(*list, uri)
 			}
 		}
 	}
@@ -171,8 +210,8 @@ func hostMirrors(ctx context.Context) (debian, security []string, err error) {
 	return debian, security, nil
 }
 
-// mirrorURIs are the mirrors behind an apt source: itself, or for mirror+file: (apt-transport-mirror(1), which Debian's cloud images
-// use) those that the file lists, one a line, with more words after a blank.
+// mirrorURIs returns the mirrors behind an apt source: the source itself, or for mirror+file: (apt-transport-mirror(1), which Debian's
+// cloud images use) the first word of each line of that file.
 func mirrorURIs(uri string) []string {
 	file, ok := strings.CutPrefix(uri, "mirror+file:")
 	if !ok {
@@ -191,7 +230,7 @@ func mirrorURIs(uri string) []string {
 	return uris
 }
 
-// aptProxy is the proxy that apt here is configured with, or "".
+// aptProxy returns the proxy that apt on this host is configured with, or "".
 func aptProxy(ctx context.Context) string {
 	out, err := exec.CommandContext(ctx, "apt-config", "dump", "--format", "%v", "Acquire::http::Proxy").Output()
 	if err != nil || strings.TrimSpace(string(out)) == "DIRECT" {
@@ -200,7 +239,7 @@ func aptProxy(ctx context.Context) string {
 	return strings.TrimSpace(string(out))
 }
 
-// withProxy is the fetcher with a proxy for where the environment names none.
+// withProxy returns a fetcher that uses this proxy for http:// URLs if the environment names none.
 func (f *fetcher) withProxy(proxy string) *fetcher {
 	u, err := url.Parse(proxy)
 	if proxy == "" || err != nil {
@@ -224,7 +263,11 @@ type debianBuilder struct {
 	digest string
 	proxy  string
 	line   func(string)
+	limit  time.Duration // of the bootstrap
 }
+
+// bootstrapLimit is how long mmdebstrap may take. A few minutes are usual; on a slow line or with many packages it may be an hour.
+const bootstrapLimit = 90 * time.Minute
 
 // build makes disk, kernel and initrd in dir, and leaves nothing else there.
 func (b *debianBuilder) build(ctx context.Context, d *draft) (cmdlineArgs string, err error) {
@@ -283,14 +326,18 @@ func (b *debianBuilder) bootstrap(ctx context.Context, root string) error {
 	for _, r := range b.inputs.Repos {
 		args = append(args, r.String())
 	}
-	cmd := exec.CommandContext(ctx, "mmdebstrap", args...)
+	ctx, cancel := context.WithTimeoutCause(ctx, b.limit, fmt.Errorf("mmdebstrap did not finish within %v", b.limit))
+	defer cancel()
+	// In namespaces of its own, so that everything it mounts and starts ends with it, even after kill -9. Mounts are slaves of the
+	// host's: what the host unmounts meanwhile (the disks' file system, with its loop device) goes here too.
+	args = append([]string{"--mount", "--propagation", "slave", "--", "mmdebstrap"}, args...)
+	cmd := exec.CommandContext(ctx, "unshare", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
 	epoch := strconv.FormatInt(b.inputs.Repos[0].date.Unix(), 10)
 	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "SOURCE_DATE_EPOCH="+epoch)
 	if b.proxy != "" && os.Getenv("http_proxy") == "" {
 		cmd.Env = append(cmd.Env, "http_proxy="+b.proxy)
 	}
-	// In namespaces of its own: what it mounts and what it starts is gone with it, also after kill -9.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID, Unshareflags: syscall.CLONE_NEWNS}
 	return runCommand(ctx, cmd, b.line)
 }
 
@@ -353,7 +400,7 @@ func checkDebian(src *plan.DebianSource, arch string) error {
 	if src.Arch != arch {
 		return fmt.Errorf("a `debian` source for %s is built on a host of that architecture; this one is %s", src.Arch, arch)
 	}
-	for _, need := range []struct{ program, pkg string }{{"mmdebstrap", "mmdebstrap"}, {"mke2fs", "e2fsprogs"}} {
+	for _, need := range []struct{ program, pkg string }{{"mmdebstrap", "mmdebstrap"}, {"mke2fs", "e2fsprogs"}, {"unshare", "util-linux"}} {
 		if _, err := exec.LookPath(need.program); err != nil {
 			return fmt.Errorf("its `debian` source is built with %s, which is not here: apt-get install %s",
 				need.program, need.pkg)

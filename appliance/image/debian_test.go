@@ -7,16 +7,24 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/need"
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// mirror serves InRelease files: of a suite, "main", "updates" and "security".
+const inRelease = "Origin: Debian\nLabel: Debian\nDate: Sat, 21 Nov 2026 09:15:44 UTC\n"
+
+// mirror serves InRelease files, by their path without its last part. "broken" answers 500.
 func mirror(t *testing.T, suites map[string]string) string {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		text, ok := suites[strings.TrimSuffix(r.URL.Path, "/InRelease")]
@@ -33,32 +41,54 @@ func mirror(t *testing.T, suites map[string]string) string {
 	return srv.URL + "/debian"
 }
 
-// TestHostMirrors: the mirrors are apt's own, in whatever form its sources have them; where it has none, the error says what to write.
-func TestHostMirrors(t *testing.T) {
+// apt puts a stand-in for apt-get into PATH that prints these index targets: origin, label and URI.
+func apt(t *testing.T, targets ...string) {
+	t.Helper()
 	dir := t.TempDir()
-	list := filepath.Join(dir, "debian.list")
-	if err := os.WriteFile(list, []byte("# ours\nhttps://one.example.com/debian\tpriority:1\nhttps://two.example.com/debian/\n"), 0o644); err != nil {
+	text := strings.ReplaceAll(strings.Join(targets, "\n"), "|", "\t")
+	script := "#!/bin/sh\ncat <<'END'\n" + text + "\nEND\n"
+	if err := os.WriteFile(filepath.Join(dir, "apt-get"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
+
+// TestHostMirrors: the mirrors are apt's own, in whatever form its sources have them; where it has none, the error says what to write.
+func TestHostMirrors(t *testing.T) {
+	list := filepath.Join(t.TempDir(), "debian.list")
+	if err := os.WriteFile(list, []byte("# ours\nhttps://one.example.com/debian\tpriority:1\nhttps://two.example.com/debian/\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
-		targets          string // what apt-get indextargets prints
+		targets          []string
 		debian, security []string
 	}{
-		"a mirror, by three suites": {"http://m.example.com/debian/\nhttp://m.example.com/debian/\nhttp://m.example.com/debian\n",
+		"a mirror, by three suites": {
+			[]string{"Debian|Debian|http://m.example.com/debian/", "Debian|Debian|http://m.example.com/debian/", "Debian|Debian|http://m.example.com/debian"},
 			[]string{"http://m.example.com/debian"}, nil},
-		"security beside it": {"http://m.example.com/debian/\nhttp://s.example.com/debian-security/\n",
+		"security beside it": {
+			[]string{"Debian|Debian|http://m.example.com/debian/", "Debian|Debian-Security|http://s.example.com/debian-security/"},
 			[]string{"http://m.example.com/debian"}, []string{"http://s.example.com/debian-security"}},
-		"a cloud image's list": {"mirror+file:" + list + "\n", []string{"https://one.example.com/debian", "https://two.example.com/debian"}, nil},
-		"a list that is gone":  {"mirror+file:/none\nhttp://m.example.com/debian\n", []string{"http://m.example.com/debian"}, nil},
-		"another distribution": {"http://m.example.com/ubuntu/\n", nil, nil},
-		"nothing":              {"", nil, nil},
+		"a repository manager's paths": {
+			[]string{"Debian|Debian|https://a.example.com/api/deb-remote/", "Debian|Debian-Security|https://a.example.com/api/sec-remote/"},
+			[]string{"https://a.example.com/api/deb-remote"}, []string{"https://a.example.com/api/sec-remote"}},
+		"a cloud image's list": {[]string{"Debian|Debian|mirror+file:" + list},
+			[]string{"https://one.example.com/debian", "https://two.example.com/debian"}, nil},
+		"a list that is gone": {[]string{"Debian|Debian|mirror+file:/none", "Debian|Debian|http://m.example.com/debian"},
+			[]string{"http://m.example.com/debian"}, nil},
+		"a disc": {[]string{"Debian|Debian|cdrom:[Debian 13]/", "Debian|Debian|http://m.example.com/debian"},
+			[]string{"http://m.example.com/debian"}, nil},
+		"vendors with a folder of that name": {
+			[]string{"Docker|Docker CE|https://vendor.example.com/linux/debian", "gitlab-runner|gitlab-runner|https://packages.example.com/runner/gitlab-runner/debian/",
+				"Debian|Debian|http://m.example.com/debian"},
+			[]string{"http://m.example.com/debian"}, nil},
+		"only vendors":         {[]string{"Docker|Docker CE|https://vendor.example.com/linux/debian", "||https://private.example.com/debian"}, nil, nil},
+		"only backports":       {[]string{"Debian Backports|Debian Backports|http://m.example.com/debian"}, nil, nil},
+		"another distribution": {[]string{"Ubuntu|Ubuntu|http://m.example.com/ubuntu/"}, nil, nil},
+		"nothing":              {nil, nil, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			script := "#!/bin/sh\nprintf '%s' '" + c.targets + "'\n"
-			if err := os.WriteFile(filepath.Join(dir, "apt-get"), []byte(script), 0o755); err != nil {
-				t.Fatal(err)
-			}
+			apt(t, c.targets...)
 			debian, security, err := hostMirrors(t.Context())
 			if c.debian == nil {
 				wantError(t, err, "names no Debian mirror", `mirror = "https://`)
@@ -72,7 +102,7 @@ func TestHostMirrors(t *testing.T) {
 }
 
 func TestResolveDebian(t *testing.T) {
-	suites := map[string]string{"/debian/dists/trixie": "Origin: Debian\nDate: Sat, 21 Nov 2026 09:15:44 UTC\n"}
+	suites := map[string]string{"/debian/dists/trixie": inRelease, "/debian-security/dists/trixie-security": inRelease}
 	src := &plan.DebianSource{Suite: "trixie", Arch: "amd64", Packages: []string{"git", "curl"}, Mirror: mirror(t, suites)}
 	resolve := func() *debianInputs {
 		t.Helper()
@@ -83,7 +113,7 @@ func TestResolveDebian(t *testing.T) {
 		return in
 	}
 	in := resolve()
-	if len(in.Repos) != 1 || in.Repos[0].date.Unix() != 1795252544 {
+	if len(in.Repos) != 2 || in.Repos[0].date.Unix() != 1795252544 || !strings.HasSuffix(in.Repos[1].String(), "/debian-security trixie-security main") {
 		t.Errorf("%+v", in.Repos)
 	}
 	if n := slices.Index(in.Packages, "curl"); n < 0 || in.Packages[n+1] == "curl" || !slices.Contains(in.Packages, "linux-image-cloud-amd64") {
@@ -93,25 +123,96 @@ func TestResolveDebian(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// A mirror's siblings are found, and news in one of them make another disk.
-	suites["/debian/dists/trixie-updates"], suites["/debian-security/dists/trixie-security"] = "u", "s"
-	in = resolve()
-	if len(in.Repos) != 3 || !strings.HasSuffix(in.Repos[2].String(), "/debian-security trixie-security main") {
+	// News in one of the suites make another disk.
+	suites["/debian/dists/trixie-updates"] = inRelease
+	if in = resolve(); len(in.Repos) != 3 {
 		t.Errorf("%v", in.Repos)
 	}
 	if after, _, err := digestOf(in); err != nil || after == before {
 		t.Errorf("the same digest with other packages, %v", err)
 	}
-	// Security updates that cannot be had are no reason to do without.
-	suites["/debian-security/dists/trixie-security"] = "broken"
-	_, err = resolveDebian(t.Context(), hasty(), src)
-	wantError(t, err, "trixie-security", "500")
 	src.Suite = "sarge"
 	_, err = resolveDebian(t.Context(), hasty(), src)
-	wantError(t, err, `"sarge"`, "no such suite", "404")
+	wantError(t, err, `"sarge"`, "no mirror has it", "404")
 	src.Mirror = "ftp://old.example.com/debian"
 	_, err = resolveDebian(t.Context(), hasty(), src)
 	wantError(t, err, "ftp://old.example.com/debian", "http://")
+}
+
+// What stands at a mirror's place is Debian's, or an error.
+func TestResolveDebianOfOthers(t *testing.T) {
+	for name, c := range map[string]struct{ text, want string }{
+		"a vendor":     {"Origin: Docker\nLabel: Docker CE\nSuite: trixie\nDate: Sat, 21 Nov 2026 09:15:44 UTC\n", `its Origin is "Docker"`},
+		"a web page":   {"<!doctype html><title>Welcome</title>", "it has no Origin"},
+		"an empty one": {"", "it has no Origin"},
+		"no date":      {"Origin: Debian\n", "not a release file"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			suites := map[string]string{"/debian/dists/trixie": c.text, "/debian-security/dists/trixie-security": inRelease}
+			src := &plan.DebianSource{Suite: "trixie", Arch: "amd64", Mirror: mirror(t, suites)}
+			_, err := resolveDebian(t.Context(), hasty(), src)
+			wantError(t, err, src.Mirror+"/dists/trixie/InRelease", c.want)
+			// The same in the place of the security updates.
+			suites["/debian/dists/trixie"], suites["/debian-security/dists/trixie-security"] = inRelease, c.text
+			_, err = resolveDebian(t.Context(), hasty(), src)
+			wantError(t, err, src.Mirror+"-security/dists/trixie-security/InRelease", c.want)
+		})
+	}
+}
+
+// TestDebianSecurity: an image has its security updates, or the spec says that it has none. Nothing is left out because a mirror does
+// not answer, or answers that it knows nothing of them.
+func TestDebianSecurity(t *testing.T) {
+	const security = "/debian-security/dists/trixie-security"
+	full := mirror(t, map[string]string{"/debian/dists/trixie": inRelease, security: inRelease})
+	bare := mirror(t, map[string]string{"/debian/dists/trixie": inRelease, "/debian/dists/sid": inRelease})
+	broken := mirror(t, map[string]string{"/debian/dists/trixie": inRelease, security: "broken"})
+	for name, c := range map[string]struct {
+		src  plan.DebianSource
+		apt  []string
+		want []string // in the error; nil: it has the security updates
+		none bool     // it has none, and that is right
+		down bool     // the error is one of a server that may answer later
+	}{
+		"beside the mirror":             {src: plan.DebianSource{Mirror: full}},
+		"beside the mirror, not there":  {src: plan.DebianSource{Mirror: bare}, want: []string{"no security updates", "security_mirror", `"none"`, "404"}},
+		"beside the mirror, broken":     {src: plan.DebianSource{Mirror: broken}, want: []string{"trixie-security", "500"}, down: true},
+		"another mirror":                {src: plan.DebianSource{Mirror: bare, SecurityMirror: full + "-security"}},
+		"another mirror, broken":        {src: plan.DebianSource{Mirror: full, SecurityMirror: broken + "-security"}, want: []string{"500"}, down: true},
+		"another mirror, not there":     {src: plan.DebianSource{Mirror: full, SecurityMirror: bare}, want: []string{"no security updates", bare}},
+		"none":                          {src: plan.DebianSource{Mirror: bare, SecurityMirror: "none"}, none: true},
+		"a suite that has none":         {src: plan.DebianSource{Suite: "sid", Mirror: bare}, none: true},
+		"apt's":                         {apt: []string{"Debian|Debian|" + bare, "Debian|Debian-Security|" + full + "-security"}},
+		"apt's, broken":                 {apt: []string{"Debian|Debian|" + bare, "Debian|Debian-Security|" + broken + "-security"}, want: []string{"500", "404"}, down: true},
+		"apt's, broken, a sibling":      {apt: []string{"Debian|Debian|" + full, "Debian|Debian-Security|" + broken + "-security"}},
+		"apt's, not there":              {apt: []string{"Debian|Debian|" + bare, "Debian|Debian-Security|" + bare + "-security"}, want: []string{"no security updates", "404"}},
+		"apt has none, a sibling":       {apt: []string{"Debian|Debian|" + full}},
+		"apt has none, and no sibling":  {apt: []string{"Debian|Debian|" + bare}, want: []string{"no security updates", "404"}},
+		"apt has none, none is needed":  {src: plan.DebianSource{SecurityMirror: "none"}, apt: []string{"Debian|Debian|" + bare}, none: true},
+		"apt has none, the spec has it": {src: plan.DebianSource{SecurityMirror: full + "-security"}, apt: []string{"Debian|Debian|" + bare}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			apt(t, c.apt...)
+			c.src.Arch = "amd64"
+			if c.src.Suite == "" {
+				c.src.Suite = "trixie"
+			}
+			in, err := resolveDebian(t.Context(), hasty(), &c.src)
+			if c.want != nil {
+				wantError(t, err, c.want...)
+				if isUnreachable(err) != c.down {
+					t.Errorf("a server that may answer later: %v; %v", !c.down, err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if has := in.Repos[len(in.Repos)-1].Suite == c.src.Suite+"-security"; has == c.none {
+				t.Errorf("%v", in.Repos)
+			}
+		})
+	}
 }
 
 func TestCheckDebian(t *testing.T) {
@@ -173,4 +274,153 @@ func TestDebianCancelled(t *testing.T) {
 	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), dir) {
 		t.Errorf("something is mounted below %s still (%v)", dir, err)
 	}
+}
+
+// hungBuild is a Builder whose mmdebstrap is a stand-in: it starts a process in a session of its own, which keeps the pipe of the
+// output and a file below the returned folder open, says so, and never ends. Its mirror is real enough to be resolved.
+func hungBuild(t *testing.T, line func(string)) (b *Builder, img *plan.Image, dir string) {
+	t.Helper()
+	need.Root(t)
+	need.Tools(t, "mmdebstrap", "mke2fs", "unshare")
+	dir, programs := t.TempDir(), t.TempDir()
+	script := `#!/bin/sh
+for root; do case $root in */root) mkdir -p "$root/proc"; mount -t proc proc "$root/proc"; esac; done
+trap "" TERM INT HUP
+setsid sh -c 'trap "" TERM INT HUP; exec sleep 100000 <$0' "$HUNG" &
+echo it hangs
+wait
+`
+	hung := filepath.Join(dir, "hung")
+	if err := errors.Join(os.WriteFile(filepath.Join(programs, "mmdebstrap"), []byte(script), 0o755), os.WriteFile(hung, nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", programs+":"+os.Getenv("PATH"))
+	t.Setenv("HUNG", hung)
+	t.Cleanup(func() {
+		for _, pid := range holders(t, hung) {
+			exec.Command("kill", "-KILL", pid).Run()
+		}
+	})
+	t.Setenv("TMPDIR", t.TempDir())
+	p := &plan.Plan{Paths: plan.Paths{State: dir, Images: dir + "/images", Cache: dir + "/cache"}}
+	b = NewBuilder(p, Options{Progress: func(e Progress) {
+		if e.Line != "" && line != nil {
+			line(e.Line)
+		}
+	}})
+	b.net = hasty()
+	src := &plan.DebianSource{Suite: "trixie", Arch: b.arch, SecurityMirror: "none",
+		Mirror: mirror(t, map[string]string{"/debian/dists/trixie": inRelease})}
+	return b, &plan.Image{Name: "d", Source: plan.Source{Debian: src}}, dir
+}
+
+// holders returns the processes that have a file open.
+func holders(t *testing.T, path string) (pids []string) {
+	t.Helper()
+	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if to, err := os.Readlink(l); err == nil && to == path {
+			pids = append(pids, strings.Split(l, "/")[2])
+		}
+	}
+	return pids
+}
+
+// A build that hangs ends at its limit, with everything that it started, mounted and wrote.
+func TestDebianHangs(t *testing.T) {
+	hangs := false
+	b, img, dir := hungBuild(t, func(line string) { hangs = hangs || line == "it hangs" })
+	for b.limit = time.Second; !hangs; b.limit *= 2 { // until the stand-in has come so far, on a busy machine too
+		if b.limit > 5*time.Minute {
+			t.Fatal("the stand-in never started")
+		}
+		start := time.Now()
+		_, err := b.Build(t.Context(), img, false)
+		wantError(t, err, `image "d"`, "mmdebstrap did not finish within "+b.limit.String())
+		if took := time.Since(start); took > b.limit+time.Minute {
+			t.Errorf("took %v with a limit of %v", took, b.limit)
+		}
+	}
+	if pids := holders(t, filepath.Join(dir, "hung")); len(pids) > 0 {
+		t.Errorf("still running: %v", pids)
+	}
+	wantOnly(t, filepath.Join(dir, "debian", kindBase))
+	wantOnly(t, os.Getenv("TMPDIR"))
+	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), dir) {
+		t.Errorf("something is still mounted below %s (%v)", dir, err)
+	}
+}
+
+// A build that starts while a file system is mounted from a loop device does not keep that device busy once the host has unmounted it.
+func TestDebianLeavesLoopDevices(t *testing.T) {
+	need.Root(t)
+	need.Tools(t, "nsenter", "losetup", "mke2fs")
+	started := make(chan struct{})
+	var once sync.Once
+	b, img, dir := hungBuild(t, func(line string) {
+		if line == "it hangs" {
+			once.Do(func() { close(started) })
+		}
+	})
+	disk, at := filepath.Join(dir, "disk"), filepath.Join(dir, "mnt")
+	script := `truncate -s 16M "$0" && mke2fs -q -F "$0" && mkdir "$1" && mount --make-rshared / && mount -o loop "$0" "$1"`
+	ctx, cancel := context.WithCancelCause(t.Context())
+	ns := make(chan string, 1)
+	ended := make(chan error, 1)
+	go func() {
+		// The build's host, as far as mounts go. systemd makes all mounts shared. The thread is not unlocked: it ends with its namespace.
+		runtime.LockOSThread()
+		if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
+			ended <- err
+			return
+		}
+		if out, err := exec.Command("sh", "-c", script, disk, at).CombinedOutput(); err != nil {
+			ended <- fmt.Errorf("%w: %s", err, out)
+			return
+		}
+		ns <- fmt.Sprintf("/proc/self/task/%d/ns/mnt", unix.Gettid())
+		_, err := b.Build(ctx, img, false)
+		ended <- err
+	}()
+	select {
+	case <-started:
+	case err := <-ended:
+		t.Fatal(err)
+	case <-time.After(5 * time.Minute):
+		t.Fatal("the stand-in never started")
+	}
+	loops := func() string {
+		out, err := exec.Command("losetup", "-j", disk).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	if loops() == "" {
+		t.Fatal("there is no loop device")
+	}
+	host, err := os.Open(strings.Replace(<-ns, "self", fmt.Sprint(os.Getpid()), 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	umount := exec.Command("nsenter", "--mount=/proc/self/fd/3", "umount", at)
+	umount.ExtraFiles = []*os.File{host}
+	if out, err := umount.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for end := time.Now().Add(10 * time.Second); loops() != ""; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Errorf("the build keeps the loop device busy: %s", loops())
+			break
+		}
+	}
+	if pids := holders(t, filepath.Join(dir, "hung")); len(pids) == 0 {
+		t.Error("the build had ended before")
+	}
+	cancel(errors.New("interrupted"))
+	wantError(t, <-ended, "interrupted")
 }

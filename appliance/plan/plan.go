@@ -186,11 +186,17 @@ type UbuntuSource struct {
 
 // DebianSource is built from a package mirror with mmdebstrap.
 type DebianSource struct {
-	Suite    string   `json:"suite"`
-	Mirror   string   `json:"mirror,omitempty"` // empty: what apt on this host is configured with
-	Packages []string `json:"packages"`
-	Arch     string   `json:"arch"`
+	Suite  string `json:"suite"`
+	Mirror string `json:"mirror,omitempty"` // empty: what apt on this host is configured with
+	// SecurityMirror has the security updates. Empty: what apt on this host is configured with if Mirror is empty too, or else Mirror
+	// with "-security" appended.
+	SecurityMirror string   `json:"security_mirror,omitempty"`
+	Packages       []string `json:"packages"`
+	Arch           string   `json:"arch"`
 }
+
+// NoSecurityMirror as a DebianSource's SecurityMirror builds it without security updates.
+const NoSecurityMirror = "none"
 
 // Prebuild is run once in the base image; its result is sealed.
 type Prebuild struct {

@@ -246,11 +246,13 @@ func (l *loader) decodeDebianSource(b *hcl.Block) *DebianSource {
 	s := l.open(b, d, []attrSpec{
 		{"suite", `"trixie"`, true},
 		{"mirror", `"https://mirror.example.com/debian"`, false},
+		{"security_mirror", `"https://mirror.example.com/debian-security"`, false},
 		{"packages", `["git"]`, false},
 		{"arch", `"amd64"`, false},
 	})
 	s.text("suite", &d.Suite)
 	s.text("mirror", &d.Mirror)
+	s.text("security_mirror", &d.SecurityMirror)
 	s.texts("packages", &d.Packages)
 	s.text("arch", &d.Arch)
 	return d

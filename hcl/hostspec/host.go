@@ -92,10 +92,10 @@ type URLSource struct{ Disk, Kernel, Initrd, SHA256, SHA256Sums, Cmdline string 
 // UbuntuSource is `ubuntu { release mirror arch }`.
 type UbuntuSource struct{ Release, Mirror, Arch string }
 
-// DebianSource is `debian { suite mirror packages arch }`.
+// DebianSource is `debian { suite mirror security_mirror packages arch }`. SecurityMirror may be "none".
 type DebianSource struct {
-	Suite, Mirror, Arch string
-	Packages            []string
+	Suite, Mirror, SecurityMirror, Arch string
+	Packages                            []string
 }
 
 // Prebuild is the prebuild block; its order is files, packages, run.

@@ -46,6 +46,9 @@ func (l *loader) validateImage(i *Image) {
 	if d := i.Debian; d != nil {
 		l.checkSuite(d, "suite", d.Suite, debianSuites)
 		l.checkURL(d, "mirror", d.Mirror)
+		if d.SecurityMirror != "none" {
+			l.checkURL(d, "security_mirror", d.SecurityMirror)
+		}
 		l.checkPackages(d, d.Packages)
 		l.oneOf(d, "arch", d.Arch, "amd64", "arm64", "riscv64")
 	}

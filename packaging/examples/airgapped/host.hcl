@@ -45,7 +45,7 @@ host "lab" {
 image "debian" {
   debian {
     suite    = "trixie"
-    mirror   = var.mirror
+    mirror   = var.mirror # its security updates lie beside it, in debian-security; security_mirror names another place
     packages = ["git", "make", "gcc"]
   }
 }

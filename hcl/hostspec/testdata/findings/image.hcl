@@ -13,6 +13,7 @@ image "two" { # ERROR: has the sources "ubuntu" and "debian". Keep one
     suite    = "Debian 13" # ERROR: Write one in lower case, such as "trixie"
     packages = ["git curl", "-o=x"] # ERROR: "git curl" is not the name of a Debian package. Write "git", "curl". && ERROR: "-o=x" is not the name
     mirror   = "ftp://mirror" # ERROR: it must start with https:// or http://
+    security_mirror = "no" # ERROR: it must start with https:// or http://
     arch     = "x86_64" # ERROR: arch must be one of "amd64", "arm64" and "riscv64"; got "x86_64".
   }
 }
@@ -59,7 +60,7 @@ image "prebuild" {
       content = file("missing.txt") # ERROR: no such file or directory
       mode    = "rw-r--r--" # ERROR: a mode is octal digits
     }
-    file "/etc/motd" { # ERROR: /etc/motd is already written at testdata/findings/image.hcl:58,10-21 && ERROR: needs content
+    file "/etc/motd" { # ERROR: /etc/motd is already written at testdata/findings/image.hcl:59,10-21 && ERROR: needs content
       mode = 755
     }
     file "/etc/zero" {
@@ -82,7 +83,7 @@ image "Bad_Name" { # ERROR: cannot be an image's name: use lower-case letters, d
 image "a-name-that-is-longer-than-it-may-be" { # ERROR: The name "a-name-that-is-longer-than-it-may-be" has 36 characters; an image's name may have 32, because it becomes part of paths and host names
   ubuntu { # ERROR: ubuntu needs release
   }
-  ubuntu { # ERROR: image "a-name-that-is-longer-than-it-may-be" already has a ubuntu block at testdata/findings/image.hcl:83,3-9; only one is allowed
+  ubuntu { # ERROR: image "a-name-that-is-longer-than-it-may-be" already has a ubuntu block at testdata/findings/image.hcl:84,3-9; only one is allowed
   }
 }
 
