@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
@@ -56,11 +57,42 @@ func (s *Store) base(ctx context.Context, img *plan.Image, fresh bool) (_ *Base,
 	m, cached, err := s.newestBase(ctx, img, spec)
 	if fresh && isUnreachable(err) {
 		if old, ferr := s.find(kindBase, spec); old != nil && ferr == nil {
-			s.keepsBase(img, err)
+			s.keepsBase(img, s.shelf, spec, err)
 			return s.baseOf(img, s.shelf, old, true), nil
 		}
 	}
 	return s.baseOf(img, s.shelf, m, cached), err
+}
+
+// maxAge is how long a refresh may use a base whose source does not answer.
+const maxAge = 7 * 24 * time.Hour
+
+// CheckAge returns an error if the base of an image has not been refreshed as it should have been: the source has not answered for
+// a week, or for three refresh intervals if those are longer, or the last refresh of a `debian` source, which is root's part, failed. The
+// base can be used all the same.
+func (s *Store) CheckAge(ctx context.Context, img *plan.Image) error {
+	spec, err := s.baseSpec(ctx, img)
+	if err != nil {
+		return named(img, err)
+	}
+	on := s.shelf
+	if img.Source.Debian != nil {
+		on = s.built
+	}
+	asked, err := on.asked(spec)
+	if err != nil {
+		return named(img, err)
+	}
+	since := asked.UTC().Format(time.DateTime) + " UTC"
+	if on.unfinished(spec) {
+		return named(img, fmt.Errorf("the last refresh of its `debian` source failed or was interrupted, so its base has no updates since %s. "+
+			"The reason is in the output of `fleetingd refresh --root-part`: journalctl -u fleetingd-refresh.service", since))
+	}
+	if age := time.Since(asked); age > max(maxAge, 3*time.Duration(s.plan.Refresh)) {
+		return named(img, fmt.Errorf("its source has not answered for %d days, so its base has no updates since %s. Check the source's URL, "+
+			"and the network between this host and it", age/(24*time.Hour), since))
+	}
+	return nil
 }
 
 // newestBase makes the base of what the source has now, and lets the spec stand for it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"runtime"
 	"time"
@@ -34,10 +35,15 @@ func (k *kit) report(p Progress) {
 	}
 }
 
-// keepsBase says that the source of an image could not be asked for a newer one. A mirror that is down for an hour is no reason for
-// a refresh to fail: the prebuild, or what else has changed, is made on the base that is there.
-func (k *kit) keepsBase(img *plan.Image, why error) {
-	k.log().Warn("the image's source does not answer; the base that is there is used", "image", img.Name, "error", why)
+// keepsBase warns that the source of an image does not answer and the base on a shelf is used. A mirror that is down for an hour is no
+// reason for a refresh to fail: the prebuild, or whatever else has changed, is made on that base. CheckAge has the limit.
+func (k *kit) keepsBase(img *plan.Image, on *shelf, spec string, why error) {
+	asked, err := on.asked(spec)
+	if err != nil {
+		why = errors.Join(why, err)
+	}
+	k.log().Warn("the image's source does not answer; using the existing base", "image", img.Name,
+		"last_answer", asked.UTC().Format(time.DateTime), "error", why)
 }
 
 // baseOf is a manifest's base, and reports it. m may be nil.
@@ -93,11 +99,7 @@ func (b *Builder) build(ctx context.Context, img *plan.Image, fresh bool) (_ *ma
 			return m, true, err
 		}
 	}
-	src := img.Source.Debian
-	if err := checkDebian(src, b.arch); err != nil {
-		return nil, false, err
-	}
-	if err := b.shelf.open(); err != nil {
+	if err := b.open(); err != nil {
 		return nil, false, err
 	}
 	lock, err := b.shelf.lock(ctx, spec)
@@ -105,11 +107,31 @@ func (b *Builder) build(ctx context.Context, img *plan.Image, fresh bool) (_ *ma
 		return nil, false, err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
+	if fresh { // the Store reads the note, and reports the failure to refresh
+		end, err := b.shelf.begin(spec)
+		if err != nil {
+			return nil, false, err
+		}
+		m, cached, err := b.newest(ctx, img, spec, true)
+		if err != nil {
+			return nil, false, err
+		}
+		return m, cached, end()
+	}
+	return b.newest(ctx, img, spec, false)
+}
+
+// newest makes the base of what the mirror has now, and lets the spec stand for it.
+func (b *Builder) newest(ctx context.Context, img *plan.Image, spec string, fresh bool) (*manifest, bool, error) {
+	src := img.Source.Debian
+	if err := checkDebian(src, b.arch); err != nil {
+		return nil, false, err
+	}
 	proxy := aptProxy(ctx)
 	in, err := resolveDebian(ctx, b.net.withProxy(proxy), src)
 	if fresh && isUnreachable(err) {
 		if m, ferr := b.shelf.follow(kindBase, spec); ferr == nil {
-			b.keepsBase(img, err)
+			b.keepsBase(img, b.shelf, spec, err)
 			return m, true, nil
 		}
 	}
@@ -130,6 +152,15 @@ func (b *Builder) build(ctx context.Context, img *plan.Image, fresh bool) (_ *ma
 		return nil, false, err
 	}
 	return m, cached, b.shelf.point(spec, kindBase, digest)
+}
+
+// open makes the Builder's folders. A Store's user must be able to read them, whatever the umask.
+func (b *Builder) open() error {
+	err := errors.Join(b.shelf.open(), os.MkdirAll(b.shelf.notePath(""), 0o755))
+	for _, dir := range []string{"", kindBase, "refs", notesFolder} {
+		err = errors.Join(err, os.Chmod(filepath.Join(b.shelf.dir, dir), 0o755))
+	}
+	return err
 }
 
 // Prune removes what no debian source of the Plan stands for any more. It returns the digests that it removed.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -276,42 +277,54 @@ func TestDebianCancelled(t *testing.T) {
 	}
 }
 
-// hungBuild is a Builder whose mmdebstrap is a stand-in: it starts a process in a session of its own, which keeps the pipe of the
-// output and a file below the returned folder open, says so, and never ends. Its mirror is real enough to be resolved.
-func hungBuild(t *testing.T, line func(string)) (b *Builder, img *plan.Image, dir string) {
+// standIn puts a program named mmdebstrap into PATH, and returns a Builder that uses it and an image. $root is the new system's folder.
+// The mirror serves suites.
+func standIn(t *testing.T, script string, suites map[string]string, line func(string)) (*Builder, *plan.Image, *plan.Plan) {
 	t.Helper()
 	need.Root(t)
 	need.Tools(t, "mmdebstrap", "mke2fs", "unshare")
 	dir, programs := t.TempDir(), t.TempDir()
-	script := `#!/bin/sh
-for root; do case $root in */root) mkdir -p "$root/proc"; mount -t proc proc "$root/proc"; esac; done
-trap "" TERM INT HUP
-setsid sh -c 'trap "" TERM INT HUP; exec sleep 100000 <$0' "$HUNG" &
-echo it hangs
-wait
-`
-	hung := filepath.Join(dir, "hung")
-	if err := errors.Join(os.WriteFile(filepath.Join(programs, "mmdebstrap"), []byte(script), 0o755), os.WriteFile(hung, nil, 0o644)); err != nil {
+	script = `#!/bin/sh
+for root; do case $root in */root) break; esac; done
+` + script
+	if err := os.WriteFile(filepath.Join(programs, "mmdebstrap"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", programs+":"+os.Getenv("PATH"))
+	t.Setenv("TMPDIR", t.TempDir())
+	p := &plan.Plan{Paths: plan.Paths{State: dir, Images: dir + "/images", Cache: dir + "/cache"}}
+	b := NewBuilder(p, Options{Log: slog.New(slog.DiscardHandler), Progress: func(e Progress) {
+		if e.Line != "" && line != nil {
+			line(e.Line)
+		}
+	}})
+	b.net = hasty()
+	src := &plan.DebianSource{Suite: "trixie", Arch: b.arch, SecurityMirror: "none", Mirror: mirror(t, suites)}
+	p.Images = []plan.Image{{Name: "d", Source: plan.Source{Debian: src}}}
+	return b, &p.Images[0], p
+}
+
+// hungBuild is a Builder whose mmdebstrap starts a process in a session of its own, which keeps the output's pipe and a file of the
+// returned name open, says "it hangs", and never ends.
+func hungBuild(t *testing.T, line func(string)) (b *Builder, img *plan.Image, hung string) {
+	t.Helper()
+	hung = filepath.Join(t.TempDir(), "hung")
+	if err := os.WriteFile(hung, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	t.Setenv("HUNG", hung)
 	t.Cleanup(func() {
 		for _, pid := range holders(t, hung) {
 			exec.Command("kill", "-KILL", pid).Run()
 		}
 	})
-	t.Setenv("TMPDIR", t.TempDir())
-	p := &plan.Plan{Paths: plan.Paths{State: dir, Images: dir + "/images", Cache: dir + "/cache"}}
-	b = NewBuilder(p, Options{Progress: func(e Progress) {
-		if e.Line != "" && line != nil {
-			line(e.Line)
-		}
-	}})
-	b.net = hasty()
-	src := &plan.DebianSource{Suite: "trixie", Arch: b.arch, SecurityMirror: "none",
-		Mirror: mirror(t, map[string]string{"/debian/dists/trixie": inRelease})}
-	return b, &plan.Image{Name: "d", Source: plan.Source{Debian: src}}, dir
+	b, img, _ = standIn(t, `mkdir -p "$root/proc"; mount -t proc proc "$root/proc"
+trap "" TERM INT HUP
+setsid sh -c 'trap "" TERM INT HUP; exec sleep 100000 <$0' "$HUNG" &
+echo it hangs
+wait
+`, map[string]string{"/debian/dists/trixie": inRelease}, line)
+	return b, img, hung
 }
 
 // holders returns the processes that have a file open.
@@ -332,7 +345,7 @@ func holders(t *testing.T, path string) (pids []string) {
 // A build that hangs ends at its limit, with everything that it started, mounted and wrote.
 func TestDebianHangs(t *testing.T) {
 	hangs := false
-	b, img, dir := hungBuild(t, func(line string) { hangs = hangs || line == "it hangs" })
+	b, img, hung := hungBuild(t, func(line string) { hangs = hangs || line == "it hangs" })
 	for b.limit = time.Second; !hangs; b.limit *= 2 { // until the stand-in has come so far, on a busy machine too
 		if b.limit > 5*time.Minute {
 			t.Fatal("the stand-in never started")
@@ -344,13 +357,13 @@ func TestDebianHangs(t *testing.T) {
 			t.Errorf("took %v with a limit of %v", took, b.limit)
 		}
 	}
-	if pids := holders(t, filepath.Join(dir, "hung")); len(pids) > 0 {
+	if pids := holders(t, hung); len(pids) > 0 {
 		t.Errorf("still running: %v", pids)
 	}
-	wantOnly(t, filepath.Join(dir, "debian", kindBase))
+	wantOnly(t, b.shelf.folder(kindBase, ""))
 	wantOnly(t, os.Getenv("TMPDIR"))
-	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), dir) {
-		t.Errorf("something is still mounted below %s (%v)", dir, err)
+	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), b.shelf.dir) {
+		t.Errorf("something is still mounted below %s (%v)", b.shelf.dir, err)
 	}
 }
 
@@ -360,11 +373,12 @@ func TestDebianLeavesLoopDevices(t *testing.T) {
 	need.Tools(t, "nsenter", "losetup", "mke2fs")
 	started := make(chan struct{})
 	var once sync.Once
-	b, img, dir := hungBuild(t, func(line string) {
+	b, img, hung := hungBuild(t, func(line string) {
 		if line == "it hangs" {
 			once.Do(func() { close(started) })
 		}
 	})
+	dir := t.TempDir()
 	disk, at := filepath.Join(dir, "disk"), filepath.Join(dir, "mnt")
 	script := `truncate -s 16M "$0" && mke2fs -q -F "$0" && mkdir "$1" && mount --make-rshared / && mount -o loop "$0" "$1"`
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -418,9 +432,90 @@ func TestDebianLeavesLoopDevices(t *testing.T) {
 			break
 		}
 	}
-	if pids := holders(t, filepath.Join(dir, "hung")); len(pids) == 0 {
+	if pids := holders(t, hung); len(pids) == 0 {
 		t.Error("the build had ended before")
 	}
 	cancel(errors.New("interrupted"))
 	wantError(t, <-ended, "interrupted")
+}
+
+// Root's part of a refresh may fail: the Store goes on with the base that is there, and knows of the failure until it is mended.
+func TestRefreshDebian(t *testing.T) {
+	suites := map[string]string{"/debian/dists/trixie": inRelease}
+	b, img, p := standIn(t, `[ ! -e "$TMPDIR/fail" ] || { echo no space; exit 1; }
+mkdir -p "$root/boot"; echo kernel >"$root/boot/vmlinuz-1"; echo initrd >"$root/boot/initrd.img-1"
+`, suites, nil)
+	fail := filepath.Join(os.Getenv("TMPDIR"), "fail")
+	s, err := Open(p, Options{Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.net = hasty()
+	// As in the unit, whose umask is another: the Store's user must be able to read what root makes.
+	old := unix.Umask(0o077)
+	defer unix.Umask(old)
+	if _, err := b.Build(t.Context(), img, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{"", "refs", kindBase, notesFolder} {
+		if fi, err := os.Stat(filepath.Join(b.shelf.dir, dir)); err != nil || fi.Mode().Perm() != 0o755 {
+			t.Errorf("%s: %v, %v", dir, fi.Mode(), err)
+		}
+	}
+	refresh := func() string {
+		t.Helper()
+		sealed, err := s.Refresh(t.Context(), img)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sealed.Digest
+	}
+	first := refresh()
+	if err := s.CheckAge(t.Context(), img); err != nil {
+		t.Error(err)
+	}
+
+	// News that cannot be built.
+	suites["/debian/dists/trixie"] += "Version: 13.2\n"
+	if err := os.WriteFile(fail, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	_, err = b.Build(t.Context(), img, true)
+	wantError(t, err, "no space")
+	if now := refresh(); now != first {
+		t.Errorf("%s, was %s", now, first)
+	}
+	wantError(t, s.CheckAge(t.Context(), img), `image "d"`, "failed or was interrupted", "--root-part", time.Now().UTC().Format(time.DateOnly))
+
+	// No answer for a day is no failure.
+	suites["/debian/dists/trixie"] = "broken"
+	if _, err := b.Build(t.Context(), img, true); err != nil {
+		t.Error(err)
+	}
+	if err := s.CheckAge(t.Context(), img); err != nil {
+		t.Error(err)
+	}
+
+	suites["/debian/dists/trixie"] = inRelease + "Version: 13.2\n"
+	if err := os.Remove(fail); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Build(t.Context(), img, true); err != nil {
+		t.Error(err)
+	}
+	if now := refresh(); now == first {
+		t.Error("nothing new")
+	}
+	if err := s.CheckAge(t.Context(), img); err != nil {
+		t.Error(err)
+	}
+
+	// What the Plan no longer has leaves no note behind.
+	if err := os.WriteFile(b.shelf.notePath(strings.Repeat("0", 64)), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Prune(t.Context()); err != nil {
+		t.Error(err)
+	}
+	wantOnly(t, b.shelf.notePath(""))
 }

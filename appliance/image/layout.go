@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
@@ -69,6 +71,9 @@ type shelf struct {
 	log *slog.Logger
 }
 
+// notesFolder holds the notes of refreshes that are under way, or did not end well. Only a Builder writes them.
+const notesFolder = "unfinished"
+
 // open makes the shelf's folders.
 func (s *shelf) open() error {
 	for _, sub := range []string{kindBase, kindSealed, "refs", "locks"} {
@@ -85,6 +90,7 @@ func (s *shelf) file(m *manifest, name string) string {
 }
 func (s *shelf) refPath(spec string) string  { return filepath.Join(s.dir, "refs", spec) }
 func (s *shelf) lockPath(name string) string { return filepath.Join(s.dir, "locks", name) }
+func (s *shelf) notePath(spec string) string { return filepath.Join(s.dir, notesFolder, spec) }
 
 // errMissing is an image that is not there, or that is not what it says it is.
 var errMissing = errors.New("no such image")
@@ -140,11 +146,13 @@ func (s *shelf) follow(kind, spec string) (*manifest, error) {
 	return s.read(kind, filepath.Base(target))
 }
 
-// point makes a spec's digest stand for an image, from one moment to the next.
+// point makes a spec's digest stand for an image, atomically. The reference's time is when its source was last asked.
 func (s *shelf) point(spec, kind, digest string) error {
 	target := filepath.Join("..", kind, digest)
 	if have, err := os.Readlink(s.refPath(spec)); err == nil && have == target {
-		return nil
+		now := unix.NsecToTimespec(time.Now().UnixNano())
+		err := unix.UtimesNanoAt(unix.AT_FDCWD, s.refPath(spec), []unix.Timespec{now, now}, unix.AT_SYMLINK_NOFOLLOW)
+		return os.NewSyscallError("utimensat", err)
 	}
 	tmp := s.refPath(building + spec)
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -157,6 +165,31 @@ func (s *shelf) point(spec, kind, digest string) error {
 		return err
 	}
 	return state.SyncFolder(filepath.Dir(s.refPath(spec)))
+}
+
+// asked returns when the source last said which image a spec's digest stands for.
+func (s *shelf) asked(spec string) (time.Time, error) {
+	fi, err := os.Lstat(s.refPath(spec))
+	if err != nil {
+		return time.Time{}, err
+	}
+	return fi.ModTime(), nil
+}
+
+// begin notes that a refresh is under way, until the returned function is called. The note stays if the refresh fails or its process
+// is killed.
+func (s *shelf) begin(spec string) (end func() error, err error) {
+	note := s.notePath(spec)
+	if err := state.WriteFile(note, nil, 0o644); err != nil {
+		return nil, fmt.Errorf("note that a refresh begins: %w", err)
+	}
+	return func() error { return os.Remove(note) }, nil
+}
+
+// unfinished reports whether the last refresh began and did not end well.
+func (s *shelf) unfinished(spec string) bool {
+	_, err := os.Stat(s.notePath(spec))
+	return err == nil
 }
 
 // lock is one builder at a time of what name stands for, on this host.

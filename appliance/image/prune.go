@@ -166,13 +166,15 @@ func (s *shelf) digests(kind string) ([]string, error) {
 // prune removes images and references that keep does not name, and drafts that nobody works on.
 func (s *shelf) prune(keep func(digest string) bool) (removed []string, err error) {
 	var errs []error
-	refs, err := os.ReadDir(filepath.Join(s.dir, "refs"))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		errs = append(errs, err)
-	}
-	for _, e := range refs {
-		if !keep(e.Name()) {
-			errs = append(errs, s.unlessLocked(e.Name(), s.refPath(e.Name())))
+	for _, folder := range []string{"refs", notesFolder} {
+		entries, err := os.ReadDir(filepath.Join(s.dir, folder))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		for _, e := range entries {
+			if !keep(e.Name()) {
+				errs = append(errs, s.unlessLocked(e.Name(), filepath.Join(s.dir, folder, e.Name())))
+			}
 		}
 	}
 	for _, kind := range []string{kindSealed, kindBase} {

@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/fleetingd/fleetingd/appliance/guest"
 	"github.com/fleetingd/fleetingd/appliance/need"
 	"github.com/fleetingd/fleetingd/appliance/plan"
@@ -457,6 +459,48 @@ func TestRefreshWithoutAnswer(t *testing.T) {
 	l2.net.client.Transport = down{}
 	_, err := l2.Ensure(t.Context(), l2.img)
 	wantError(t, err, "SHA256SUMS", "no route to host", "tried 3 times")
+}
+
+// TestCheckAge: a source may be silent for a while, but not for good without anybody knowing.
+func TestCheckAge(t *testing.T) {
+	l, _ := webLab(t)
+	img := l.ensure()
+	age := func(d time.Duration) {
+		t.Helper()
+		spec, err := l.baseSpec(t.Context(), l.img)
+		then := unix.NsecToTimespec(time.Now().Add(-d).UnixNano())
+		err = errors.Join(err, unix.UtimesNanoAt(unix.AT_FDCWD, l.shelf.refPath(spec), []unix.Timespec{then, then}, unix.AT_SYMLINK_NOFOLLOW))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	const day = 24 * time.Hour
+	l.net.client.Transport = down{}
+	for _, c := range []struct {
+		age, interval time.Duration
+		fails         bool
+	}{{0, day, false}, {6 * day, day, false}, {8 * day, day, true}, {8 * day, 0, true}, {8 * day, 3 * day, false}, {10 * day, 3 * day, true}} {
+		l.plan.Refresh = plan.Duration(c.interval)
+		age(c.age)
+		if same, err := l.Refresh(t.Context(), l.img); err != nil || same.Digest != img.Digest {
+			t.Errorf("%v: %+v, %v", c.age, same, err)
+		}
+		err := l.CheckAge(t.Context(), l.img)
+		if c.fails {
+			since := time.Now().Add(-c.age).UTC().Format(time.DateOnly)
+			wantError(t, err, `image "golden"`, "has not answered for", fmt.Sprintf("%d days", c.age/day), since)
+		} else if err != nil {
+			t.Errorf("%v at an interval of %v: %v", c.age, c.interval, err)
+		}
+	}
+	// An answer is an answer, also if it brings nothing new.
+	l.net.client.Transport = http.DefaultTransport
+	if same, err := l.Refresh(t.Context(), l.img); err != nil || !same.Cached {
+		t.Errorf("%+v, %v", same, err)
+	}
+	if err := l.CheckAge(t.Context(), l.img); err != nil {
+		t.Error(err)
+	}
 }
 
 // down is a network on which nobody is reached.

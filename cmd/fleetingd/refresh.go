@@ -20,9 +20,10 @@ func refreshCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "refresh",
 		Usage: "build the workers' images anew where their sources have changed",
-		Description: "Builds beside the images in use and swaps when done: new workers start from the new ones, and those that run are left alone.\n" +
-			"The timer that apply installs runs it. --root-part builds what only root can build, from Debian's packages; the rest\n" +
-			"runs as the plan's user.",
+		Description: "Builds new images beside the ones in use and swaps when done: new workers start from the new images, running ones are not\n" +
+			"affected. If a source does not answer, its existing base is used with a warning; after a week without an answer, or three\n" +
+			"refresh intervals if those are longer, refresh fails as well. fleetingd-refresh.timer runs it: first --root-part as root, which\n" +
+			"builds from Debian's packages, then the rest as the plan's user.",
 		Flags: []cli.Flag{
 			planFlag(),
 			&cli.BoolFlag{Name: "root-part", Usage: "as root: build from packages only, and start no VM"},
@@ -78,7 +79,7 @@ func logPruned(log *slog.Logger, removed []string) {
 	}
 }
 
-// refreshAll goes on after an image that cannot be built: the others may.
+// refreshAll continues after an image that cannot be built or has an outdated base, and reports it at the end.
 func refreshAll(ctx context.Context, c *cli.Context, store *image.Store, p *plan.Plan, log *slog.Logger) error {
 	var errs []error
 	for i := range p.Images {
@@ -93,6 +94,7 @@ func refreshAll(ctx context.Context, c *cli.Context, store *image.Store, p *plan
 			news = "unchanged"
 		}
 		fmt.Fprintf(c.App.Writer, "image %s: %s (%s)\n", img.Name, news, sealed.Digest[:12])
+		errs = append(errs, store.CheckAge(ctx, img))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err // what is in use stays: nothing is pruned after a failure
