@@ -98,12 +98,13 @@ func (c doorCase) write(t *testing.T, root string, s State) {
 	}
 }
 
-// tree lists what is below a folder, with modes, owners and contents; temporary files of renameio, which a kill leaves, apart.
+// tree lists what is below a folder, with modes, owners and contents; but for temporary files of renameio,
+// which a kill leaves, and notes with a random key.
 func tree(t *testing.T, root string) map[string]string {
 	t.Helper()
 	found := map[string]string{}
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || regexp.MustCompile(`^\.\w+\.json\d+$`).MatchString(d.Name()) {
+		if err != nil || regexp.MustCompile(`^(\.\w+\.json\d+|secrets\.json)$`).MatchString(d.Name()) {
 			return err
 		}
 		fi, err := d.Info()

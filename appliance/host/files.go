@@ -56,6 +56,16 @@ func (t *Tree) readAll(names []string, what string, read func(string, *accounts,
 	return found, errors.Join(errs...)
 }
 
+// readOne reads one object.
+func (t *Tree) readOne(name string, read func(string, *accounts, *treeNotes) (State, error)) (State, error) {
+	ids, err := t.readAccounts()
+	notes, err1 := t.readNotes()
+	if err := errors.Join(err, err1); err != nil {
+		return nil, err
+	}
+	return read(name, ids, notes)
+}
+
 func (d files) read(name string, ids *accounts, notes *treeNotes) (State, error) {
 	data, fi, err := d.readFile(name)
 	if err != nil || fi == nil {
@@ -157,12 +167,7 @@ func (d files) write(name string, want State) error {
 	if err != nil {
 		return err
 	}
-	ids, err := d.readAccounts()
-	notes, err1 := d.readNotes()
-	if err := errors.Join(err, err1); err != nil {
-		return err
-	}
-	have, err := d.read(name, ids, notes)
+	have, err := d.readOne(name, d.read)
 	if err != nil {
 		return err
 	}

@@ -22,36 +22,41 @@ type treeNotes struct {
 
 func (t *Tree) readNotes() (*treeNotes, error) {
 	n := &treeNotes{}
-	b, err := os.ReadFile(t.onHost(t.notes))
-	if errors.Is(err, fs.ErrNotExist) {
-		return n, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	if err := json.Unmarshal(b, n); err != nil {
-		return nil, fmt.Errorf("%s is damaged (remove it; folders that fleetingd made will stay): %w", t.onHost(t.notes), err)
-	}
-	return n, nil
+	return n, readJSON(t.onHost(t.notes), n)
 }
 
-// writeNotes keeps the notes, or removes the file if there is nothing to remember.
 func (t *Tree) writeNotes(n *treeNotes) error {
-	at := t.onHost(t.notes)
-	if len(n.Made) == 0 && len(n.Owners) == 0 {
-		if err := os.Remove(at); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	return writeJSON(t.onHost(t.notes), n, len(n.Made) == 0 && len(n.Owners) == 0)
+}
+
+// readJSON reads the notes of a door. Where there are none, it leaves v as it is.
+func readJSON(file string, v any) error {
+	b, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	b, err := json.Marshal(n)
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%s is damaged (remove it; what only it knew of will stay on this host): %w", file, err)
+	}
+	return nil
+}
+
+// writeJSON keeps the notes of a door, or removes the file if there is nothing to remember.
+func writeJSON(file string, v any, empty bool) error {
+	if empty {
+		return gone(os.Remove(file))
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
 		return err
 	}
-	return state.WriteFile(at, b, 0o600)
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return err
+	}
+	return state.WriteFile(file, b, 0o600)
 }
 
 // recordOwner remembers the owner of a file; "" forgets it.
