@@ -340,6 +340,9 @@ func (h *host) left() []string {
 	for range h.driver.alive() {
 		left = append(left, "a VM")
 	}
+	for _, pid := range vmsBelow(p.Clones) {
+		left = append(left, fmt.Sprintf("VM process %d", pid))
+	}
 	return left
 }
 

@@ -31,6 +31,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/image"
 	"github.com/fleetingd/fleetingd/appliance/need"
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 	"github.com/fleetingd/fleetingd/seed"
 )
@@ -76,7 +77,7 @@ func servePlugin() error {
 	if os.Getenv(backVariable) != "" {
 		pidFile += backSuffix
 	}
-	if err := os.WriteFile(pidFile, []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
+	if err := state.WriteFile(pidFile, []byte(strconv.Itoa(os.Getpid())), 0o600); err != nil {
 		return err
 	}
 	g := New(Options{Version: "1.2.3", Driver: func(plan.Hypervisor, *slog.Logger) (vm.Driver, error) { return processDriver{}, nil }})
@@ -153,7 +154,7 @@ func (d processDriver) Start(ctx context.Context, cfg vm.Config) (vm.VM, error) 
 		return nil, err
 	}
 	go cmd.Wait()
-	if err := os.WriteFile(filepath.Join(cfg.Dir, "pid"), []byte(strconv.Itoa(cmd.Process.Pid)), 0o600); err != nil {
+	if err := state.WriteFile(filepath.Join(cfg.Dir, "pid"), []byte(strconv.Itoa(cmd.Process.Pid)), 0o600); err != nil {
 		return nil, errors.Join(err, cmd.Process.Kill())
 	}
 	return newProcess(cmd.Process.Pid)
@@ -161,7 +162,10 @@ func (d processDriver) Start(ctx context.Context, cfg vm.Config) (vm.VM, error) 
 
 func (processDriver) Adopt(_ context.Context, dir string) (vm.VM, error) {
 	pid, err := readPID(filepath.Join(dir, "pid"))
-	if errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, os.ErrNotExist) { // its starter was killed in between, as the real drivers allow for
+		for _, pid := range vmsBelow("/" + filepath.Base(filepath.Dir(dir)) + "/") {
+			unix.Kill(pid, unix.SIGKILL)
+		}
 		return nil, vm.ErrNotRunning
 	}
 	if err != nil {
@@ -172,6 +176,19 @@ func (processDriver) Adopt(_ context.Context, dir string) (vm.VM, error) {
 		return nil, vm.ErrNotRunning
 	}
 	return p, err
+}
+
+// vmsBelow are the pids of the VMs whose seed has folder in its path.
+func vmsBelow(folder string) []int {
+	var pids []int
+	environs, _ := filepath.Glob("/proc/[0-9]*/environ")
+	for _, path := range environs {
+		if env, err := os.ReadFile(path); err == nil && strings.HasPrefix(string(env), envVM+"=") && strings.Contains(string(env), folder) {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 func readPID(path string) (int, error) {
@@ -317,14 +334,8 @@ func processHost(t *testing.T) *host {
 
 // killVMs ends the VMs that a failed test has left.
 func (h *host) killVMs() {
-	pids, err := filepath.Glob(filepath.Join(h.plan.Paths.Run, "*/vm/pid"))
-	if err != nil {
-		h.t.Error(err)
-	}
-	for _, path := range pids {
-		if pid, err := readPID(path); err == nil {
-			unix.Kill(pid, unix.SIGKILL)
-		}
+	for _, pid := range vmsBelow(h.plan.Paths.Clones) {
+		unix.Kill(pid, unix.SIGKILL)
 	}
 }
 

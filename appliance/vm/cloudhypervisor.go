@@ -179,7 +179,7 @@ func (c *cloudHypervisor) launch(binary string, cfg Config) (_ *chVM, err error)
 }
 
 func (c *cloudHypervisor) Adopt(ctx context.Context, dir string) (VM, error) {
-	p, err := adopt(dir, c.Name(), chSocket, chFiles, c.log)
+	p, err := adopt(dir, c.Name(), chFiles, c.log)
 	if err != nil {
 		return nil, err
 	}

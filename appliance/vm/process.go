@@ -146,7 +146,7 @@ func start(l launch) (*process, error) {
 	cmd.Dir = l.cfg.Dir
 	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = out, out, l.extra
 	// Not ours: it may hold secrets, and /proc/PID/environ of a long-lived VMM shows them.
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", folderVariable + "=" + l.cfg.Dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	p := &process{
 		dir: l.cfg.Dir, files: l.files, private: l.private, log: l.log.With("vm", l.cfg.ID), cmd: cmd, done: make(chan struct{}),
@@ -251,10 +251,8 @@ func (p *process) save() error {
 
 // adopt finds the VMM that was started in dir and is running there. The caller MUST call
 // watch next. When there is none it returns ErrNotRunning, what was left of it being removed;
-// a VMM whose Start never came to its end is killed first. socket is the name of the
-// VMM's control socket: where the record is missing, because its writer was
-// killed before it could write it, the process at its other end is the VMM.
-func adopt(dir, driver, socket string, files []string, log *slog.Logger) (*process, error) {
+// a VMM whose Start never came to its end is killed first.
+func adopt(dir, driver string, files []string, log *slog.Logger) (*process, error) {
 	p := &process{dir: dir, files: files, log: log, done: make(chan struct{})}
 	var err error
 	if p.private, err = findPrivate(dir); err != nil {
@@ -263,7 +261,7 @@ func adopt(dir, driver, socket string, files []string, log *slog.Logger) (*proce
 	data, err := os.ReadFile(filepath.Join(dir, recordFile))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		err = p.adoptUnrecorded(filepath.Join(p.private, socket))
+		err = p.adoptUnrecorded()
 	case err != nil:
 		return nil, err
 	default:
@@ -316,26 +314,17 @@ func (p *process) adoptRecorded() error {
 	return nil
 }
 
-// adoptUnrecorded asks the socket who listens on it (SO_PEERCRED gives who called listen).
-func (p *process) adoptUnrecorded(socket string) error {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+// adoptUnrecorded looks for a VMM whose record was never written.
+func (p *process) adoptUnrecorded() error {
+	pid, err := findByFolder(p.dir)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: socket}); err != nil {
-		return ErrNotRunning // no socket, or nobody behind it
+	if pid == 0 {
+		return ErrNotRunning
 	}
-	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
-	if err != nil {
-		return fmt.Errorf("%s: who listens there: %w", socket, err)
-	}
-	// Ours, in a test: never end the process that asks.
-	if int(cred.Pid) == os.Getpid() || cred.Pid <= 1 {
-		return fmt.Errorf("%s is held by pid %d, which is not a VMM", socket, cred.Pid)
-	}
-	p.record.PID = int(cred.Pid)
-	if p.pidfd, err = openPidfd(p.record.PID); errors.Is(err, unix.ESRCH) {
+	p.record.PID = pid
+	if p.pidfd, err = openPidfd(pid); errors.Is(err, unix.ESRCH) {
 		return ErrNotRunning
 	}
 	return err

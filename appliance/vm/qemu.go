@@ -201,7 +201,7 @@ func (q *qemu) Start(ctx context.Context, cfg Config) (VM, error) {
 }
 
 func (q *qemu) Adopt(ctx context.Context, dir string) (VM, error) {
-	p, err := adopt(dir, q.Name(), qmpSocket, nil, q.log)
+	p, err := adopt(dir, q.Name(), nil, q.log)
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -356,7 +357,7 @@ func TestAdoptStranger(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := adopt(dir, "qemu", qmpSocket, nil, log); !errors.Is(err, ErrNotRunning) {
+		if _, err := adopt(dir, "qemu", nil, log); !errors.Is(err, ErrNotRunning) {
 			t.Errorf("%s: %v", what, err)
 		}
 		if entries, _ := os.ReadDir(dir); len(entries) != 1 || entries[0].Name() != "disk.raw" {
@@ -372,26 +373,39 @@ func TestAdoptStranger(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, recordFile), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := adopt(dir, "qemu", qmpSocket, nil, log); err == nil || errors.Is(err, ErrNotRunning) {
+		if _, err := adopt(dir, "qemu", nil, log); err == nil || errors.Is(err, ErrNotRunning) {
 			t.Errorf("%s: %v", what, err)
 		}
 		if _, err := os.Stat(filepath.Join(dir, recordFile)); err != nil {
 			t.Errorf("%s: the record was removed", what)
 		}
 	}
-	// A socket of our own, where the VMM's should be.
-	dir := shortDir(t)
-	private, err := makePrivate(dir)
-	if err != nil {
-		t.Fatal(err)
+}
+
+// TestAdoptUnrecorded has a VMM whose starter was killed before it wrote the record: it is ended, and nothing else is.
+func TestAdoptUnrecorded(t *testing.T) {
+	dir, other := shortDir(t), shortDir(t)
+	begin := func(dir string) *exec.Cmd {
+		cmd := exec.Command("sleep", "60")
+		cmd.Env = []string{folderVariable + "=" + dir}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+		return cmd
 	}
-	l, err := net.Listen("unix", filepath.Join(private, qmpSocket))
-	if err != nil {
-		t.Fatal(err)
+	orphan, neighbour := begin(dir), begin(other)
+	if _, err := adopt(dir, "qemu", nil, slog.New(slog.DiscardHandler)); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("adopt: %v", err)
 	}
-	defer l.Close()
-	if _, err := adopt(dir, "qemu", qmpSocket, nil, log); err == nil || errors.Is(err, ErrNotRunning) {
-		t.Errorf("our own socket: %v", err)
+	if err := orphan.Wait(); err == nil || err.Error() != "signal: killed" {
+		t.Errorf("the VMM ended by: %v", err)
+	}
+	if err := neighbour.Process.Signal(unix.Signal(0)); err != nil {
+		t.Errorf("its neighbour: %v", err)
+	}
+	if pid, err := findByFolder(other); pid != neighbour.Process.Pid || err != nil {
+		t.Errorf("found %d, %v; want %d", pid, err, neighbour.Process.Pid)
 	}
 }
 
