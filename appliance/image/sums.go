@@ -27,25 +27,25 @@ import (
 //go:embed keys/ubuntu-cloudimage.asc
 var ubuntuKeys []byte
 
-// maxSums bounds a SHA256SUMS file and its signature, in bytes: Canonical's have some 10 KB.
+// maxSums limits the size of a list of checksums and of its signature, in bytes. Canonical's lists have about 10 KB.
 const maxSums = 1 << 20
 
-// sumList is a list of checksums that a publisher keeps beside its files.
+// sumList is a list of checksums that a publisher keeps beside the files.
 type sumList struct {
-	byName map[string]checksum // the strongest of each name
-	bare   checksum            // a list that is one digest and no name; "" for none
+	byName map[string]checksum // SHA-256 if a name has several
+	bare   checksum            // the digest of a list that has one digest and no name; "" for none
 }
 
-// bsdLine is the form of BSD's tools, of sha256sum --tag and of openssl dgst: "SHA256 (name) = digest".
+// bsdLine is the format of BSD's tools, sha256sum --tag and openssl dgst: "SHA256 (name) = digest".
 var bsdLine = regexp.MustCompile(`^([A-Za-z0-9/-]+) ?\((.*)\) ?= ?([0-9A-Fa-f]+)$`)
 
-// gnuLine is the form of sha256sum: a digest, a blank, a blank or a star (text or binary: the same on Linux), a name. Some lists have
-// one blank or a tab.
+// gnuLine is the format of sha256sum: a digest, a space, a space or an asterisk (text or binary, which are the same on Linux), a name.
+// Some lists have a single space or a tab.
 var gnuLine = regexp.MustCompile(`^([0-9A-Fa-f]{32,})[ \t]+\*?(\S.*)$`)
 
-// parseSums reads a list of checksums: the lines of sha256sum and sha512sum, their BSD form, or a single digest; clear-signed or not.
-// A signature around it is taken off and not checked: what is signed by a key that the spec knows goes through verifySigned. Lines of
-// other algorithms are passed over, and so are comments.
+// parseSums reads a list of checksums: the output of sha256sum or sha512sum, in GNU or BSD format, or a single digest. It removes a
+// clear-signature without checking it; verifySigned checks signatures of known publishers. It skips comments and lines of other
+// algorithms.
 func parseSums(data []byte) (*sumList, error) {
 	text, err := sumText(data)
 	if err != nil {
@@ -81,20 +81,20 @@ func parseSums(data []byte) (*sumList, error) {
 	case err != nil:
 		return nil, fmt.Errorf("after line %d: %w", n, err)
 	case len(list.byName) == 0 && list.bare == "" && weak != "":
-		return nil, fmt.Errorf("it has no SHA-256 and no SHA-512 digest, only %s, which can be forged", weak)
+		return nil, fmt.Errorf("it has neither SHA-256 nor SHA-512 digests, only %s, which can be forged", weak)
 	case len(list.byName) == 0 && list.bare == "":
 		return nil, errors.New("it names no file")
 	case len(list.byName) > 0 && list.bare != "":
-		return nil, errors.New("it has a digest without a name beside others with one")
+		return nil, errors.New("it has one digest without a name, and others with names")
 	}
 	return list, nil
 }
 
-// sumText is the text of a list: without a byte order mark, and without a signature around it.
+// sumText returns the text of a list, without a byte order mark and without the signature around it.
 func sumText(data []byte) (string, error) {
 	switch head := bytes.ToLower(bytes.TrimSpace(data[:min(len(data), 512)])); {
 	case bytes.HasPrefix(data, []byte{0xff, 0xfe}), bytes.HasPrefix(data, []byte{0xfe, 0xff}):
-		return "", errors.New("it is in UTF-16, and a list of checksums is ASCII")
+		return "", errors.New("it is in UTF-16, but a list of checksums must be ASCII")
 	case bytes.HasPrefix(head, []byte("<!doctype")), bytes.HasPrefix(head, []byte("<html")), bytes.HasPrefix(head, []byte("<?xml")):
 		return "", fmt.Errorf("it is a web page, not a list of checksums: %.80q", data)
 	case bytes.IndexByte(data, 0) >= 0:
@@ -110,9 +110,13 @@ func sumText(data []byte) (string, error) {
 	return string(data), nil
 }
 
-// splitSum takes a line apart. algorithm is the name of one that is not used here.
+// splitSum splits a line. algorithm is set for the algorithms that are skipped. name is empty for a digest of standard input, which
+// is how lists of one unnamed file are made.
 func splitSum(line string) (name, digest, algorithm string, err error) {
 	if m := bsdLine.FindStringSubmatch(line); m != nil {
+		if m[2] == "-" || m[2] == "stdin" { // sha256sum --tag, openssl dgst
+			m[2] = ""
+		}
 		switch strings.NewReplacer("-", "", "/", "").Replace(strings.ToUpper(m[1])) {
 		case "SHA256", "SHA512", "SHA2256", "SHA2512":
 			return m[2], m[3], "", nil
@@ -121,6 +125,9 @@ func splitSum(line string) (name, digest, algorithm string, err error) {
 		}
 	}
 	if m := gnuLine.FindStringSubmatch(line); m != nil {
+		if m[2] == "-" {
+			m[2] = ""
+		}
 		// MD5, SHA-1, SHA-224, SHA-384
 		if other := map[int]string{32: "MD5", 40: "SHA-1", 56: "SHA-224", 96: "SHA-384"}[len(m[1])]; other != "" {
 			return m[2], m[1], other, nil
@@ -133,28 +140,30 @@ func splitSum(line string) (name, digest, algorithm string, err error) {
 	return "", "", "", fmt.Errorf("is neither `DIGEST  NAME` nor `SHA256 (NAME) = DIGEST`: %.80q", line)
 }
 
-// add takes a digest. A name may have one of each algorithm, the same one twice, and no two different ones.
+// add adds a digest. A name may have one digest of each algorithm, and repeat it.
 func (l *sumList) add(name string, sum checksum) error {
 	if name == "" {
-		if l.bare != "" && l.bare != sum {
+		if len(l.bare) == len(sum) && l.bare != sum {
 			return errors.New("a second digest without a name")
 		}
-		l.bare = sum
+		if len(l.bare) != sha256Digits {
+			l.bare = sum
+		}
 		return nil
 	}
 	name = strings.TrimPrefix(name, "./")
-	old, ok := l.byName[name]
-	switch {
-	case ok && len(old) == len(sum) && old != sum:
+	old := l.byName[name]
+	if len(old) == len(sum) && old != sum {
 		return fmt.Errorf("%q has two digests, %s and %s", name, old, sum)
-	case !ok || len(old) == sha512Digits: // SHA-256 is what images are kept by: with it, a file that is there need not be fetched
+	}
+	if len(old) != sha256Digits { // images are kept by SHA-256: a file with a known one need not be fetched again
 		l.byName[name] = sum
 	}
 	return nil
 }
 
-// of is the digest of a file: by its place as seen from the list, and else by its name alone. It is an error where two places
-// have the name, with different digests. disk: a list that is one bare digest speaks of the disk.
+// of returns the digest of a file: by its path relative to the list, or else by its name alone. It is an error if the name occurs in
+// several folders with different digests. A bare digest applies to the disk.
 func (l *sumList) of(list, file string, disk bool) (checksum, error) {
 	if l.bare != "" {
 		if disk {
@@ -187,7 +196,7 @@ func (l *sumList) of(list, file string, disk bool) (checksum, error) {
 	return found, nil
 }
 
-// some names a few of the files in the list, for a message.
+// some names a few of the files in the list, for messages.
 func (l *sumList) some() string {
 	if l.bare != "" {
 		return "one digest without a name"
@@ -203,7 +212,7 @@ func (l *sumList) some() string {
 	return strings.Join(quoted, ", ")
 }
 
-// checkSHA256 gives the digest in lower case.
+// checkSHA256 returns the digest in lower case.
 func checkSHA256(s string) (string, error) {
 	if b, err := hex.DecodeString(s); err != nil || len(b) != 32 {
 		return "", fmt.Errorf("%.80q is not a SHA-256 digest: 64 hex digits", s)
@@ -211,8 +220,7 @@ func checkSHA256(s string) (string, error) {
 	return strings.ToLower(s), nil
 }
 
-// verifySigned checks a detached signature, armored or not, against a keyring.
-// now is what keys and signatures must not have expired by.
+// verifySigned checks a detached signature, armored or binary, against a keyring. Keys and signatures must not have expired at now.
 func verifySigned(keyring openpgp.EntityList, signed, signature []byte, now time.Time) error {
 	raw := io.Reader(bytes.NewReader(signature))
 	if bytes.HasPrefix(bytes.TrimSpace(signature), []byte("-----BEGIN PGP")) {
@@ -225,10 +233,9 @@ func verifySigned(keyring openpgp.EntityList, signed, signature []byte, now time
 		}
 		raw = block.Body
 	}
-	// A day's grace for a host whose clock is behind: a signature from the future is no attack, but go-crypto
-	// refuses it.
+	// One day of grace for a host whose clock is slow: go-crypto refuses signatures from the future, which are harmless.
 	config := &packet.Config{Time: func() time.Time { return now.Add(24 * time.Hour) }}
-	// SHA-1 and MD5 collide, and the library accepts them still.
+	// The library still accepts SHA-1 and MD5, which have collisions.
 	strong := []crypto.Hash{crypto.SHA256, crypto.SHA384, crypto.SHA512}
 	_, _, err := openpgp.VerifyDetachedSignatureAndHash(keyring, bytes.NewReader(signed), raw, strong, config)
 	switch {

@@ -49,6 +49,14 @@ func TestParseSums(t *testing.T) {
 		"said twice":     {a + "  x\n" + strings.ToUpper(a) + "  x\n", map[string]string{"x": a}},
 		"bare":           {"\n" + b + "\r\n", map[string]string{"": lower}},
 		"bare SHA-512":   {long, map[string]string{"": long}},
+		"stdin":          {b + "  -\n", map[string]string{"": lower}},
+		"stdin, binary":  {b + " *-\n", map[string]string{"": lower}},
+		"stdin, tab":     {a + "\t-", map[string]string{"": a}},
+		"stdin, BSD":     {"SHA256 (-) = " + a, map[string]string{"": a}},
+		"stdin, openssl": {"SHA2-256(stdin)= " + a, map[string]string{"": a}},
+		"stdin, both":    {"SHA512 (-) = " + long + "\nSHA256 (-) = " + a, map[string]string{"": a}},
+		"stdin, both 2":  {a + "  -\n" + long + "  -\n" + a[:32] + "  -\n", map[string]string{"": a}},
+		"a file stdin":   {a + "  stdin\n" + b + "  dir/-\n", map[string]string{"stdin": a, "dir/-": lower}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			list, err := parseSums([]byte(c.text))
@@ -85,7 +93,10 @@ func TestParseSums(t *testing.T) {
 		a[:32] + "  one.img":                       "only MD5",
 		"SHA1 (x) = " + a[:40]:                     "only SHA1",
 		a + "\n" + b:                               "second digest",
-		a + "\n" + b + "  x":                       "beside others",
+		a + "\n" + b + "  x":                       "others with names",
+		a + "  -\n" + b + "  x":                    "others with names",
+		a + "  -\n" + b:                            "second digest",
+		a[:32] + "  -":                             "only MD5",
 		"-----BEGIN PGP SIGNED MESSAGE-----\n" + a: "clear-signed form is damaged",
 	} {
 		if _, err := parseSums([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
