@@ -11,8 +11,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// baseSpec is the digest of a source as the spec has it. For files of this host it is
-// of their content as well: whoever replaces one wants the new one at the next start.
+// baseSpec returns the digest of a source as the spec describes it. For files on this host it covers their content too, so that a
+// replaced file is used at the next start.
 func (s *Store) baseSpec(ctx context.Context, img *plan.Image) (string, error) {
 	var inputs *filesInputs
 	if src := img.Source.File; src != nil {
@@ -35,7 +35,7 @@ func sourceSpec(src plan.Source, inputs *filesInputs) (string, error) {
 	return digest, err
 }
 
-// base gives the base of an image. Where fresh, it asks the source whether there is a newer one.
+// base returns the base of an image, and makes it if there is none. If fresh, it asks the source for a newer one.
 func (s *Store) base(ctx context.Context, img *plan.Image, fresh bool) (_ *Base, err error) {
 	spec, err := s.baseSpec(ctx, img)
 	if err != nil {
@@ -95,7 +95,7 @@ func (s *Store) CheckAge(ctx context.Context, img *plan.Image) error {
 	return nil
 }
 
-// newestBase makes the base of what the source has now, and lets the spec stand for it.
+// newestBase makes a base from what the source has now, and points the spec at it.
 func (s *Store) newestBase(ctx context.Context, img *plan.Image, spec string) (*manifest, bool, error) {
 	f, err := s.resolve(ctx, img)
 	if err != nil {
@@ -114,7 +114,7 @@ func (s *Store) newestBase(ctx context.Context, img *plan.Image, spec string) (*
 	return m, cached, s.shelf.point(spec, kindBase, digest)
 }
 
-// resolve finds the parts of a source and their digests.
+// resolve determines the parts of a source and their digests.
 func (s *Store) resolve(ctx context.Context, img *plan.Image) (*files, error) {
 	switch src := img.Source; {
 	case src.File != nil:
@@ -149,7 +149,7 @@ func (s *Store) makeBase(ctx context.Context, img *plan.Image, f *files, d *draf
 	return &manifest{Image: img.Name, Cmdline: line, Inputs: inputs}, nil
 }
 
-// resolveDebian gives the parts of what a Builder made of packages. A Store builds none: that takes root.
+// resolveDebian returns the parts of a base that a Builder made from packages. A Store cannot build one, since that takes root.
 func (s *Store) resolveDebian(img *plan.Image) (*files, error) {
 	spec, err := s.baseSpec(context.Background(), img)
 	if err != nil {
@@ -157,8 +157,8 @@ func (s *Store) resolveDebian(img *plan.Image) (*files, error) {
 	}
 	m, err := s.built.follow(kindBase, spec)
 	if errors.Is(err, errMissing) {
-		return nil, errors.New("its `debian` source is not built yet, and only root can build it (mmdebstrap): `fleetingd run` and " +
-			"`fleetingd refresh --root-part` do so when root starts them")
+		return nil, errors.New("its `debian` source is not built yet, and only root can build it (with mmdebstrap): run " +
+			"`fleetingd run` or `fleetingd refresh --root-part` as root")
 	}
 	if err != nil {
 		return nil, err
@@ -168,7 +168,7 @@ func (s *Store) resolveDebian(img *plan.Image) (*files, error) {
 		to   *part
 		name string
 	}{{&f.Disk, diskFile}, {&f.Kernel, kernelFile}, {&f.Initrd, initrdFile}} {
-		// The build's digest stands for each of its files: root sealed them.
+		// The build's digest stands for each of its files, since root sealed them.
 		*p.to = part{at: s.built.file(m, p.name), digest: m.Digest, sealed: true}
 	}
 	return f, nil

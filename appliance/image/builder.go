@@ -12,7 +12,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// kit is what a Store and a Builder both work with.
+// kit holds what a Store and a Builder have in common.
 type kit struct {
 	plan *plan.Plan
 	opts Options
@@ -46,7 +46,7 @@ func (k *kit) keepsBase(img *plan.Image, on *shelf, spec string, why error) {
 		"last_answer", asked.UTC().Format(time.DateTime), "error", why)
 }
 
-// baseOf is a manifest's base, and reports it. m may be nil.
+// baseOf returns the base that a manifest describes, and reports it. m may be nil.
 func (k *kit) baseOf(img *plan.Image, on *shelf, m *manifest, cached bool) *Base {
 	if m == nil {
 		return nil
@@ -60,27 +60,27 @@ func (k *kit) baseOf(img *plan.Image, on *shelf, m *manifest, cached bool) *Base
 	return b
 }
 
-// builtShelf is where a Builder keeps what it made.
+// builtShelf is where a Builder keeps its bases.
 func builtShelf(p *plan.Plan, log *slog.Logger) *shelf {
 	return &shelf{dir: filepath.Join(p.Paths.State, "debian"), log: log}
 }
 
-// Builder makes what only root can make: the bases of `debian` sources. They lie below Paths.State, where the user of a Store
-// cannot write, and a Store takes them from there. A Builder starts no VM and touches nothing of the Store's.
+// Builder makes what only root can make: the bases of `debian` sources. It keeps them below Paths.State, which a Store's user can only
+// read. A Builder starts no VMs and does not touch the Store's files.
 type Builder struct {
 	kit
 	shelf *shelf
 	limit time.Duration // of a bootstrap
 }
 
-// NewBuilder makes a Builder; it changes nothing yet.
+// NewBuilder returns a Builder. It changes nothing yet.
 func NewBuilder(p *plan.Plan, o Options) *Builder {
 	k := newKit(p, o)
 	return &Builder{kit: k, shelf: builtShelf(p, k.opts.Log), limit: bootstrapLimit}
 }
 
-// Build makes the base of an image with a debian source, and returns nil for any other. Where it was built before nothing is done,
-// unless fresh asks the mirror for newer packages.
+// Build makes the base of an image with a `debian` source, and returns nil for any other. It returns an existing base, unless fresh is
+// set and the mirror has newer packages.
 func (b *Builder) Build(ctx context.Context, img *plan.Image, fresh bool) (*Base, error) {
 	if img.Source.Debian == nil {
 		return nil, nil
@@ -107,7 +107,7 @@ func (b *Builder) build(ctx context.Context, img *plan.Image, fresh bool) (_ *ma
 		return nil, false, err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
-	if fresh { // the Store reads the note, and reports the failure to refresh
+	if fresh { // Store.CheckAge reads the note
 		end, err := b.shelf.begin(spec)
 		if err != nil {
 			return nil, false, err
@@ -121,7 +121,7 @@ func (b *Builder) build(ctx context.Context, img *plan.Image, fresh bool) (_ *ma
 	return b.newest(ctx, img, spec, false)
 }
 
-// newest makes the base of what the mirror has now, and lets the spec stand for it.
+// newest makes a base from what the mirror has now, and points the spec at it.
 func (b *Builder) newest(ctx context.Context, img *plan.Image, spec string, fresh bool) (*manifest, bool, error) {
 	src := img.Source.Debian
 	if err := checkDebian(src, b.arch); err != nil {
@@ -163,7 +163,7 @@ func (b *Builder) open() error {
 	return err
 }
 
-// Prune removes what no debian source of the Plan stands for any more. It returns the digests that it removed.
+// Prune removes bases that no `debian` source of the Plan uses, and returns their digests.
 func (b *Builder) Prune(context.Context) ([]string, error) {
 	specs := map[string]string{}
 	for i := range b.plan.Images {

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// checksum is a SHA-256 or SHA-512 digest that somebody vouches for, in lower-case hex: its length says which. "" is none.
+// checksum is an expected SHA-256 or SHA-512 digest in lower-case hex; its length tells which. "" means none.
 type checksum string
 
 // The lengths of digests, in hex digits.
@@ -33,7 +33,7 @@ func (c checksum) algorithm() string {
 	return "SHA-256"
 }
 
-// hashes computes a file's SHA-256, by which images are kept, and the digest that is vouched for where that is another.
+// hashes computes a file's SHA-256, by which images are kept, and also its SHA-512 if that is the expected digest.
 type hashes struct {
 	sha256, sha512 hash.Hash // sha512 may be nil
 }
@@ -60,10 +60,10 @@ func (h *hashes) reset() {
 	}
 }
 
-// sum is the SHA-256 in hex.
+// sum returns the SHA-256 in hex.
 func (h *hashes) sum() string { return hex.EncodeToString(h.sha256.Sum(nil)) }
 
-// vouched is the digest to compare with what is vouched for.
+// vouched returns the digest to compare with the expected one.
 func (h *hashes) vouched() checksum {
 	if h.sha512 != nil {
 		return checksum(hex.EncodeToString(h.sha512.Sum(nil)))

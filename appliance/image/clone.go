@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Clone makes dst a clone of the sealed disk, mode 0600, grown to size bytes. It
-// takes the same time at any size, since the two share their blocks (FICLONE, ioctl_ficlone(2)). It never
-// copies: where the file system cannot clone that is an error, and dst is not there. dst must not exist before.
+// Clone makes dst, which must not exist, a clone of the sealed disk with mode 0600, grown to size bytes. The two share their blocks
+// (FICLONE, ioctl_ficlone(2)), so the size does not matter for the time it takes. Clone never copies: if the file system cannot clone, it
+// returns an error and leaves no dst.
 func (s *Store) Clone(ctx context.Context, img *Sealed, dst string, size int64) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
@@ -31,7 +31,7 @@ func cloneDisk(src, dst string, size int64) (err error) {
 	}()
 	have := fileSize(dst)
 	if have > size {
-		return fmt.Errorf("clone %s to %s: the disk has %s and the clone would have %s; a disk can grow but not shrink: "+
+		return fmt.Errorf("clone %s to %s: the image's disk is %s, the pool's only %s; a disk can grow but not shrink: "+
 			"make the pool's disk larger", src, dst, bytesText(have), bytesText(size))
 	}
 	return os.Truncate(dst, size)
@@ -59,25 +59,24 @@ func reflink(src, dst string, mode os.FileMode) (err error) {
 	return nil
 }
 
-// cloneError says why FICLONE failed in words that lead to the cure.
+// cloneError explains why FICLONE failed and what to do.
 func cloneError(src, dst string, err error) error {
 	switch {
 	case errors.Is(err, unix.EXDEV):
-		return fmt.Errorf("clone %s to %s: they are on two file systems, and a clone shares blocks with its image: "+
-			"keep `disks` and the images on one (FICLONE: %w)", src, dst, err)
+		return fmt.Errorf("clone %s to %s: a clone shares blocks with its image, but they are on different file systems: "+
+			"keep `disks` and the images on the same one (FICLONE: %w)", src, dst, err)
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOTTY),
 		errors.Is(err, unix.ENOSYS):
-		return fmt.Errorf("clone %s to %s: the file system there (%s) cannot clone files, and a full copy is never made: "+
-			"take XFS (mkfs.xfs -m reflink=1) or btrfs, or let fleetingd make one: "+
+		return fmt.Errorf("clone %s to %s: its file system (%s) cannot clone files, and fleetingd never makes a full copy: "+
+			"use XFS (mkfs.xfs -m reflink=1) or btrfs, or let fleetingd make one: "+
 			"disks { backing = \"xfs-image\" } (FICLONE: %w)",
 			src, dst, fileSystem(filepath.Dir(dst)), err)
-	default: // ENOSPC, EDQUOT, EIO say enough
+	default: // ENOSPC, EDQUOT and EIO need no explanation
 		return fmt.Errorf("clone %s to %s: %w", src, dst, err)
 	}
 }
 
-// CanClone says why files in dir cannot be cloned, and what to do; nil where they
-// can. It tries, with a small file of its own.
+// CanClone tries to clone a small file of its own in dir. The error says why files there cannot be cloned, and what to do.
 func CanClone(dir string) (err error) {
 	f, err := os.CreateTemp(dir, ".can-clone-*")
 	if err != nil {
@@ -85,7 +84,7 @@ func CanClone(dir string) (err error) {
 	}
 	clone := f.Name() + ".clone"
 	defer func() { err = errors.Join(err, os.Remove(f.Name())) }()
-	_, err = f.Write(make([]byte, 4096)) // an empty file could be cloned where no other can
+	_, err = f.Write(make([]byte, 4096)) // cloning an empty file can succeed even if no other can be cloned
 	if err := errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("try to clone a file: %w", err)
 	}
@@ -95,7 +94,7 @@ func CanClone(dir string) (err error) {
 	return os.Remove(clone)
 }
 
-// fileSystems are the names of statfs(2)'s f_type that a Linux host has disks on.
+// fileSystems names the values of statfs(2)'s f_type that are common for disks of a Linux host.
 var fileSystems = map[int64]string{
 	unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "XFS without reflink", unix.BTRFS_SUPER_MAGIC: "btrfs",
 	unix.TMPFS_MAGIC: "tmpfs", unix.OVERLAYFS_SUPER_MAGIC: "overlayfs", unix.NFS_SUPER_MAGIC: "NFS",
@@ -105,7 +104,7 @@ var fileSystems = map[int64]string{
 func fileSystem(dir string) string {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
-		return "of unknown kind"
+		return "of unknown type"
 	}
 	if name, ok := fileSystems[int64(st.Type)]; ok {
 		return name
@@ -113,7 +112,7 @@ func fileSystem(dir string) string {
 	return fmt.Sprintf("type %#x", st.Type)
 }
 
-// bytesText is a size for people: "30 GiB".
+// bytesText formats a size for people: "30 GiB".
 func bytesText(n int64) string {
 	units := []string{"B", "KiB", "MiB", "GiB", "TiB"}
 	v, u := float64(n), 0

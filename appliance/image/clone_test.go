@@ -114,13 +114,13 @@ func TestCloneWhereItCannot(t *testing.T) {
 		t.Fatalf("mount: %v\n%s", err, out)
 	}
 	t.Cleanup(func() { exec.Command("umount", dir).Run() })
-	wantError(t, CanClone(dir), "tmpfs", "never made", "xfs-image")
+	wantError(t, CanClone(dir), "tmpfs", "never makes a full copy", "xfs-image")
 	wantOnly(t, dir)
 
 	src := filepath.Join(xfs(t, 300), "src")
 	sparse(t, src, 1<<20)
 	dst := filepath.Join(dir, "dst")
-	wantError(t, cloneDisk(src, dst, 1<<20), "two file systems")
+	wantError(t, cloneDisk(src, dst, 1<<20), "different file systems")
 	wantOnly(t, dir)
 	wantError(t, CanClone(filepath.Join(dir, "none")), "no such file")
 }

@@ -12,11 +12,11 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// lastLines is how many lines of a failed program's output its error shows.
+// lastLines is how many lines of a failed program's output the error shows.
 const lastLines = 12
 
-// command runs a program to its end. Each line of its output goes to line, which may be nil; when it fails
-// the error names the program and shows its last lines. When ctx ends, all that it started ends with it.
+// command runs a program. Each line of its output is passed to line, which may be nil. If it fails, the error names the program and
+// shows its last lines. When ctx ends, the program's process group is killed.
 func command(ctx context.Context, line func(string), name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
 	return runCommand(ctx, cmd, line)
@@ -46,8 +46,7 @@ func runCommand(ctx context.Context, cmd *exec.Cmd, line func(string)) error {
 	return fmt.Errorf("%s: %w; its last lines:\n  %s", quoted, err, strings.Join(out.last, "\n  "))
 }
 
-// lines is a writer that passes on whole lines, escaped for a terminal, and keeps the
-// last few. A line of more than 4 KiB is cut: nobody reads on there.
+// lines is a writer that passes on complete lines, escaped for a terminal, and keeps the last few. It truncates lines to 4 KiB.
 type lines struct {
 	emit func(string)
 	buf  []byte

@@ -20,14 +20,13 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// debianKeyring is where debian-archive-keyring puts it, on the host and in the guest.
+// debianKeyring is where the package debian-archive-keyring installs it, on the host and in the guest.
 const debianKeyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-// debianRecipe is part of the digest: it is counted up when what follows makes another disk of the same
-// packages.
+// debianRecipe is part of the digest. It is increased when this file's code makes a different disk from the same packages.
 const debianRecipe = 1
 
-// debianPackages are what a guest needs: to boot, to be told who it is, to be reached, and to fetch more.
+// debianPackages are what a guest needs to boot, to be configured, to be reached, and to fetch more.
 var debianPackages = []string{
 	"systemd", "systemd-sysv", "systemd-resolved", "udev", "dbus", "kmod", "zstd",
 	"cloud-init", "netplan.io", "iproute2", "openssh-server", "sudo",
@@ -35,13 +34,13 @@ var debianPackages = []string{
 	"debian-archive-keyring", "ca-certificates", "curl",
 }
 
-// debianKernels are the kernels made for virtual machines, where there is one.
+// debianKernels are the kernel packages, by architecture; those made for virtual machines if there are any.
 var debianKernels = map[string]string{
 	"amd64": "linux-image-cloud-amd64", "arm64": "linux-image-cloud-arm64", "riscv64": "linux-image-riscv64",
 }
 
-// debianInputs are what a base from packages is made of. InRelease names the digest of
-// every package list, and those name every package: the same inputs are the same packages.
+// debianInputs are what a base is built from. InRelease names the digest of every package list, and those name every package, so the
+// same inputs mean the same packages.
 type debianInputs struct {
 	Format   int          `json:"format"`
 	Recipe   int          `json:"recipe"`
@@ -257,7 +256,7 @@ func (f *fetcher) withProxy(proxy string) *fetcher {
 	return &other
 }
 
-// debianBuilder makes a disk from packages.
+// debianBuilder builds a disk from packages.
 type debianBuilder struct {
 	inputs *debianInputs
 	digest string
@@ -269,11 +268,11 @@ type debianBuilder struct {
 // bootstrapLimit is how long mmdebstrap may take. A few minutes are usual; on a slow line or with many packages it may be an hour.
 const bootstrapLimit = 90 * time.Minute
 
-// build makes disk, kernel and initrd in dir, and leaves nothing else there.
+// build puts disk, kernel and initrd into a draft, and nothing else.
 func (b *debianBuilder) build(ctx context.Context, d *draft) (cmdlineArgs string, err error) {
 	root := d.path("root")
 	defer func() { err = errors.Join(err, os.RemoveAll(root)) }()
-	// apt fetches as its own user, _apt, who has to get there.
+	// apt fetches as its own user, _apt, who needs access.
 	if err := os.Chmod(d.dir, 0o711); err != nil {
 		return "", err
 	}
@@ -283,7 +282,7 @@ func (b *debianBuilder) build(ctx context.Context, d *draft) (cmdlineArgs string
 	for _, f := range []struct{ pattern, name string }{{"vmlinu*-*", kernelFile}, {"initrd.img-*", initrdFile}} {
 		found, err := filepath.Glob(filepath.Join(root, "boot", f.pattern))
 		if err != nil || len(found) == 0 {
-			return "", errors.Join(err, fmt.Errorf("the packages brought no /boot/%s", f.pattern))
+			return "", errors.Join(err, fmt.Errorf("the packages contain no /boot/%s", f.pattern))
 		}
 		slices.Sort(found)
 		if err := copyFile(found[len(found)-1], d.path(f.name)); err != nil {
@@ -312,8 +311,8 @@ func (b *debianBuilder) bootstrap(ctx context.Context, root string) error {
 		"--mode=root", "--format=directory", "--variant=minbase",
 		"--architectures=" + b.inputs.Arch,
 		"--include=" + strings.Join(b.inputs.Packages, ","),
-		// fsync after each file is for disks that somebody would miss; kept in the guest, where it holds as
-		// well.
+		// Without fsync after each file: a disk that is lost while it is built can be built again. The setting stays in the guest,
+		// whose disk is as expendable.
 		"--dpkgopt=force-unsafe-io",
 		"--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright",
 		"--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/info/*",
@@ -341,29 +340,29 @@ func (b *debianBuilder) bootstrap(ctx context.Context, root string) error {
 	return runCommand(ctx, cmd, b.line)
 }
 
-// beforePackages runs when apt works in the new system and before the packages come: the
-// initrd is made by the kernel's package then, so what it is to hold is said here.
+// beforePackages runs once apt works in the new system, before the packages are installed. It configures the initrd, which the kernel's
+// package makes.
 const beforePackages = `#!/bin/sh -e
-# An initrd for a virtual machine: virtio and ext4. A third of the size, a third of the time to make and to unpack.
+# An initrd for a virtual machine, with virtio and ext4 only: a third of the size, and of the time to make and to unpack it.
 mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
 echo 'MODULES=list' >"$1/etc/initramfs-tools/conf.d/fleetingd"
 printf '%s\n' virtio_pci virtio_mmio virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/fleetingd"
 `
 
-// afterPackages leaves what every guest is to start from.
+// afterPackages puts the new system into the state that every guest starts from.
 const afterPackages = `#!/bin/sh -e
 echo localhost >"$1/etc/hostname"
 rm -f "$1"/etc/ssh/ssh_host_*_key*
-# Only seeds of ours: looking for other clouds takes seconds.
+# Only NoCloud, which fleetingd uses: probing for other clouds takes seconds.
 echo 'datasource_list: [ NoCloud, None ]' >"$1/etc/cloud/cloud.cfg.d/90_fleetingd.cfg"
-# Housekeeping for machines that live longer than a job.
+# Housekeeping for machines that run longer than a job.
 for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
 	e2scrub_reap.service fstrim.timer; do
 	rm -f "$1"/etc/systemd/system/*.wants/"$unit"
 done
 `
 
-// makeDisk makes an ext4 file system of a folder, without a partition table: nothing has to grow one.
+// makeDisk makes an ext4 file system from a folder. It has no partition table, so that nothing has to grow a partition.
 func (b *debianBuilder) makeDisk(ctx context.Context, root, disk string) error {
 	used, err := folderSize(root)
 	if err != nil {
@@ -371,14 +370,14 @@ func (b *debianBuilder) makeDisk(ctx context.Context, root, disk string) error {
 	}
 	const gib = 1 << 30
 	size := (used + used/2 + gib/2 + gib - 1) / gib * gib // room for what the guest writes before it grows the disk
-	// A UUID from the digest, and not by chance: the same inputs are the same disk.
+	// The UUID comes from the digest instead of being random, so that the same inputs give the same disk.
 	uuid := fmt.Sprintf("%s-%s-%s-%s-%s", b.digest[:8], b.digest[8:12], b.digest[12:16], b.digest[16:20], b.digest[20:32])
 	return command(ctx, b.line, "mke2fs", "-q", "-F", "-t", "ext4", "-T", "default", "-m", "0", "-J", "size=64",
 		"-L", "fleetingd-root", "-U", uuid, "-E", "root_owner=0:0,lazy_itable_init=1,hash_seed="+uuid, "-d", root, disk,
 		strconv.FormatInt(size>>10, 10)+"k")
 }
 
-// folderSize is what a folder's files take up on a disk with blocks of 4 KiB.
+// folderSize returns the space that a folder's files occupy on a disk with 4 KiB blocks.
 func folderSize(dir string) (int64, error) {
 	var n int64
 	err := filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
@@ -395,19 +394,19 @@ func folderSize(dir string) (int64, error) {
 	return n, err
 }
 
-// checkDebian says what this host lacks for building from packages.
+// checkDebian returns an error if this host lacks something to build from packages.
 func checkDebian(src *plan.DebianSource, arch string) error {
 	if src.Arch != arch {
-		return fmt.Errorf("a `debian` source for %s is built on a host of that architecture; this one is %s", src.Arch, arch)
+		return fmt.Errorf("a `debian` source for %s can only be built on a host of that architecture; this one is %s", src.Arch, arch)
 	}
 	for _, need := range []struct{ program, pkg string }{{"mmdebstrap", "mmdebstrap"}, {"mke2fs", "e2fsprogs"}, {"unshare", "util-linux"}} {
 		if _, err := exec.LookPath(need.program); err != nil {
-			return fmt.Errorf("its `debian` source is built with %s, which is not here: apt-get install %s",
+			return fmt.Errorf("its `debian` source is built with %s, which is not installed: apt-get install %s",
 				need.program, need.pkg)
 		}
 	}
 	if _, err := os.Stat(debianKeyring); err != nil {
-		return fmt.Errorf("its packages cannot be verified without Debian's keys: "+
+		return fmt.Errorf("without Debian's keys its packages cannot be verified: "+
 			"apt-get install debian-archive-keyring (%w)", err)
 	}
 	return nil

@@ -11,14 +11,13 @@ import (
 	"os/exec"
 )
 
-// The formats that a source's disk may have.
+// The accepted formats of a source's disk.
 const (
 	formatRaw   = "raw"
 	formatQcow2 = "qcow2"
 )
 
-// foreign are first bytes of what is neither raw nor qcow2, to be told apart
-// from a raw disk, which has no mark of its own.
+// foreign lists the first bytes of files that are neither raw nor qcow2. A raw disk has no such mark, so these have to be excluded.
 var foreign = []struct{ magic, name, cure string }{
 	{"KDMV", "a VMDK image", "qemu-img convert -O qcow2"},
 	{"# Disk DescriptorFile", "a VMDK image's descriptor", "qemu-img convert -O qcow2"},
@@ -29,19 +28,18 @@ var foreign = []struct{ magic, name, cure string }{
 	{"BZh", "compressed with bzip2", "bunzip2"},
 	{"\xfd7zXZ\x00", "compressed with xz", "unxz"},
 	{"\x28\xb5\x2f\xfd", "compressed with zstd", "unzstd"},
-	{"<!DOCTYPE", "an HTML page", "a look at it in a browser"},
-	{"<html", "an HTML page", "a look at it in a browser"},
+	{"<!DOCTYPE", "an HTML page", ""},
+	{"<html", "an HTML page", ""},
 }
 
-// diskFormat tells raw from qcow2 by the header, and refuses what else it knows. QEMU is never asked to
-// guess: a raw disk whose guest wrote a qcow2 header into it would be read as one, backing file and all
-// (CVE-2008-2004 and its kin).
+// diskFormat tells raw from qcow2 by the header, and refuses other known formats. QEMU is never left to guess: it would take a raw disk
+// into which a guest wrote a qcow2 header for qcow2, and open the backing file named there (CVE-2008-2004 and similar).
 func diskFormat(r io.ReaderAt) (string, error) {
 	header := make([]byte, 512)
 	n, err := r.ReadAt(header, 0)
 	if n < len(header) {
 		if err == io.EOF {
-			return "", fmt.Errorf("it is %d bytes, too small for a disk", n)
+			return "", fmt.Errorf("it has %d bytes, too few for a disk", n)
 		}
 		return "", err
 	}
@@ -50,35 +48,37 @@ func diskFormat(r io.ReaderAt) (string, error) {
 	}
 	for _, f := range foreign {
 		if bytes.HasPrefix(header, []byte(f.magic)) {
-			return "", fmt.Errorf("it is %s; a disk is raw or qcow2: %s makes it so", f.name, f.cure)
+			if f.cure == "" {
+				return "", fmt.Errorf("it is %s; a disk must be raw or qcow2: open it in a browser to see what it says", f.name)
+			}
+			return "", fmt.Errorf("it is %s; a disk must be raw or qcow2: convert it with %s", f.name, f.cure)
 		}
 	}
 	return formatRaw, nil
 }
 
-// checkQcow2 refuses an image that is not whole in itself
-// (https://www.qemu.org/docs/master/interop/qcow2.html, "Header").
+// checkQcow2 refuses an image that needs other files or a key (https://www.qemu.org/docs/master/interop/qcow2.html, "Header").
 func checkQcow2(header []byte) error {
 	version := binary.BigEndian.Uint32(header[4:])
 	if version != 2 && version != 3 {
-		return fmt.Errorf("it is a qcow2 image of version %d; 2 and 3 are known", version)
+		return fmt.Errorf("it is a qcow2 image of version %d; only 2 and 3 are supported", version)
 	}
 	if binary.BigEndian.Uint64(header[8:]) != 0 {
-		return errors.New("it is a qcow2 image with a backing file, which could be any file of this host; " +
-			"`qemu-img convert -O qcow2` makes one that is whole in itself")
+		return errors.New("it is a qcow2 image with a backing file, which could be any file on this host; " +
+			"`qemu-img convert -O qcow2` makes one that stands alone")
 	}
 	if binary.BigEndian.Uint32(header[32:]) != 0 {
-		return errors.New("it is an encrypted qcow2 image; `qemu-img convert -O qcow2` makes one that is not")
+		return errors.New("it is an encrypted qcow2 image; decrypt it with `qemu-img convert -O qcow2`")
 	}
 	const externalData = 1 << 2 // incompatible_features, bit 2
 	if version == 3 && binary.BigEndian.Uint64(header[72:])&externalData != 0 {
-		return errors.New("it is a qcow2 image with an external data file, which could be any file of this host; " +
-			"`qemu-img convert -O qcow2` makes one that is whole in itself")
+		return errors.New("it is a qcow2 image with an external data file, which could be any file on this host; " +
+			"`qemu-img convert -O qcow2` makes one that stands alone")
 	}
 	return nil
 }
 
-// convert makes dst, which must not exist, a raw and sparse copy of src.
+// convert makes dst, which must not exist, a raw, sparse copy of src.
 func convert(ctx context.Context, src, dst string) (err error) {
 	format, err := probeFile(src)
 	if err != nil {
@@ -92,7 +92,7 @@ func convert(ctx context.Context, src, dst string) (err error) {
 	if format == formatRaw {
 		if err := reflink(src, dst, 0o600); err == nil {
 			return nil
-		} // another file system: a real copy, once
+		} // on another file system it takes a real copy, once
 	}
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		return fmt.Errorf("convert %s to a raw disk: qemu-img is not on PATH; install it with: apt-get install qemu-utils", src)
@@ -113,9 +113,8 @@ func probeFile(path string) (string, error) {
 	return format, nil
 }
 
-// rootArg finds the root file system of a raw disk and gives the kernel's argument
-// for it: the whole disk, or a partition by its PARTUUID, which the kernel
-// knows by itself and which stays when the partition grows.
+// rootArg finds the root file system of a raw disk and returns the kernel's argument for it. A partition is named by its PARTUUID, which
+// the kernel can resolve without an initrd, and which stays the same when the partition grows.
 func rootArg(disk io.ReaderAt) (string, error) {
 	if fs := fileSystemAt(disk, 0); fs != "" {
 		return "root=/dev/vda" + rootFlags(fs), nil
@@ -126,12 +125,12 @@ func rootArg(disk io.ReaderAt) (string, error) {
 	if p := mbrRoot(disk); p.id != "" {
 		return "root=PARTUUID=" + p.id + rootFlags(p.fs), nil
 	}
-	return "", errors.New("it has neither a file system nor a partition with one for Linux (ext4, XFS or btrfs, " +
-		"GPT or MBR); if it boots all the same, say how with `cmdline`")
+	return "", errors.New("it has no Linux file system (ext4, XFS or btrfs), neither directly nor in a GPT or MBR partition; " +
+		"if it boots nevertheless, set `cmdline`")
 }
 
-// rootFlags are the mount options of a worker's root. Inode tables that were left
-// for later would be written by each clone anew, in the background of its job (ext4(5), init_itable).
+// rootFlags returns the mount options of a worker's root. Without them each clone would initialize the inode tables that mke2fs left
+// uninitialized, in the background of its job (ext4(5), init_itable).
 func rootFlags(fs string) string {
 	if fs == "ext4" {
 		return " rootflags=noinit_itable"
@@ -139,22 +138,21 @@ func rootFlags(fs string) string {
 	return ""
 }
 
-// partition is one that holds a file system for Linux.
+// partition is a partition with a Linux file system.
 type partition struct {
 	id   string // PARTUUID, as the kernel writes it; "" for none
 	fs   string
-	size uint64 // in sectors, less one
+	size uint64 // in sectors, minus one
 }
 
-// fileSystemAt names one that Linux takes as its root, by the mark at the place that its format gives; "" for
-// none.
+// fileSystemAt returns the name of the file system at an offset, by its magic number, or "" if none is recognized.
 func fileSystemAt(disk io.ReaderAt, at int64) string {
 	for _, fs := range []struct {
 		name   string
 		offset int64
 		magic  string
 	}{
-		{"ext4", 1024 + 0x38, "\x53\xef"}, // s_magic, of ext2 and ext3 too
+		{"ext4", 1024 + 0x38, "\x53\xef"}, // s_magic, also of ext2 and ext3
 		{"xfs", 0, "XFSB"},                // sb_magicnum
 		{"btrfs", 64<<10 + 0x40, "_BHRfS_M"},
 	} {
@@ -168,17 +166,16 @@ func fileSystemAt(disk io.ReaderAt, at int64) string {
 
 const sectorSize = 512 // of a virtio disk
 
-// Partition types for a root file system, as GPT writes them
+// GPT's partition types for a root file system
 // (https://uapi-group.org/specifications/specs/discoverable_partitions_specification/).
 var rootTypes = map[string]bool{
 	"4f68bce3-e8cd-4db1-96e7-fbcaf984b709": true, // root, amd64
 	"b921b045-1df0-41c3-af44-4c6f280d3fae": true, // root, arm64
 	"72ec70a6-cf74-40e6-bd49-4bda08e8f224": true, // root, riscv64
-	"0fc63daf-8483-4772-8e79-3d69d8477de4": true, // Linux data, what most images have
+	"0fc63daf-8483-4772-8e79-3d69d8477de4": true, // Linux data, which most images use
 }
 
-// gptRoot gives the PARTUUID of the largest Linux partition with a file system,
-// and "" where there is no GPT (UEFI specification, 5.3).
+// gptRoot returns the largest Linux partition with a file system; its id is "" if there is no GPT (UEFI specification, 5.3).
 func gptRoot(disk io.ReaderAt) (partition, error) {
 	header := make([]byte, 92)
 	if _, err := disk.ReadAt(header, sectorSize); err != nil || string(header[:8]) != "EFI PART" {
@@ -194,7 +191,7 @@ func gptRoot(disk io.ReaderAt) (partition, error) {
 	entry := make([]byte, 128)
 	for i := range int64(count) {
 		if _, err := disk.ReadAt(entry, int64(table)*sectorSize+i*int64(size)); err != nil {
-			break // the rest lies behind the end of the disk
+			break // the rest is beyond the end of the disk
 		}
 		first, last := binary.LittleEndian.Uint64(entry[32:]), binary.LittleEndian.Uint64(entry[40:])
 		if !rootTypes[guid(entry)] || first > last || last > 1<<50 || last-first < best.size {
@@ -206,19 +203,18 @@ func gptRoot(disk io.ReaderAt) (partition, error) {
 	}
 	if best.id == "" {
 		return best, errors.New("its GPT has no Linux partition with a file system; " +
-			"if it boots all the same, say how with `cmdline`")
+			"if it boots nevertheless, set `cmdline`")
 	}
 	return best, nil
 }
 
-// guid writes one as everybody does: the first three fields are little-endian (UEFI specification, appendix A).
+// guid formats a GUID in the usual way; its first three fields are little-endian (UEFI specification, appendix A).
 func guid(b []byte) string {
 	return fmt.Sprintf("%08x-%04x-%04x-%x-%x", binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint16(b[4:]),
 		binary.LittleEndian.Uint16(b[6:]), b[8:10], b[10:16])
 }
 
-// mbrRoot gives the PARTUUID that the kernel makes up for the largest Linux partition
-// of an MBR: disk signature, dash, number.
+// mbrRoot returns the largest Linux partition of an MBR. The kernel makes up its PARTUUID: disk signature, dash, number.
 func mbrRoot(disk io.ReaderAt) (best partition) {
 	sector := make([]byte, sectorSize)
 	if _, err := disk.ReadAt(sector, 0); err != nil || sector[510] != 0x55 || sector[511] != 0xaa {
@@ -239,6 +235,5 @@ func mbrRoot(disk io.ReaderAt) (best partition) {
 	return best
 }
 
-// cmdline is the kernel command line of an image whose spec gives none. The driver
-// adds the console and what a panic does.
+// cmdline returns the kernel command line of an image whose spec has none. The driver adds the console and the behaviour on a panic.
 func cmdline(root string) string { return root + " rw quiet" }

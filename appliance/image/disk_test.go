@@ -110,7 +110,7 @@ func TestDiskFormat(t *testing.T) {
 		"vmdk":              {disk: disk(1024, map[int]string{0: "KDMV"}), fail: "VMDK"},
 		"gzip":              {disk: disk(1024, map[int]string{0: "\x1f\x8b\x08"}), fail: "gunzip"},
 		"the server's page": {disk: disk(1024, map[int]string{0: "<!DOCTYPE html>"}), fail: "HTML"},
-		"small":             {disk: []byte("x"), fail: "too small"},
+		"small":             {disk: []byte("x"), fail: "too few for a disk"},
 	} {
 		got, err := diskFormat(bytes.NewReader(c.disk))
 		if c.fail != "" {

@@ -18,15 +18,14 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
-// stamp is what changes when a file does. A file that keeps all of it and has other
-// content was forged by someone who may write it anyhow.
+// stamp identifies a version of a file. Only someone who may write the file anyway can change its content and keep its stamp.
 type stamp struct {
 	Dev    uint64 `json:"dev"`
 	Inode  uint64 `json:"inode"`
 	Size   int64  `json:"size"`
 	MTime  int64  `json:"mtime"` // nanoseconds since 1970
 	CTime  int64  `json:"ctime"`
-	Digest string `json:"digest,omitempty"` // only as it is kept
+	Digest string `json:"digest,omitempty"` // only in the cache
 }
 
 func stampOf(f *os.File) (stamp, error) {
@@ -40,8 +39,8 @@ func stampOf(f *os.File) (stamp, error) {
 	return stamp{Dev: uint64(st.Dev), Inode: st.Ino, Size: st.Size, MTime: st.Mtim.Nano(), CTime: st.Ctim.Nano()}, nil
 }
 
-// hashFile gives the SHA-256 of a file. A digest is kept by the file's stamp below
-// cache, so that 10 GB are not read at every start; "" keeps nothing.
+// hashFile returns the SHA-256 of a file. It caches the digest below cache, together with the file's stamp, so that 10 GB need not be read
+// at every start. If cache is "" it caches nothing.
 func hashFile(ctx context.Context, path, cache string, progress func(done, total int64)) (string, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -76,24 +75,24 @@ func hashFile(ctx context.Context, path, cache string, progress func(done, total
 		}
 	}
 	if after, err := stampOf(f); err != nil || after != before {
-		return "", errors.Join(err, fmt.Errorf("%s changed while it was read: is something writing it?", path))
+		return "", errors.Join(err, fmt.Errorf("%s changed while it was read; is something writing to it?", path))
 	}
 	before.Digest = hex.EncodeToString(digest.Sum(nil))
-	// Not in a folder that is missing, or somebody else's: who only looks at images leaves nothing there.
+	// Not in a missing folder, or one of another user: a user who only looks at images leaves nothing there.
 	if kept != "" && ownFolder(filepath.Dir(kept)) {
 		b, err := json.Marshal(before)
 		if err := errors.Join(err, state.WriteFile(kept, b, 0o600)); err != nil {
-			return "", fmt.Errorf("keep the digest of %s: %w", path, err)
+			return "", fmt.Errorf("cache the digest of %s: %w", path, err)
 		}
 	}
 	return before.Digest, nil
 }
 
-// keptDigest is the digest that was kept for a file with this stamp, or "".
+// keptDigest returns the cached digest of a file with this stamp, or "".
 func keptDigest(path string, now stamp) string {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return "" // never kept, or not readable for this user: read the file itself
+		return "" // not cached, or not readable for this user: hash the file itself
 	}
 	var had stamp
 	d := json.NewDecoder(bytes.NewReader(b))
@@ -107,8 +106,7 @@ func keptDigest(path string, now stamp) string {
 	return digest
 }
 
-// allocated is what a sparse file takes up, in bytes: st_blocks is in units of 512, whatever the file
-// system's are (stat(2)).
+// allocated returns the bytes that a sparse file occupies. st_blocks counts units of 512 bytes on every file system (stat(2)).
 func allocated(fi os.FileInfo) int64 {
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
 		return st.Blocks * 512
@@ -116,7 +114,7 @@ func allocated(fi os.FileInfo) int64 {
 	return fi.Size()
 }
 
-// ownFolder reports whether a folder is there and belongs to this process's user.
+// ownFolder reports whether a folder exists and belongs to this process's user.
 func ownFolder(dir string) bool {
 	fi, err := os.Stat(dir)
 	if err != nil {

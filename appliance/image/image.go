@@ -1,17 +1,16 @@
-// Package image makes what workers are cloned from: fetch, verify, convert,
-// prebuild, seal, clone, prune. It never starts a worker and never copies a disk
-// where it was asked to clone one.
+// Package image makes the images that workers are cloned from: it fetches, verifies, converts, prebuilds, seals, clones and prunes. It
+// never starts a worker, and never copies a disk that it was asked to clone.
 //
-// All that it keeps is content-addressed and lies below Paths.Images, on the file system that the clones are on:
+// Images are content-addressed and lie below Paths.Images, on the same file system as the clones:
 //
-//	base/DIGEST/      disk.raw, kernel, initrd, manifest.json: a source, fetched, verified and made raw
-//	sealed/DIGEST/    the same four: a base after its prebuild, the kernel of an x86 one unpacked
-//	refs/SPEC         a link to the base or sealed image that a spec's digest stands for today
+//	base/DIGEST/      disk.raw, kernel, initrd, manifest.json: a source after it was fetched, verified and made raw
+//	sealed/DIGEST/    the same four files: a base after its prebuild; an x86 kernel is unpacked
+//	refs/SPEC         a link to the base or sealed image of a spec, by the spec's digest
 //	locks/NAME        one builder at a time, across processes
 //
-// What has a name there is whole and read-only: it is built under another name beside it, flushed and
-// renamed. Downloads lie below Paths.Cache until they have become a base. What only root can build (the debian source) is a Builder's,
-// and lies in the same layout below Paths.State/debian, where the runtime user cannot write.
+// Everything with such a name is complete and read-only: it is built under another name in the same folder, flushed and renamed. Downloads
+// stay below Paths.Cache until they have become a base. Bases that only root can build, from the debian source, are made by a Builder. They
+// have the same layout below Paths.State/debian, where the runtime user cannot write.
 package image
 
 import (
@@ -32,30 +31,30 @@ import (
 // Options of a Store.
 type Options struct {
 	Log *slog.Logger // nil: slog.Default()
-	// Driver boots the prebuild VMs. A Store without one gives bases, and sealed images that are there already.
+	// Driver boots the prebuild VMs. Without one a Store has only bases and existing sealed images.
 	Driver vm.Driver
-	// GuestBinary is the static program that is put into the image, and run there as `fleetingd guest`. Empty: GuestName
-	// beside this program, or where there is none (or this user may not read it) this program itself.
+	// GuestBinary is the static program that is put into images and runs there as `fleetingd guest`. If it is empty, that is GuestName in
+	// this program's folder, or this program itself if GuestName is missing or not readable for this user.
 	GuestBinary string
-	// Secrets gives the value of a secret of a prebuild's file, by its place (plan.Piece.From). It is asked only when an image is prebuilt.
+	// Secrets returns the value of a secret in a prebuild's file, by its place (plan.Piece.From). It is only called to prebuild an image.
 	Secrets func(from string) (string, error)
 	// Progress may be nil. It is called from the goroutine that builds, and must not block.
 	Progress func(Progress)
 }
 
-// Phase is a part of making an image, in the order that they happen.
+// Phase is a phase of making an image.
 type Phase string
 
-// The phases. A phase that is not needed is not reported.
+// The phases, in their order. A phase that is not needed is not reported.
 const (
-	PhaseBuild    Phase = "build"    // the debian source; Line is mmdebstrap's output
+	PhaseBuild    Phase = "build"    // of a debian source; Line is mmdebstrap's output
 	PhaseDownload Phase = "download" // Done and Total are bytes
-	PhaseVerify   Phase = "verify"   // the same
+	PhaseVerify   Phase = "verify"   // likewise
 	PhaseConvert  Phase = "convert"
-	PhaseBase     Phase = "base"     // the base is there: Cached says that nothing was done for it
+	PhaseBase     Phase = "base"     // the base is ready; Cached: it existed
 	PhasePrebuild Phase = "prebuild" // Line is a step's output
 	PhaseSeal     Phase = "seal"
-	PhaseSealed   Phase = "sealed" // the sealed image is there: Cached as above
+	PhaseSealed   Phase = "sealed" // the sealed image is ready; Cached: it existed
 )
 
 // Progress is one event while an image is made.
@@ -63,24 +62,23 @@ type Progress struct {
 	Image string
 	Phase Phase
 	Item  string // what is downloaded or converted
-	Done  int64  // bytes; Total is 0 where unknown
+	Done  int64  // bytes; Total is 0 if unknown
 	Total int64
 	// Line is one line of output, escaped for a terminal.
 	Line   string
 	Cached bool
 }
 
-// Store makes and keeps the images of one Plan, for the Plan's user. All methods may be called at the
-// same time, by several processes too.
+// Store makes and keeps the images of one Plan, for the Plan's user. Its methods may be called concurrently, also by several processes.
 type Store struct {
 	kit
 	shelf *shelf // below Paths.Images
-	built *shelf // below Paths.State: a Builder's, and only read
+	built *shelf // a Builder's, below Paths.State; read-only
 
 	ubuntuKeys []byte
 }
 
-// Base is a source made usable: fetched, verified, raw. Its files are read-only.
+// Base is a source that was fetched, verified and made raw. Its files are read-only.
 type Base struct {
 	Digest  string
 	Disk    string // raw
@@ -88,7 +86,7 @@ type Base struct {
 	Initrd  string // may be empty
 	Cmdline string
 	Size    int64 // bytes of Disk, sparse
-	Cached  bool  // it was there: this call built nothing
+	Cached  bool  // it existed before this call
 }
 
 // Sealed is an image that workers are cloned from. Its files are read-only.
@@ -98,13 +96,13 @@ type Sealed struct {
 	Kernel  string
 	Initrd  string // may be empty
 	Cmdline string
-	Size    int64 // bytes of Disk, sparse: a clone has at least that
-	Guest   bool  // the guest part is inside: readiness comes over the channel
+	Size    int64 // bytes of Disk, sparse; a clone has at least as many
+	Guest   bool  // it has the guest part, which reports readiness over the channel
 	User    string
-	Cached  bool // it was there: this call built nothing
+	Cached  bool // it existed before this call
 }
 
-// GuestName is the guest part as a program of its own, with nothing else in it.
+// GuestName is the name of the guest part as a separate, smaller program.
 const GuestName = "fleetingd-guest"
 
 func thisGuest() string {
@@ -114,10 +112,10 @@ func thisGuest() string {
 			return small
 		}
 	}
-	return "/proc/self/exe" // also where its path is in a folder that this user may not enter
+	return "/proc/self/exe" // works even if this user may not enter the program's folder
 }
 
-// Open opens the images of a Plan. It changes nothing yet.
+// Open returns the Store of a Plan. It changes nothing yet.
 func Open(p *plan.Plan, o Options) (*Store, error) {
 	if o.GuestBinary == "" {
 		o.GuestBinary = thisGuest()
@@ -126,15 +124,14 @@ func Open(p *plan.Plan, o Options) (*Store, error) {
 	return &Store{kit: k, ubuntuKeys: ubuntuKeys, shelf: &shelf{dir: p.Paths.Images, log: k.opts.Log}, built: builtShelf(p, k.opts.Log)}, nil
 }
 
-// OwnerError is a folder for images that belongs to another user than the one who wants to write there. Whoever it is could put a
-// link into that user's way, or have one put into their own.
+// OwnerError means that the folder for images belongs to another user. Writing there is refused, because its owner could plant a link.
 type OwnerError struct{ Dir, User string }
 
 func (e *OwnerError) Error() string {
-	return fmt.Sprintf("%s belongs to another user, and only that one builds there: start this as user %q", e.Dir, e.User)
+	return fmt.Sprintf("%s belongs to another user, and only its owner may build there: run this as user %q", e.Dir, e.User)
 }
 
-// own makes what is missing of the folders for images, and refuses one that is not this process's own.
+// own makes the folders for images if they are missing, and refuses one that belongs to another user.
 func (s *Store) own() error {
 	if _, err := os.Stat(s.plan.Paths.Images); err == nil && !ownFolder(s.plan.Paths.Images) {
 		return &OwnerError{s.plan.Paths.Images, s.plan.User}
@@ -145,7 +142,7 @@ func (s *Store) own() error {
 	return nil
 }
 
-// bytesOf reports a phase's bytes, ten times a second at most.
+// bytesOf returns a function that reports a phase's bytes, at most ten times a second.
 func (s *Store) bytesOf(image string, phase Phase, item string) func(done, total int64) {
 	if s.opts.Progress == nil {
 		return nil
@@ -159,20 +156,19 @@ func (s *Store) bytesOf(image string, phase Phase, item string) func(done, total
 	}
 }
 
-// Ensure gives the sealed image of a spec, and makes it where there is none: base, prebuild, seal. One caller
-// on the host builds, the others wait and find it. Where it is there already nothing is fetched, and no
-// network is needed. A failed step is a *guest.StepError.
+// Ensure returns the sealed image of a spec. If there is none it makes one: base, prebuild, seal. One caller on the host builds, and the
+// others wait for the result. If the image exists, nothing is fetched and no network is needed. A failed step is a *guest.StepError.
 func (s *Store) Ensure(ctx context.Context, img *plan.Image) (*Sealed, error) {
 	return s.sealed(ctx, img, false)
 }
 
-// Refresh looks whether the source has changed, builds beside the image in use, and swaps: the next Ensure
-// gives the new one. Where nothing changed it gives the one in use, Cached.
+// Refresh asks the source for changes, builds a new image beside the one in use, and swaps them: the next Ensure returns the new one. If
+// nothing has changed it returns the image in use, with Cached set. CheckAge tells whether the source has answered.
 func (s *Store) Refresh(ctx context.Context, img *plan.Image) (*Sealed, error) {
 	return s.sealed(ctx, img, true)
 }
 
-// named says which image an error is about.
+// named adds the image's name to an error.
 func named(img *plan.Image, err error) error {
 	if err != nil {
 		return fmt.Errorf("image %q: %w", img.Name, err)
@@ -202,7 +198,7 @@ func (s *Store) sealed(ctx context.Context, img *plan.Image, fresh bool) (_ *Sea
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
-	if !fresh { // the one that had the lock may have built it
+	if !fresh { // another process may have built it while this one waited for the lock
 		if m, err := s.find(kindSealed, spec); m != nil || err != nil {
 			return s.sealedOf(img, m, true), err
 		}
@@ -218,7 +214,7 @@ func (s *Store) sealed(ctx context.Context, img *plan.Image, fresh bool) (_ *Sea
 	return s.sealedOf(img, m, cached), s.shelf.point(spec, kindSealed, m.Digest)
 }
 
-// unbuilt is an image without a prebuild: its base is what workers are cloned from.
+// unbuilt returns an image without a prebuild: workers are cloned from its base.
 func (s *Store) unbuilt(ctx context.Context, img *plan.Image, fresh bool) (*Sealed, error) {
 	b, err := s.base(ctx, img, fresh)
 	if err != nil {
@@ -229,12 +225,12 @@ func (s *Store) unbuilt(ctx context.Context, img *plan.Image, fresh bool) (*Seal
 		Size: b.Size, User: img.User, Cached: b.Cached}, nil
 }
 
-// find gives the image that a spec stands for, and nil where it has to be made. What is damaged is made anew.
+// find returns the image of a spec, or nil if it has to be made, because it is missing or damaged.
 func (s *Store) find(kind, spec string) (*manifest, error) {
 	m, err := s.shelf.follow(kind, spec)
 	if errors.Is(err, errMissing) {
 		if err != errMissing { //nolint:errorlint // wrapped, it says what is damaged
-			s.log().Warn("a kept image is not usable and is made anew", "reason", err)
+			s.log().Warn("an existing image is damaged; rebuilding it", "reason", err)
 		}
 		return nil, nil
 	}

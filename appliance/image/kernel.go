@@ -12,18 +12,18 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Bounds of an unpacked kernel, and of its notes. A distribution's has 60 MB, and some 500 bytes of notes.
+// Limits on the size of an unpacked kernel and of its notes, in bytes. Those of distributions have 60 MB, and about 500 bytes of notes.
 const (
 	maxUnpacked = 256 << 20
 	maxNotes    = 64 << 10
 )
 
-// vmlinux gives the ELF executable in an x86 kernel as distributions ship it, a bzImage: a program that unpacks the kernel and
-// starts it, at each boot anew. Both drivers start the executable at its PVH entry point instead
-// (https://xenbits.xen.org/docs/unstable/misc/pvh.html). What that costs is KASLR, which is the unpacking program's work:
-// against a guest's own programs, and the only ones there are the job's, which is root.
+// vmlinux returns the ELF executable in a bzImage, the form in which distributions ship x86 kernels: a program that unpacks the kernel and
+// starts it, at every boot. Both drivers can start the executable directly at its PVH entry point
+// (https://xenbits.xen.org/docs/unstable/misc/pvh.html). The price is KASLR, which the unpacking program does. It protects a kernel from
+// the programs in its guest, and the only ones there belong to the job, which is root.
 //
-// An error says why there is nothing to boot in that way, and does not quote data, which may be a guest's.
+// An error says why the kernel cannot be started in this way. It does not quote data, which may come from a guest.
 func vmlinux(bzImage []byte) ([]byte, error) {
 	packed, err := payload(bzImage)
 	if err != nil {
@@ -46,7 +46,7 @@ const (
 	headerEnd     = 0x250
 )
 
-// payload is the compressed kernel in a bzImage.
+// payload returns the compressed kernel in a bzImage.
 func payload(b []byte) ([]byte, error) {
 	if len(b) < headerEnd || string(b[headerMagic:headerMagic+4]) != "HdrS" || binary.LittleEndian.Uint16(b[headerVersion:]) < 0x208 {
 		return nil, errors.New("not a bzImage of boot protocol 2.08 or later")
@@ -63,7 +63,7 @@ func payload(b []byte) ([]byte, error) {
 	return b[start:end], nil
 }
 
-// unpack takes the two compressions that distributions of today choose. Kernels packed with others stay as they are.
+// unpack handles the two compressions that current distributions use. Kernels with another one stay as they are.
 func unpack(packed []byte) ([]byte, error) {
 	var from io.Reader
 	switch {
@@ -75,7 +75,7 @@ func unpack(packed []byte) ([]byte, error) {
 		z.Multistream(false)
 		from = z
 	case bytes.HasPrefix(packed, []byte{0x28, 0xb5, 0x2f, 0xfd}) && len(packed) > 8:
-		// The kernel's build adds the unpacked length (scripts/Makefile.lib, size_append), and compresses with windows of 128 MiB.
+		// The kernel's build appends the unpacked length (scripts/Makefile.lib, size_append), and compresses with a window of 128 MiB.
 		z, err := zstd.NewReader(bytes.NewReader(packed[:len(packed)-4]), zstd.WithDecoderConcurrency(1),
 			zstd.WithDecoderMaxWindow(128<<20), zstd.WithDecoderMaxMemory(maxUnpacked))
 		if err != nil {
@@ -84,26 +84,26 @@ func unpack(packed []byte) ([]byte, error) {
 		defer z.Close()
 		from = z
 	default:
-		return nil, errors.New("it is packed with neither zstd nor gzip")
+		return nil, errors.New("it is compressed with neither zstd nor gzip")
 	}
 	kernel, err := io.ReadAll(io.LimitReader(from, maxUnpacked+1))
 	if err != nil {
-		return nil, fmt.Errorf("unpack it: %w", err)
+		return nil, fmt.Errorf("unpack: %w", err)
 	}
 	if len(kernel) > maxUnpacked {
-		return nil, fmt.Errorf("unpacked it has more than %d MiB", maxUnpacked>>20)
+		return nil, fmt.Errorf("it is larger than %d MiB when unpacked", maxUnpacked>>20)
 	}
 	return kernel, nil
 }
 
-// checkPVH tells whether a VMM can start the executable: whether a note says where.
+// checkPVH returns an error if a VMM cannot start the executable, because no note names an entry point.
 func checkPVH(kernel []byte) error {
 	f, err := elf.NewFile(bytes.NewReader(kernel))
 	if err != nil {
 		return errors.New("its payload is not an ELF executable")
 	}
 	if f.Class != elf.ELFCLASS64 || f.Machine != elf.EM_X86_64 {
-		return fmt.Errorf("what is packed in it is for %v, %v", f.Machine, f.Class)
+		return fmt.Errorf("its payload is for %v, %v", f.Machine, f.Class)
 	}
 	for _, p := range f.Progs {
 		if p.Type != elf.PT_NOTE || p.Filesz > maxNotes {

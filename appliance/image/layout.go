@@ -19,10 +19,10 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
-// formatVersion is part of every digest: with another one, all is built anew.
+// formatVersion is part of every digest: changing it rebuilds all images.
 const formatVersion = 2
 
-// The two kinds of image, and the folders they lie in.
+// The two kinds of image, and the names of their folders.
 const (
 	kindBase   = "base"
 	kindSealed = "sealed"
@@ -36,10 +36,10 @@ const (
 	manifestFile = "manifest.json"
 )
 
-// building is the prefix of a folder whose image is not whole yet.
+// building is the prefix of the folder of an incomplete image.
 const building = ".building-"
 
-// manifest says what an image is and what went into it: for us, and for people who look.
+// manifest says what an image is and what went into it, for fleetingd and for people.
 type manifest struct {
 	Format  int       `json:"format"`
 	Kind    string    `json:"kind"`
@@ -51,11 +51,11 @@ type manifest struct {
 	Initrd  bool      `json:"initrd"`
 	Guest   bool      `json:"guest"`
 	User    string    `json:"user,omitempty"`
-	// Inputs are what the digest is of.
+	// Inputs is what the digest is computed from.
 	Inputs json.RawMessage `json:"inputs"`
 }
 
-// digestOf is the digest of what goes into an image: of its JSON, which for structs has one order.
+// digestOf returns the digest of an image's inputs: of their JSON, in which the fields of structs have a fixed order.
 func digestOf(inputs any) (digest string, canonical json.RawMessage, err error) {
 	b, err := json.Marshal(inputs)
 	if err != nil {
@@ -65,13 +65,13 @@ func digestOf(inputs any) (digest string, canonical json.RawMessage, err error) 
 	return hex.EncodeToString(sum[:]), b, nil
 }
 
-// shelf is a folder of images, in the layout of the package's comment.
+// shelf is a folder of images, in the layout that the package comment describes.
 type shelf struct {
 	dir string
 	log *slog.Logger
 }
 
-// notesFolder holds the notes of refreshes that are under way, or did not end well. Only a Builder writes them.
+// notesFolder holds notes of refreshes that are in progress or have failed. Only a Builder writes them.
 const notesFolder = "unfinished"
 
 // open makes the shelf's folders.
@@ -92,10 +92,10 @@ func (s *shelf) refPath(spec string) string  { return filepath.Join(s.dir, "refs
 func (s *shelf) lockPath(name string) string { return filepath.Join(s.dir, "locks", name) }
 func (s *shelf) notePath(spec string) string { return filepath.Join(s.dir, notesFolder, spec) }
 
-// errMissing is an image that is not there, or that is not what it says it is.
+// errMissing is an image that does not exist, or is damaged.
 var errMissing = errors.New("no such image")
 
-// read gives the manifest of an image whose files are all there.
+// read returns the manifest of an image that has all its files.
 func (s *shelf) read(kind, digest string) (*manifest, error) {
 	dir := s.folder(kind, digest)
 	b, err := os.ReadFile(filepath.Join(dir, manifestFile))
@@ -110,7 +110,7 @@ func (s *shelf) read(kind, digest string) (*manifest, error) {
 		return nil, fmt.Errorf("%w: %s is damaged: %w", errMissing, filepath.Join(dir, manifestFile), err)
 	}
 	if m.Format != formatVersion || m.Kind != kind || m.Digest != digest {
-		return nil, fmt.Errorf("%w: %s is of another image or format", errMissing, filepath.Join(dir, manifestFile))
+		return nil, fmt.Errorf("%w: %s belongs to another image or format", errMissing, filepath.Join(dir, manifestFile))
 	}
 	files := []string{diskFile, kernelFile}
 	if m.Initrd {
@@ -124,14 +124,14 @@ func (s *shelf) read(kind, digest string) (*manifest, error) {
 		case err != nil:
 			return nil, err
 		case name == diskFile && fi.Size() != m.Size:
-			return nil, fmt.Errorf("%w: %s is %d bytes, and %d when it was sealed",
+			return nil, fmt.Errorf("%w: %s has %d bytes, but had %d when it was sealed",
 				errMissing, filepath.Join(dir, name), fi.Size(), m.Size)
 		}
 	}
 	return &m, nil
 }
 
-// follow gives the image that a spec's digest stands for.
+// follow returns the image that a spec's reference points to.
 func (s *shelf) follow(kind, spec string) (*manifest, error) {
 	target, err := os.Readlink(s.refPath(spec))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -146,7 +146,7 @@ func (s *shelf) follow(kind, spec string) (*manifest, error) {
 	return s.read(kind, filepath.Base(target))
 }
 
-// point makes a spec's digest stand for an image, atomically. The reference's time is when its source was last asked.
+// point makes a spec's reference point to an image, atomically. The reference's time tells when the source last answered.
 func (s *shelf) point(spec, kind, digest string) error {
 	target := filepath.Join("..", kind, digest)
 	if have, err := os.Readlink(s.refPath(spec)); err == nil && have == target {
@@ -167,7 +167,7 @@ func (s *shelf) point(spec, kind, digest string) error {
 	return state.SyncFolder(filepath.Dir(s.refPath(spec)))
 }
 
-// asked returns when the source last said which image a spec's digest stands for.
+// asked returns when a spec's source last answered.
 func (s *shelf) asked(spec string) (time.Time, error) {
 	fi, err := os.Lstat(s.refPath(spec))
 	if err != nil {
@@ -176,8 +176,7 @@ func (s *shelf) asked(spec string) (time.Time, error) {
 	return fi.ModTime(), nil
 }
 
-// begin notes that a refresh is under way, until the returned function is called. The note stays if the refresh fails or its process
-// is killed.
+// begin notes that a refresh is in progress; end removes the note. It stays if the refresh fails or its process is killed.
 func (s *shelf) begin(spec string) (end func() error, err error) {
 	note := s.notePath(spec)
 	if err := state.WriteFile(note, nil, 0o644); err != nil {
@@ -186,24 +185,24 @@ func (s *shelf) begin(spec string) (end func() error, err error) {
 	return func() error { return os.Remove(note) }, nil
 }
 
-// unfinished reports whether the last refresh began and did not end well.
+// unfinished reports whether the last refresh is in progress or has failed.
 func (s *shelf) unfinished(spec string) bool {
 	_, err := os.Stat(s.notePath(spec))
 	return err == nil
 }
 
-// lock is one builder at a time of what name stands for, on this host.
+// lock lets only one process on this host build what name stands for.
 func (s *shelf) lock(ctx context.Context, name string) (*state.Lock, error) {
 	l, err := state.TryLock(s.lockPath(name))
 	if errors.Is(err, state.ErrLocked) {
-		s.log.Info("another process builds this image: waiting for it", "lock", name)
+		s.log.Info("another process is building this image; waiting for it", "lock", name)
 		l, err = state.WaitLock(ctx, s.lockPath(name))
 	}
 	return l, err
 }
 
-// make gives the image of that digest: the one that is there, or a new one that fill puts into a draft. Two
-// specs may come to the same digest, so it has a lock of its own.
+// make returns the image with this digest: the existing one, or a new one that fill puts into a draft. The digest has its own lock, since
+// two specs may lead to the same one.
 func (s *shelf) make(
 	ctx context.Context, kind, digest string, fill func(*draft) (*manifest, error),
 ) (_ *manifest, cached bool, err error) {
@@ -228,7 +227,7 @@ func (s *shelf) make(
 	return m, false, s.finish(d, m)
 }
 
-// draft is an image that is being built, in a folder beside where it will lie.
+// draft is an image that is being built, in a folder beside its final one.
 type draft struct {
 	dir  string
 	done bool
@@ -244,8 +243,8 @@ func (d *draft) discard() error {
 	return os.RemoveAll(d.dir)
 }
 
-// draft makes the folder for an image to be built in. Its name is the digest's, and the caller
-// has the digest's lock, so what is there is left from one that was killed.
+// draft makes the folder in which an image is built. The caller has the digest's lock, so an existing folder was left by a process that
+// was killed.
 func (s *shelf) draft(kind, digest string) (*draft, error) {
 	dir := filepath.Join(s.dir, kind, building+digest)
 	if err := os.RemoveAll(dir); err != nil {
@@ -257,8 +256,8 @@ func (s *shelf) draft(kind, digest string) (*draft, error) {
 	return &draft{dir: dir}, nil
 }
 
-// finish gives the draft its name: files flushed and read-only, manifest written,
-// everything else in the folder removed.
+// finish completes a draft: it flushes the files and makes them read-only, removes everything else in the folder, writes the manifest
+// and gives the folder its name.
 func (s *shelf) finish(d *draft, m *manifest) error {
 	keep := map[string]bool{diskFile: true, kernelFile: true, initrdFile: true}
 	entries, err := os.ReadDir(d.dir)
@@ -290,8 +289,7 @@ func (s *shelf) finish(d *draft, m *manifest) error {
 	return s.place(d, s.folder(m.Kind, m.Digest))
 }
 
-// place renames a draft to where it belongs. An image that is there already is a damaged one: read did not
-// take it.
+// place gives a draft its final name. An existing image of that name is damaged, since read refused it.
 func (s *shelf) place(d *draft, dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return err

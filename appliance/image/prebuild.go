@@ -21,14 +21,14 @@ import (
 // guestName is the guest part's name on the prebuild's seed ISO.
 const guestName = "fleetingd"
 
-// poweroffTimeout is for a sealed guest to power off. It has nothing left to do.
+// poweroffTimeout is how long a sealed guest may take to power off. It has nothing left to do.
 const poweroffTimeout = 2 * time.Minute
 
-// sealedInputs are what a sealed image is the digest of. The seed's network is no part of it: sealing takes
-// that out, and a host with one more worker, whose build slot has another address, is to build nothing.
+// sealedInputs are what the digest of a sealed image is computed from. They do not include the seed's network, which sealing removes. One
+// more worker on a host, which changes the build slot's address, must not rebuild its images.
 type sealedInputs struct {
 	Format int         `json:"format"`
-	Base   string      `json:"base"` // the base's digest; in a spec's digest the source's
+	Base   string      `json:"base"` // the base's digest; for a spec's digest, that of the source
 	Steps  []plan.Step `json:"steps"`
 	Seed   seed.Seed   `json:"seed"`
 	Guest  string      `json:"guest"` // SHA-256 of the guest part
@@ -49,7 +49,7 @@ func (s *Store) sealedInputs(ctx context.Context, img *plan.Image, base string) 
 	return in, nil
 }
 
-// sealedSpec is the digest of an image as the spec has it.
+// sealedSpec returns the digest of an image as the spec describes it.
 func (s *Store) sealedSpec(ctx context.Context, img *plan.Image) (string, error) {
 	base, err := s.baseSpec(ctx, img)
 	if err != nil {
@@ -63,15 +63,15 @@ func (s *Store) sealedSpec(ctx context.Context, img *plan.Image) (string, error)
 	return digest, err
 }
 
-// needs are what an image's pools ask for together.
+// needs is what an image's pools need together.
 type needs struct {
 	cpus   int
 	memory int64 // bytes
-	disk   int64 // bytes; 0: no pool takes the image
+	disk   int64 // bytes; 0: no pool uses the image
 }
 
-// needs gives the most CPUs and memory, and the smallest disk, of the image's pools: a
-// clone cannot be smaller than its image, and grows at its first boot where it is to be larger.
+// needs returns the largest number of CPUs, the largest memory and the smallest disk of the image's pools. A clone cannot be smaller than
+// its image; a larger one grows at its first boot.
 func (s *Store) needs(img *plan.Image) needs {
 	n := needs{cpus: 1, memory: 1 << 30}
 	for _, p := range s.plan.Pools {
@@ -86,7 +86,7 @@ func (s *Store) needs(img *plan.Image) needs {
 	return n
 }
 
-// seal gives the sealed image of a base, and prebuilds it where there is none.
+// seal returns the sealed image of a base, and prebuilds it if there is none.
 func (s *Store) seal(ctx context.Context, img *plan.Image, base *Base) (_ *manifest, cached bool, err error) {
 	in, err := s.sealedInputs(ctx, img, base.Digest)
 	if err != nil {
@@ -98,16 +98,16 @@ func (s *Store) seal(ctx context.Context, img *plan.Image, base *Base) (_ *manif
 	}
 	return s.shelf.make(ctx, kindSealed, digest, func(d *draft) (*manifest, error) {
 		if s.opts.Driver == nil {
-			return nil, errors.New("it is not prebuilt, and this command starts no VMs")
+			return nil, errors.New("it is not prebuilt yet, and this command starts no VMs")
 		}
 		b := &prebuild{Store: s, img: img, base: base, draft: d, size: max(in.Size, base.Size)}
 		if in.Size != 0 && in.Size < base.Size {
-			return nil, fmt.Errorf("its disk is %s, and a pool of it has a disk of %s: make that larger",
+			return nil, fmt.Errorf("its disk is %s, but one of its pools has a disk of only %s: make that larger",
 				bytesText(base.Size), bytesText(in.Size))
 		}
 		if err := b.run(ctx); err != nil {
 			if _, ok := errors.AsType[*guest.StepError](err); ok {
-				return nil, err // it says "prebuild step"
+				return nil, err // the error says "prebuild step"
 			}
 			return nil, fmt.Errorf("prebuild: %w", err)
 		}
@@ -123,30 +123,30 @@ type prebuild struct {
 	draft *draft
 	size  int64 // bytes of the disk
 	steps []guest.Step
-	mask  *strings.Replacer // takes secrets out of the guest's output
+	mask  *strings.Replacer // removes secrets from the guest's output
 }
 
-// The further files of a prebuild VM, beside what becomes the image's.
+// The other files of a prebuild VM, which do not become part of the image.
 const (
 	seedFile    = "seed.iso"
 	exportFile  = "export.raw"
 	consoleFile = "console.log"
 )
 
-// run boots the base, runs the steps, and leaves disk, kernel and initrd of the sealed image in the draft.
-// When it returns the VM is gone.
+// run boots the base, runs the steps, and leaves disk, kernel and initrd of the sealed image in the draft. When it returns, the VM has
+// ended.
 func (b *prebuild) run(ctx context.Context) (err error) {
 	timeout := time.Duration(b.img.Prebuild.Timeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("the prebuild's timeout of %v is over", timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("the prebuild exceeded its timeout of %v", timeout))
 	defer cancel()
 	slot := b.plan.BuildSlot(b.img)
-	// The TAP takes one VM. Another spec's prebuild may have the same slot.
+	// A TAP serves one VM. Another spec's prebuild may have the same slot.
 	lock, err := b.shelf.lock(ctx, "slot-"+slot.TAP)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
-	// First of all: a secret that is missing costs no boot.
+	// This comes first, so that a missing secret does not cost a boot.
 	if b.steps, b.mask, err = b.guestSteps(); err != nil {
 		return err
 	}
@@ -211,24 +211,24 @@ func (s *Store) vmDir(slot plan.Slot) string {
 	return filepath.Join(s.plan.Paths.Run, "prebuild-"+slot.TAP)
 }
 
-// endCutOff ends the VM of a prebuild whose fleetingd was killed: it has the TAP, and nobody waits for it.
+// endCutOff ends the VM of a prebuild whose fleetingd was killed. It still holds the TAP.
 func (s *Store) endCutOff(ctx context.Context, dir string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	left, err := s.opts.Driver.Adopt(ctx, dir)
 	if err == nil {
-		s.log().Warn("ending the VM of a prebuild that was cut off", "pid", left.PID())
+		s.log().Warn("ending the VM of an interrupted prebuild", "pid", left.PID())
 		err = left.Kill()
 	}
 	if err != nil && !errors.Is(err, vm.ErrNotRunning) {
-		return fmt.Errorf("end the VM of a prebuild that was cut off: %w", err)
+		return fmt.Errorf("end the VM of an interrupted prebuild: %w", err)
 	}
 	return os.RemoveAll(dir)
 }
 
-// EndPrebuilds ends what prebuilds of this Plan left whose fleetingd was killed. The next prebuild would do it, but there may be
-// none. One that is under way is left alone.
+// EndPrebuilds cleans up after this Plan's prebuilds whose fleetingd was killed. The next prebuild would do so, but there may be none. It
+// does not touch prebuilds in progress.
 func (s *Store) EndPrebuilds(ctx context.Context) error {
 	if err := s.own(); err != nil {
 		return err
@@ -276,7 +276,7 @@ func (b *prebuild) boot(ctx context.Context, cfg vm.Config) (_ guest.Export, err
 	}
 	defer func() {
 		if err == nil {
-			err = machine.Stop(ctx) // it has powered off: this removes what the driver left
+			err = machine.Stop(ctx) // it has powered off; this cleans up after it
 		} else {
 			err = errors.Join(err, machine.Kill())
 		}
@@ -298,18 +298,19 @@ func (b *prebuild) boot(ctx context.Context, cfg vm.Config) (_ guest.Export, err
 	select {
 	case <-machine.Done():
 		if !errors.Is(machine.Exit(), vm.ErrPoweredOff) {
-			return guest.Export{}, b.explain(ctx, machine, errors.New("the sealed guest did not end by itself"))
+			return guest.Export{}, b.explain(ctx, machine, errors.New("the sealed guest did not power off by itself"))
 		}
 		return export, nil
 	case <-ctx.Done():
 		return guest.Export{}, b.explain(ctx, machine, context.Cause(ctx))
 	case <-time.After(poweroffTimeout):
-		err := fmt.Errorf("the sealed guest has not powered off in %v", poweroffTimeout)
+		err := fmt.Errorf("the sealed guest did not power off within %v", poweroffTimeout)
 		return guest.Export{}, b.explain(ctx, machine, err)
 	}
 }
 
-// explain adds to an error what else is known. A failed step's own last lines say more than the console does.
+// explain adds details to an error: the VM's exit, and the console's last lines. For a failed step, its own last lines say more than the
+// console does.
 func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error {
 	if step, ok := errors.AsType[*guest.StepError](err); ok {
 		step.Reason = b.mask.Replace(step.Reason)
@@ -326,7 +327,7 @@ func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error 
 		err = fmt.Errorf("%w; the VM ended: %w", err, machine.Exit())
 	default:
 	}
-	// Without a console there is nothing to add.
+	// A missing console adds nothing.
 	console, _ := state.Tail(b.draft.path(consoleFile), 8<<10)
 	if last := visible.LastLines(string(console), lastLines); len(last) > 0 {
 		err = fmt.Errorf("%w; the guest's console ends with:\n  %s", err, b.mask.Replace(strings.Join(last, "\n  ")))
@@ -334,11 +335,10 @@ func (b *prebuild) explain(ctx context.Context, machine vm.VM, err error) error 
 	return err
 }
 
-// takeExport puts the kernel and initrd that the sealed guest boots with into the draft: the ones that it
-// exported, or the base's.
+// takeExport puts kernel and initrd of the sealed guest into the draft: those that it exported, or else the base's.
 func (b *prebuild) takeExport(e guest.Export) error {
 	if e.Bytes == 0 {
-		b.log().Warn("the guest exported no kernel: the base's is kept", "image", b.img.Name, "reason", e.Reason)
+		b.log().Warn("the guest exported no kernel; keeping the base's", "image", b.img.Name, "reason", e.Reason)
 		return b.keepKernel()
 	}
 	f, err := os.Open(b.draft.path(exportFile))
@@ -365,7 +365,7 @@ func (b *prebuild) keepKernel() error {
 	return copyFile(b.base.Initrd, b.draft.path(initrdFile))
 }
 
-// unpackKernel does once what the kernel would do at every boot.
+// unpackKernel unpacks the kernel once, instead of at every boot.
 func (b *prebuild) unpackKernel() error {
 	path := b.draft.path(kernelFile)
 	packed, err := os.ReadFile(path)

@@ -13,18 +13,18 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
-// Item is an image as it lies on the disk.
+// Item is an image on the disk.
 type Item struct {
 	Digest string    `json:"digest"`
 	Kind   string    `json:"kind"`  // "base" or "sealed"
 	Image  string    `json:"image"` // its name in the spec that first asked for it
 	Built  time.Time `json:"built"`
-	Used   int64     `json:"used"` // bytes on the disk; blocks that clones share are counted
-	// Current: a spec of the Plan stands for it today, or a sealed one that does was made of it.
+	Used   int64     `json:"used"` // bytes on the disk, including blocks shared with clones
+	// Current means that a spec of the Plan uses it, or the base of a sealed image that it uses.
 	Current bool `json:"current"`
 }
 
-// List gives all images, sealed ones first, the newest first.
+// List returns all images, sealed ones first.
 func (s *Store) List(ctx context.Context) ([]Item, error) {
 	specs, err := s.specs(ctx)
 	if err != nil {
@@ -50,10 +50,10 @@ func (s *Store) List(ctx context.Context) ([]Item, error) {
 	return items, nil
 }
 
-// Prune removes images that no spec of the Plan stands for and that are not in use, and what interrupted
-// builds left. It returns the digests that it removed. A clone holds its own blocks and needs no sealed
-// image, so inUse matters only for what a VM is about to boot. What is being built stays, and where that is an image of the Plan
-// all of its folder does: what a build ends with is not known to be current before it is done.
+// Prune removes images that no spec of the Plan uses and that are not in use, and the remains of interrupted builds. It returns the digests
+// of the images that it removed. A clone does not need its sealed image any more, so inUse only matters for images that a VM is about to
+// boot from. While an image of the Plan is being built, Prune removes nothing: the result of a build is not known to be current before the
+// build is done.
 func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (removed []string, err error) {
 	if err := s.own(); err != nil {
 		return nil, err
@@ -68,12 +68,12 @@ func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (remo
 	})
 }
 
-// pruneAll removes what keep does not name, once no builder of these specs is at work; keep is asked for only then. Where one is,
-// nothing is removed.
+// pruneAll removes the images that keep does not accept. It calls keep only once no builder of these specs is at work; if one is, it
+// removes nothing.
 func (s *shelf) pruneAll(specs map[string]string, keep func() func(digest string) bool) (removed []string, err error) {
 	unlock, err := s.quiet(specs)
 	if errors.Is(err, state.ErrLocked) {
-		s.log.Info("an image is being built: old ones are removed the next time", "images", s.dir)
+		s.log.Info("an image is being built; old ones will be removed next time", "images", s.dir)
 		return nil, nil
 	}
 	if err != nil {
@@ -83,14 +83,14 @@ func (s *shelf) pruneAll(specs map[string]string, keep func() func(digest string
 	return removed, errors.Join(err, unlock())
 }
 
-// specs gives the digests of the Plan's specs, each with its kind.
+// specs returns the digests of the Plan's specs, each with its kind.
 func (s *Store) specs(ctx context.Context) (map[string]string, error) {
 	specs := map[string]string{}
 	for i := range s.plan.Images {
 		img := &s.plan.Images[i]
 		spec, err := s.baseSpec(ctx, img)
 		if err != nil {
-			// A file source that cannot be read now: better to keep too much than to remove what it stands for.
+			// A file source cannot be read. Keeping too much is better than removing its image.
 			return nil, named(img, err)
 		}
 		specs[spec] = kindBase
@@ -105,7 +105,7 @@ func (s *Store) specs(ctx context.Context) (map[string]string, error) {
 	return specs, nil
 }
 
-// current gives the digests that specs stand for, here and among what a Builder made, and those of the specs themselves.
+// current returns the digests of the images that specs use, of the Store and of the Builder, and the digests of the specs themselves.
 func (s *Store) current(specs map[string]string) map[string]bool {
 	current := map[string]bool{}
 	for _, on := range []*shelf{s.shelf, s.built} {
@@ -114,7 +114,7 @@ func (s *Store) current(specs map[string]string) map[string]bool {
 	return current
 }
 
-// current adds the digests that specs stand for, and those of the specs themselves.
+// current adds the digests of the images that specs use, and the digests of the specs themselves.
 func (s *shelf) current(specs map[string]string, to map[string]bool) {
 	for spec, kind := range specs {
 		to[spec] = true
@@ -124,8 +124,8 @@ func (s *shelf) current(specs map[string]string, to map[string]bool) {
 	}
 }
 
-// quiet keeps all builders of these specs out until unlock is called: between an image's end and the reference to it, it
-// looks like one that nothing stands for. Where one is at work the error is state.ErrLocked.
+// quiet keeps all builders of these specs out until unlock is called: an image that is finished but not referenced yet looks unused. If a
+// builder is at work, the error is state.ErrLocked.
 func (s *shelf) quiet(specs map[string]string) (unlock func() error, err error) {
 	var locks []*state.Lock
 	unlock = func() error {
@@ -136,7 +136,7 @@ func (s *shelf) quiet(specs map[string]string) (unlock func() error, err error) 
 		return errors.Join(errs...)
 	}
 	if _, err := os.Stat(s.lockPath("")); errors.Is(err, fs.ErrNotExist) {
-		return unlock, nil // nothing was ever built here
+		return unlock, nil // nothing has been built here
 	}
 	for spec := range specs {
 		l, err := state.TryLock(s.lockPath(spec))
@@ -148,7 +148,7 @@ func (s *shelf) quiet(specs map[string]string) (unlock func() error, err error) 
 	return unlock, nil
 }
 
-// digests are the names in a kind's folder, drafts left out.
+// digests returns the names in a kind's folder, without drafts.
 func (s *shelf) digests(kind string) ([]string, error) {
 	entries, err := os.ReadDir(filepath.Join(s.dir, kind))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -163,7 +163,7 @@ func (s *shelf) digests(kind string) ([]string, error) {
 	return out, err
 }
 
-// prune removes images and references that keep does not name, and drafts that nobody works on.
+// prune removes images, references and notes that keep does not accept, and drafts that no process works on.
 func (s *shelf) prune(keep func(digest string) bool) (removed []string, err error) {
 	var errs []error
 	for _, folder := range []string{"refs", notesFolder} {
@@ -198,7 +198,7 @@ func (s *shelf) prune(keep func(digest string) bool) (removed []string, err erro
 	return removed, errors.Join(errs...)
 }
 
-// unlessLocked removes a path whose builder, if it has one, is done.
+// unlessLocked removes a path, unless its builder is at work.
 func (s *shelf) unlessLocked(lock, path string) (err error) {
 	l, err := state.TryLock(s.lockPath(lock))
 	if errors.Is(err, state.ErrLocked) {
@@ -209,12 +209,12 @@ func (s *shelf) unlessLocked(lock, path string) (err error) {
 	}
 	defer func() { err = errors.Join(err, l.Unlock()) }()
 	if err := os.RemoveAll(path); err != nil {
-		return fmt.Errorf("remove what is not used: %w", err)
+		return fmt.Errorf("remove an unused image: %w", err)
 	}
 	return nil
 }
 
-// blocks is what a sparse file takes up on its disk, in bytes.
+// blocks returns the bytes that a sparse file occupies on its disk.
 func blocks(path string) int64 {
 	fi, err := os.Stat(path)
 	if err != nil {

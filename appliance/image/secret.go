@@ -13,11 +13,11 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// minMasked is the length of the shortest line of a secret that is taken out of the steps' output, in bytes: what is
-// shorter would mostly be found where there is no secret.
+// minMasked is the length of the shortest line of a secret that is masked in the steps' output, in bytes. Shorter ones would mostly match
+// text that is not secret.
 const minMasked = 6
 
-// guestSteps gives the steps as the guest gets them, with their secrets, and a mask that takes those out of the guest's output.
+// guestSteps returns the steps as the guest receives them, with their secrets, and a mask that removes those from the guest's output.
 func (b *prebuild) guestSteps() ([]guest.Step, *strings.Replacer, error) {
 	var m masker
 	read := func(from string) (string, error) {
@@ -40,7 +40,7 @@ func (b *prebuild) guestSteps() ([]guest.Step, *strings.Replacer, error) {
 					errs = append(errs, unreadable(s, err))
 				}
 				if piece.Op != "" {
-					m.add(text) // what base64encode makes of a secret is no less secret
+					m.add(text) // the base64 form of a secret is just as secret
 				}
 				step.File.Content += text
 			}
@@ -50,7 +50,7 @@ func (b *prebuild) guestSteps() ([]guest.Step, *strings.Replacer, error) {
 	return steps, m.replacer(), errors.Join(errs...)
 }
 
-// masker gathers the lines of secrets.
+// masker collects the lines of secrets.
 type masker []string
 
 func (m *masker) add(secret string) {
@@ -62,7 +62,7 @@ func (m *masker) add(secret string) {
 }
 
 func (m masker) replacer() *strings.Replacer {
-	// The longest first: of two that begin alike, nothing of the longer one may stay.
+	// The longest come first: if one is the beginning of another, the rest of that must not remain.
 	slices.SortFunc(m, func(a, b string) int { return cmp.Compare(len(b), len(a)) })
 	var pairs []string
 	for _, line := range m {
@@ -71,7 +71,7 @@ func (m masker) replacer() *strings.Replacer {
 	return strings.NewReplacer(pairs...)
 }
 
-// unreadable names the step whose secret cannot be read, and a cure for the usual reason.
+// unreadable names the step whose secret cannot be read, and the cure for the usual reason.
 func unreadable(s plan.Step, err error) error {
 	cure := ""
 	if errors.Is(err, fs.ErrPermission) {

@@ -18,10 +18,10 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
-// files are the parts of a source. Disk and Kernel are always there.
+// files are the parts of a source. Disk and Kernel are always set.
 type files struct {
 	Disk, Kernel, Initrd part
-	Cmdline              string // empty: made from what is on the disk
+	Cmdline              string // empty: derived from the disk
 	Arch                 string
 }
 
@@ -29,13 +29,13 @@ type files struct {
 type part struct {
 	at     string // path or URL; "" for none
 	digest string // SHA-256 in hex
-	// vouched is what a list of checksums has for it, where digest is not known from there.
+	// vouched is its checksum from a list that has no SHA-256 of it.
 	vouched checksum
 	limit   int64 // bytes, of a `url` source
-	sealed  bool  // it lies where only root writes: it is not looked at again
+	sealed  bool  // it lies where only root can write, so it is not hashed again
 }
 
-// wanted is the digest that a download has to have, "" where none is known.
+// wanted returns the expected digest of a download, or "" if none is known.
 func (p part) wanted() checksum {
 	if p.digest != "" {
 		return checksum(p.digest)
@@ -43,8 +43,8 @@ func (p part) wanted() checksum {
 	return p.vouched
 }
 
-// filesInputs are what a base of three files is the digest of. Where they came from is no part
-// of it: the same files from a mirror are the same base.
+// filesInputs are what the digest of a base of three files is computed from. They do not include where the files came from: the same files
+// from another mirror are the same base.
 type filesInputs struct {
 	Format  int    `json:"format"`
 	Disk    string `json:"disk"`
@@ -77,8 +77,8 @@ func (s *Store) resolveFile(ctx context.Context, name string, src *plan.FileSour
 	return f, nil
 }
 
-// resolveURL finds out the digests of a `url` source. A file that none is known of (a kernel beside a
-// disk with sha256) is fetched for it.
+// resolveURL determines the digests of a `url` source. It fetches a file whose digest is unknown, such as the kernel of a source with
+// sha256, which is the disk's.
 func (s *Store) resolveURL(ctx context.Context, name string, src *plan.URLSource) (*files, error) {
 	f := &files{Cmdline: src.Cmdline, Arch: s.arch}
 	var sums *sumList
@@ -110,11 +110,11 @@ func (s *Store) resolveURL(ctx context.Context, name string, src *plan.URLSource
 	return f, nil
 }
 
-// wayOut is what helps whatever the matter with a list of checksums.
+// wayOut is the cure for any problem with a list of checksums.
 const wayOut = `write sha256 = "…", the disk's own digest, into the url block instead`
 
-// resolveDigest finds the SHA-256 of one file of a `url` source, from a list of checksums if there is one. A file that no SHA-256 is
-// known of is fetched for it.
+// resolveDigest determines the SHA-256 of one file of a `url` source, from a list of checksums if there is one. It fetches a file whose
+// SHA-256 is unknown.
 func (s *Store) resolveDigest(ctx context.Context, name string, p *part, sums *sumList, list string) error {
 	if sums != nil {
 		vouched, err := sums.of(list, p.at, p.limit == maxDisk)
@@ -122,7 +122,7 @@ func (s *Store) resolveDigest(ctx context.Context, name string, p *part, sums *s
 			return fmt.Errorf("%s: %w; %s", redacted(list), err, wayOut)
 		}
 		if vouched == "" && sums.bare == "" {
-			return fmt.Errorf("%s names no digest for %s: it has %s; %s", redacted(list), redacted(p.at), sums.some(), wayOut)
+			return fmt.Errorf("%s has no digest for %s: it has %s; %s", redacted(list), redacted(p.at), sums.some(), wayOut)
 		}
 		p.vouched = vouched
 		if vouched.algorithm() == "SHA-256" {
@@ -135,7 +135,7 @@ func (s *Store) resolveDigest(ctx context.Context, name string, p *part, sums *s
 		return nil
 	}
 	if p.vouched == "" && !strings.HasPrefix(p.at, "https:") {
-		s.log().Warn("nothing vouches for this file; name a list of checksums that has it with sha256sums", "image", name, "url", redacted(p.at))
+		s.log().Warn("this file cannot be verified; name a list of checksums that has it with sha256sums", "image", name, "url", redacted(p.at))
 	}
 	digest, err := s.fetch(ctx, name, *p, p.limit)
 	if err != nil {
@@ -148,7 +148,7 @@ func (s *Store) resolveDigest(ctx context.Context, name string, p *part, sums *s
 	return nil
 }
 
-// path512 is where the SHA-256 of a file is kept that only a SHA-512 was known of. Without it each refresh would fetch the file again.
+// path512 is where the SHA-256 of a file with a known SHA-512 is cached. Without it every refresh would fetch the file again.
 func (s *Store) path512(sum checksum) string {
 	return filepath.Join(s.plan.Paths.Cache, "sha512-"+string(sum[:64]))
 }
@@ -165,8 +165,8 @@ func (s *Store) known512(sum checksum) string {
 	return known
 }
 
-// resolveUbuntu finds out the digests of a cloud image, and checks Canonical's signature over them. The
-// folder and the one below it, unpacked, have a signed list each.
+// resolveUbuntu determines the digests of a cloud image, and checks Canonical's signature of them. The image's folder and its subfolder
+// "unpacked" each have a signed list.
 func (s *Store) resolveUbuntu(ctx context.Context, src *plan.UbuntuSource) (*files, error) {
 	folder := strings.TrimSuffix(src.Mirror, "/") + "/" + src.Release + "/current/"
 	stem := src.Release + "-server-cloudimg-" + src.Arch
@@ -205,7 +205,7 @@ func (s *Store) sums(ctx context.Context, address string) (*sumList, error) {
 	return sums, nil
 }
 
-// signedSums fetches a list of digests that Canonical must have signed.
+// signedSums fetches a list of digests, which must be signed by Canonical.
 func (s *Store) signedSums(ctx context.Context, address string) (*sumList, error) {
 	signed, err := s.net.bytes(ctx, address, maxSums)
 	if err != nil {
@@ -220,7 +220,7 @@ func (s *Store) signedSums(ctx context.Context, address string) (*sumList, error
 		return nil, err
 	}
 	if err := verifySigned(keyring, signed, signature, time.Now()); err != nil {
-		return nil, fmt.Errorf("%s: %w; nothing of it is used", redacted(address), err)
+		return nil, fmt.Errorf("%s: %w; it was discarded", redacted(address), err)
 	}
 	sums, err := parseSums(signed)
 	if err != nil {
@@ -229,22 +229,20 @@ func (s *Store) signedSums(ctx context.Context, address string) (*sumList, error
 	return sums, nil
 }
 
-// sibling is the URL of another file in the same folder.
+// sibling returns the URL of another file in the same folder.
 func sibling(address, name string) string {
 	u, err := url.Parse(address)
 	if err != nil {
-		return address // the download will say what is wrong with it
+		return address // the download's error says what is wrong with it
 	}
 	u.Path, u.RawPath, u.RawQuery = path.Join(path.Dir(u.Path), name), "", ""
 	return u.String()
 }
 
-// fetch downloads a part into the cache and gives its digest. What is in the cache already is taken where its
-// digest is the wanted one.
+// fetch downloads a part into the cache and returns its digest. It uses a cached file with the expected digest.
 func (s *Store) fetch(ctx context.Context, name string, p part, limit int64) (digest string, err error) {
 	dst := s.cached(p)
-	// Two specs may have one source; a second download of it at the same time would write into the first
-	// one's file.
+	// Two specs may have the same source; concurrent downloads of it would write to the same file.
 	lock, err := s.shelf.lock(ctx, filepath.Base(dst))
 	if err != nil {
 		return "", err
@@ -260,13 +258,12 @@ func (s *Store) fetch(ctx context.Context, name string, p part, limit int64) (di
 	return s.net.file(ctx, download{url: p.at, dst: dst, want: p.wanted(), max: limit, progress: progress})
 }
 
-// cached is where a part's download lies until its base is built.
+// cached returns where a part's download lies until its base is built.
 func (s *Store) cached(p part) string {
 	return filepath.Join(s.plan.Paths.Cache, "download-"+sha256Hex([]byte(p.at))[:32])
 }
 
-// collect puts a source's parts into a draft: fetched where they have to be, verified,
-// the disk raw.
+// collect puts a source's parts into a draft. It fetches and verifies them, and makes the disk raw.
 func (s *Store) collect(ctx context.Context, name string, f *files, d *draft) error {
 	for _, p := range []struct {
 		part
@@ -291,7 +288,7 @@ func (s *Store) collect(ctx context.Context, name string, f *files, d *draft) er
 	return nil
 }
 
-// local gives the path of a part, fetched where it has to be.
+// local returns the path of a part, and fetches it if necessary.
 func (s *Store) local(ctx context.Context, name string, p part, limit int64) (string, error) {
 	if !isURL(p.at) {
 		return p.at, nil
@@ -300,8 +297,8 @@ func (s *Store) local(ctx context.Context, name string, p part, limit int64) (st
 	return s.cached(p), err
 }
 
-// release is called when a part has been taken: a download has served its turn, and a file
-// of this host must be what it was when it was hashed.
+// release is called when a part has been taken. It removes a download, which is no longer needed, and checks that a file on this host is
+// still the one that was hashed.
 func (s *Store) release(ctx context.Context, p part, local string) error {
 	if isURL(p.at) {
 		return os.Remove(local)
@@ -311,7 +308,7 @@ func (s *Store) release(ctx context.Context, p part, local string) error {
 	}
 	digest, err := hashFile(ctx, local, s.plan.Paths.Cache, nil)
 	if err == nil && digest != p.digest {
-		err = fmt.Errorf("%s changed while it was read: is something writing it?", local)
+		err = fmt.Errorf("%s changed while it was read; is something writing to it?", local)
 	}
 	return err
 }
@@ -341,7 +338,7 @@ func copyFile(src, dst string) (err error) {
 	}
 	n, err := io.Copy(out, io.LimitReader(in, maxKernel+1))
 	if n > maxKernel {
-		err = fmt.Errorf("%s is larger than %s, which no kernel or initrd is", src, bytesText(maxKernel))
+		err = fmt.Errorf("%s is larger than %s, the limit for a kernel or initrd", src, bytesText(maxKernel))
 	}
 	return errors.Join(err, out.Close())
 }

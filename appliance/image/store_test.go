@@ -204,8 +204,8 @@ func TestPrebuildFails(t *testing.T) {
 		{"a step", func(d *fakeDriver) { d.failStep = "two" }, []string{"run[1]: two", "7"}},
 		{"the VMM dies", func(d *fakeDriver) { d.dies = true }, []string{"signal: killed", "last words"}},
 		{"sealing", func(d *fakeDriver) { d.badSeal = "the disk is full" }, []string{"the disk is full"}},
-		{"silence", func(d *fakeDriver) { d.silent = true }, []string{"timeout of 300ms is over", "last words"}},
-		{"no power-off", func(d *fakeDriver) { d.noOff = true }, []string{"timeout of 300ms is over"}},
+		{"silence", func(d *fakeDriver) { d.silent = true }, []string{"timeout of 300ms", "last words"}},
+		{"no power-off", func(d *fakeDriver) { d.noOff = true }, []string{"timeout of 300ms"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l.driver = &fakeDriver{t: t}
@@ -443,7 +443,7 @@ func TestRefreshWithoutAnswer(t *testing.T) {
 				delete(files, "/kernel")
 				defer func() { files["/kernel"] = was }()
 				_, err := l.Refresh(t.Context(), l.img)
-				wantError(t, err, "names no digest for", "/kernel", `write sha256 = "…"`)
+				wantError(t, err, "has no digest for", "/kernel", `write sha256 = "…"`)
 				return
 			}
 			l.net.client.Transport = down{}
@@ -616,7 +616,7 @@ func TestURLMismatch(t *testing.T) {
 	files["/SHA256SUMS"] = bad + "  other.img\n"
 	l.img.Source.URL.SHA256 = ""
 	_, err = l.Ensure(t.Context(), l.img)
-	wantError(t, err, "names no digest for", "other.img")
+	wantError(t, err, "has no digest for", "other.img")
 }
 
 // A cloud image, its lists signed by a key of the test's.
