@@ -65,6 +65,37 @@ type PredecessorOptions struct {
 	Environ []string // os.Environ
 }
 
+// Predecessor is a plugin_config of the predecessor in the terms of a spec.
+type Predecessor struct {
+	EgressInterface, StateDir string
+	Subnet                    string // "172.16.120.0/24"
+	CPUs, MemoryMiB, DiskGiB  int64  // qemu-img's G, which the predecessor handed the disk's size to, is 2^30
+	Console                   bool
+	Run                       []string // the extra commands
+}
+
+// ParsePredecessor reads the predecessor's plugin_config, decoded from JSON or TOML. With errors among the findings, which name the keys,
+// the result is not to be used.
+func ParsePredecessor(keys map[string]any) (Predecessor, hcl.Diagnostics) {
+	p := &predecessor{keys: keys}
+	for _, k := range slices.Sorted(maps.Keys(keys)) {
+		if !slices.Contains(PredecessorKeys, k) {
+			p.errorf("Unknown key", "plugin_config has no key %s%s.", quote(k), suggest.DidYouMean(k, PredecessorKeys))
+		}
+	}
+	v := Predecessor{
+		EgressInterface: p.text(keyEgress, "eth0"),
+		StateDir:        path.Clean(p.text(keyDir, "/srv/fleetingd")),
+		Subnet:          p.subnet(),
+		Run:             p.commands(),
+		CPUs:            p.whole(keyCPUs, 8),
+		MemoryMiB:       p.whole(keyMemory, 16384),
+		DiskGiB:         p.whole(keyDisk, 30),
+		Console:         p.boolean(keyConsole),
+	}
+	return v, p.diags
+}
+
 // FromPredecessor makes a host of the predecessor's plugin_config, decoded from JSON or TOML: defaulted and
 // validated like any. The findings name its keys. The host has one pool, and no runner: its config.toml is
 // there already.
@@ -83,13 +114,9 @@ func FromPredecessor(keys map[string]any, o PredecessorOptions) (*Host, hcl.Diag
 
 // PredecessorSpec is the host.hcl that does what the predecessor did with these keys.
 func PredecessorSpec(keys map[string]any, o PredecessorOptions) ([]byte, hcl.Diagnostics) {
-	p := &predecessor{keys: keys, env: environ(o.Environ)}
-	for _, k := range slices.Sorted(maps.Keys(keys)) {
-		if !slices.Contains(PredecessorKeys, k) {
-			p.errorf("Unknown key", "plugin_config has no key %s%s.", quote(k), suggest.DidYouMean(k, PredecessorKeys))
-		}
-	}
-	body := p.host(o)
+	values, diags := ParsePredecessor(keys)
+	p := &predecessor{env: environ(o.Environ), diags: diags}
+	body := p.host(values, o)
 	if p.diags.HasErrors() {
 		return nil, p.diags
 	}
@@ -123,15 +150,15 @@ func (p *predecessor) errorf(summary, detail string, args ...any) {
 }
 
 // host is the text. Each value's line ends with the key that it came from: blame reads it, and so do people.
-func (p *predecessor) host(o PredecessorOptions) string {
+func (p *predecessor) host(v Predecessor, o PredecessorOptions) string {
 	var b bytes.Buffer
 	line := func(attr, value, from string) { fmt.Fprintf(&b, "%s = %s # %s\n", attr, value, from) }
 
-	fmt.Fprintf(&b, "host %s {\n", literal(machineName(o.Machine)))
-	line("egress_interface", literal(p.text(keyEgress, "eth0")), keyEgress)
-	line("state_dir", literal(path.Clean(p.text(keyDir, "/srv/fleetingd"))), keyDir)
+	fmt.Fprintf(&b, "host %s {\n", literal(HostLabel(o.Machine)))
+	line("egress_interface", literal(v.EgressInterface), keyEgress)
+	line("state_dir", literal(v.StateDir), keyDir)
 	fmt.Fprintf(&b, "\nnetwork {\n")
-	line("subnet", literal(p.subnet()), keySubnet)
+	line("subnet", literal(v.Subnet), keySubnet)
 	fmt.Fprintf(&b, "}\n")
 	if h := p.env[EnvHypervisor]; h != "" {
 		fmt.Fprintf(&b, "\nhypervisor %s { # %s\n}\n", literal(h), EnvHypervisor)
@@ -139,25 +166,24 @@ func (p *predecessor) host(o PredecessorOptions) string {
 	fmt.Fprintf(&b, "}\n\nimage %s {\n", literal(predecessorImage))
 	p.source(&b, line, o.Arch)
 	b.WriteString("user = \"ubuntu\"\n\nprebuild {\n")
-	commands := p.commands()
+	commands := v.Run
 	if p.env[EnvImage] == "" {
 		b.WriteString("packages = [\"ca-certificates\", \"curl\"]\n")
-		commands = append(slices.Clone(ubuntuCommands), commands...)
+		commands = append(slices.Clone(UbuntuCommands), commands...)
 	}
 	line("run", list(commands), keyCommands)
 	fmt.Fprintf(&b, "}\n}\n\npool %s {\nimage = image.%s\n", literal(predecessorPool), predecessorImage)
-	line("cpus", strconv.FormatInt(p.whole(keyCPUs, 8), 10), keyCPUs)
-	line("memory", literal(strconv.FormatInt(p.whole(keyMemory, 16384), 10)+"MiB"), keyMemory)
-	// qemu-img's G, which the predecessor handed it to, is 2^30.
-	line("disk", literal(strconv.FormatInt(p.whole(keyDisk, 30), 10)+"GiB"), keyDisk)
-	line("console", strconv.FormatBool(p.boolean(keyConsole)), keyConsole)
+	line("cpus", strconv.FormatInt(v.CPUs, 10), keyCPUs)
+	line("memory", literal(strconv.FormatInt(v.MemoryMiB, 10)+"MiB"), keyMemory)
+	line("disk", literal(strconv.FormatInt(v.DiskGiB, 10)+"GiB"), keyDisk)
+	line("console", strconv.FormatBool(v.Console), keyConsole)
 	fmt.Fprintf(&b, "start = \"cold\"\nmax_instances = %d\n}\n", predecessorRoom)
 	return b.String()
 }
 
-// ubuntuCommands are what the predecessor did to Ubuntu's image before the extra commands. Jobs need gitlab-runner
+// UbuntuCommands are what the predecessor did to Ubuntu's image before the extra commands. Jobs need gitlab-runner
 // in the VM for artifacts and caches.
-var ubuntuCommands = []string{
+var UbuntuCommands = []string{
 	"DEBIAN_FRONTEND=noninteractive apt-get -y upgrade",
 	`curl -fsSL "https://packages.gitlab.com/install/repositories/runner/gitlab-runner/script.deb.sh" | os=ubuntu dist=noble bash`,
 	"DEBIAN_FRONTEND=noninteractive apt-get -y install gitlab-runner",
@@ -345,8 +371,8 @@ func shownType(v any) string {
 	return "something else"
 }
 
-// machineName is the machine's name as a host's label; it is only for people.
-func machineName(name string) string {
+// HostLabel is a machine's name as the label of its host block, or "localhost" if it cannot be one. The label is only for people.
+func HostLabel(name string) string {
 	name = strings.ToLower(name)
 	if len(name) > maxHost || !hostSyntax.MatchString(name) {
 		return "localhost"
