@@ -36,6 +36,7 @@ var mayImport = []struct {
 	{pkg: "seed", pure: true},
 	{pkg: "appliance/plan", own: []string{"seed"}, pure: true},
 	{pkg: "appliance/compile", own: []string{"appliance/netrange", "hcl/hostspec", "templates", "seed", "appliance/plan"}, pure: true},
+	{pkg: "hcl/convert", own: []string{"appliance/netrange", "appliance/visible", "hcl/hostspec"}, pure: true},
 	// state writes files whole and locks them. Whoever keeps something stands below it.
 	{pkg: "appliance/state", own: []string{"appliance/plan"}},
 	{pkg: "appliance/need", own: []string{"appliance/state"}},

@@ -94,3 +94,30 @@ func TestReadme(t *testing.T) {
 		t.Errorf("README lists the command %s, which does not exist", name)
 	}
 }
+
+// TestReadmeConvert runs README's example of convert on a config.toml.
+func TestReadmeConvert(t *testing.T) {
+	src, err := os.ReadFile("../../hcl/convert/testdata/configs/aws-spot.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	config := filepath.Join(dir, "config.toml")
+	if err := os.WriteFile(config, src, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	line := strings.TrimSpace(readmeBlock(t, "fleetingd convert"))
+	line = strings.NewReplacer("/etc/gitlab-runner/config.toml", config, "host.hcl", filepath.Join(dir, "host.hcl"), "/etc/fleetingd", dir).Replace(line)
+	if code := run(strings.Fields(line)); code != 0 {
+		t.Fatalf("%s: exit code %d", line, code)
+	}
+	res, diags := hostspec.Load(hostspec.Options{Path: filepath.Join(dir, "host.hcl")})
+	if len(diags) > 0 {
+		t.Fatal(diags)
+	}
+	for what, s := range res.Host.Runners[0].Secrets() {
+		if _, err := s.Read(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
