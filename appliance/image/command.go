@@ -19,10 +19,11 @@ const lastLines = 12
 // shows its last lines. When ctx ends, the program's process group is killed.
 func command(ctx context.Context, line func(string), name string, args ...string) error {
 	cmd := exec.CommandContext(ctx, name, args...)
-	return runCommand(ctx, cmd, line)
+	return runCommand(ctx, cmd, strings.Join(cmd.Args, " "), line)
 }
 
-func runCommand(ctx context.Context, cmd *exec.Cmd, line func(string)) error {
+// runCommand is command for a prepared cmd. Errors call it name.
+func runCommand(ctx context.Context, cmd *exec.Cmd, name string, line func(string)) error {
 	out := &lines{emit: line}
 	cmd.Stdout, cmd.Stderr = out, out
 	if cmd.SysProcAttr == nil {
@@ -31,7 +32,6 @@ func runCommand(ctx context.Context, cmd *exec.Cmd, line func(string)) error {
 	cmd.SysProcAttr.Setpgid = true
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	quoted := strings.Join(cmd.Args, " ")
 	err := cmd.Run()
 	out.flush()
 	if err == nil {
@@ -41,9 +41,9 @@ func runCommand(ctx context.Context, cmd *exec.Cmd, line func(string)) error {
 		err = cause
 	}
 	if len(out.last) == 0 {
-		return fmt.Errorf("%s: %w", quoted, err)
+		return fmt.Errorf("%s: %w", name, err)
 	}
-	return fmt.Errorf("%s: %w; its last lines:\n  %s", quoted, err, strings.Join(out.last, "\n  "))
+	return fmt.Errorf("%s: %w; its last lines:\n  %s", name, err, strings.Join(out.last, "\n  "))
 }
 
 // lines is a writer that passes on complete lines, escaped for a terminal, and keeps the last few. It truncates lines to 4 KiB.

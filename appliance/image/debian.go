@@ -138,8 +138,13 @@ func findSuite(ctx context.Context, f *fetcher, mirrors []string, suite string) 
 
 // suiteOf returns the state of a suite on one mirror. What other distributions and vendors keep under the same name is an error.
 func suiteOf(ctx context.Context, f *fetcher, mirror, suite string) (debianRepo, error) {
-	if u, err := url.Parse(mirror); err != nil || (u.Scheme != "http" && u.Scheme != "https") {
-		return debianRepo{}, fmt.Errorf("mirror %q is not an http:// or https:// URL", mirror)
+	u, err := url.Parse(mirror)
+	if err != nil || (u.Scheme != "http" && u.Scheme != "https") {
+		return debianRepo{}, fmt.Errorf("mirror %q is not an http:// or https:// URL", redacted(mirror))
+	}
+	if u.User != nil {
+		return debianRepo{}, fmt.Errorf("mirror %s needs a password, which every job could read in its guest's sources.list; "+
+			"use a mirror without one", redacted(mirror))
 	}
 	at := mirror + "/dists/" + suite + "/InRelease"
 	b, err := f.bytes(ctx, at, maxSums)
@@ -337,7 +342,7 @@ func (b *debianBuilder) bootstrap(ctx context.Context, root string) error {
 	if b.proxy != "" && os.Getenv("http_proxy") == "" {
 		cmd.Env = append(cmd.Env, "http_proxy="+b.proxy)
 	}
-	return runCommand(ctx, cmd, b.line)
+	return runCommand(ctx, cmd, fmt.Sprintf("mmdebstrap %s from %s", b.inputs.Suite, b.inputs.Repos[0].URI), b.line)
 }
 
 // beforePackages runs once apt works in the new system, before the packages are installed. It configures the initrd, which the kernel's

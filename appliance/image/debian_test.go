@@ -135,6 +135,9 @@ func TestResolveDebian(t *testing.T) {
 	src.Suite = "sarge"
 	_, err = resolveDebian(t.Context(), hasty(), src)
 	wantError(t, err, `"sarge"`, "no mirror has it", "404")
+	src.Mirror = "http://me:hunter2@m.example.com/debian"
+	_, err = resolveDebian(t.Context(), hasty(), src)
+	wantError(t, err, "http://me:xxxxx@m.example.com/debian", "needs a password")
 	src.Mirror = "ftp://old.example.com/debian"
 	_, err = resolveDebian(t.Context(), hasty(), src)
 	wantError(t, err, "ftp://old.example.com/debian", "http://")
@@ -481,7 +484,7 @@ mkdir -p "$root/boot"; echo kernel >"$root/boot/vmlinuz-1"; echo initrd >"$root/
 		t.Fatal(err)
 	}
 	_, err = b.Build(t.Context(), img, true)
-	wantError(t, err, "no space")
+	wantError(t, err, `image "d": mmdebstrap trixie from http://`, "exit status 1", "no space")
 	if now := refresh(); now != first {
 		t.Errorf("%s, was %s", now, first)
 	}
