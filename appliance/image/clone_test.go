@@ -16,7 +16,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// xfs mounts a file system that can clone, of so many MiB (300 at least).
+// xfs mounts a file system that can clone, with this many MiB (at least 300).
 func xfs(t testing.TB, mib int64) string {
 	t.Helper()
 	need.Root(t)
@@ -74,7 +74,7 @@ func TestClone(t *testing.T) {
 	if n := allocated(fi); n > 1<<20 {
 		t.Errorf("the clone takes up %d bytes", n)
 	}
-	// What is written to a clone is not in the image.
+	// Writing to a clone does not change the image.
 	f, err := os.OpenFile(dst, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -125,11 +125,11 @@ func TestCloneWhereItCannot(t *testing.T) {
 	wantError(t, CanClone(filepath.Join(dir, "none")), "no such file")
 }
 
-// A disk with no room is an error that says so, and leaves nothing.
+// On a full disk cloning fails with a clear error, and leaves nothing.
 func TestCloneOnFullDisk(t *testing.T) {
 	dir := xfs(t, 300)
 	src := filepath.Join(dir, "src")
-	// Every second block: a clone needs 400 KiB for its own list of extents.
+	// Every second block is written: a clone needs 400 KiB for its own list of extents.
 	f, err := os.Create(src)
 	if err != nil {
 		t.Fatal(err)
@@ -142,7 +142,7 @@ func TestCloneOnFullDisk(t *testing.T) {
 	if err := errors.Join(f.Sync(), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	// Room for a file's inode and no more, or it would be the open that fails.
+	// Just enough room for a file's inode: otherwise the open would fail already.
 	fill(t, filepath.Join(dir, "filler"), 256<<10)
 	var full error
 	for i := range 2000 {
@@ -160,7 +160,7 @@ func TestCloneOnFullDisk(t *testing.T) {
 	wantError(t, full, src, "no space left")
 }
 
-// fill leaves a file system with so many bytes free.
+// fill leaves this many bytes free on a file system.
 func fill(t *testing.T, path string, free int64) {
 	t.Helper()
 	f, err := os.Create(path)
@@ -177,7 +177,7 @@ func fill(t *testing.T, path string, free int64) {
 	}
 }
 
-// Sparse disks of two sizes with as much in them: a clone is to take the same time.
+// Sparse disks of two sizes with the same content: cloning them must take the same time.
 func BenchmarkClone(b *testing.B) {
 	for _, gib := range []int64{30, 300} {
 		b.Run(fmt.Sprintf("%dGiB", gib), func(b *testing.B) {

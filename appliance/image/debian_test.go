@@ -54,7 +54,7 @@ func apt(t *testing.T, targets ...string) {
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 }
 
-// TestHostMirrors: the mirrors are apt's own, in whatever form its sources have them; where it has none, the error says what to write.
+// TestHostMirrors: the mirrors are those of apt, in whatever form its sources name them. If it has none, the error says what to write.
 func TestHostMirrors(t *testing.T) {
 	list := filepath.Join(t.TempDir(), "debian.list")
 	if err := os.WriteFile(list, []byte("# ours\nhttps://one.example.com/debian\tpriority:1\nhttps://two.example.com/debian/\n"), 0o644); err != nil {
@@ -124,7 +124,7 @@ func TestResolveDebian(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// News in one of the suites make another disk.
+	// Changes in any of the suites give another disk.
 	suites["/debian/dists/trixie-updates"] = inRelease
 	if in = resolve(); len(in.Repos) != 3 {
 		t.Errorf("%v", in.Repos)
@@ -143,7 +143,7 @@ func TestResolveDebian(t *testing.T) {
 	wantError(t, err, "ftp://old.example.com/debian", "http://")
 }
 
-// What stands at a mirror's place is Debian's, or an error.
+// A mirror that is not Debian's is an error.
 func TestResolveDebianOfOthers(t *testing.T) {
 	for name, c := range map[string]struct{ text, want string }{
 		"a vendor":     {"Origin: Docker\nLabel: Docker CE\nSuite: trixie\nDate: Sat, 21 Nov 2026 09:15:44 UTC\n", `its Origin is "Docker"`},
@@ -156,7 +156,7 @@ func TestResolveDebianOfOthers(t *testing.T) {
 			src := &plan.DebianSource{Suite: "trixie", Arch: "amd64", Mirror: mirror(t, suites)}
 			_, err := resolveDebian(t.Context(), hasty(), src)
 			wantError(t, err, src.Mirror+"/dists/trixie/InRelease", c.want)
-			// The same in the place of the security updates.
+			// The same for the security updates.
 			suites["/debian/dists/trixie"], suites["/debian-security/dists/trixie-security"] = inRelease, c.text
 			_, err = resolveDebian(t.Context(), hasty(), src)
 			wantError(t, err, src.Mirror+"-security/dists/trixie-security/InRelease", c.want)
@@ -164,8 +164,8 @@ func TestResolveDebianOfOthers(t *testing.T) {
 	}
 }
 
-// TestDebianSecurity: an image has its security updates, or the spec says that it has none. Nothing is left out because a mirror does
-// not answer, or answers that it knows nothing of them.
+// TestDebianSecurity: an image has its security updates, unless the spec says that it has none. They are never left out because a mirror
+// does not answer, or does not have them.
 func TestDebianSecurity(t *testing.T) {
 	const security = "/debian-security/dists/trixie-security"
 	full := mirror(t, map[string]string{"/debian/dists/trixie": inRelease, security: inRelease})
@@ -227,7 +227,7 @@ func TestCheckDebian(t *testing.T) {
 	wantError(t, checkDebian(&plan.DebianSource{Arch: "amd64"}, "amd64"), "apt-get install mmdebstrap")
 }
 
-// A Store builds nothing from packages, whoever it is opened by: it takes what a Builder made, and says who makes it.
+// A Store never builds from packages, whoever opens it: it uses what a Builder made, and its error says how to run one.
 func TestDebianIsBuiltApart(t *testing.T) {
 	dir := t.TempDir()
 	img := &plan.Image{Name: "d", Source: plan.Source{Debian: &plan.DebianSource{Suite: "trixie", Arch: "amd64"}}}
@@ -240,7 +240,7 @@ func TestDebianIsBuiltApart(t *testing.T) {
 	wantError(t, err, `image "d"`, "only root", "mmdebstrap", "refresh --root-part")
 }
 
-// Nobody writes where another user could have put a link, not even root; reading is no matter.
+// Not even root writes where another user could have planted a link. Reading is allowed.
 func TestAnothersFolder(t *testing.T) {
 	need.Root(t)
 	l := labIn(t, t.TempDir())
@@ -258,7 +258,7 @@ func TestAnothersFolder(t *testing.T) {
 	}
 }
 
-// A build that is cut off leaves no process, no mount and no file.
+// An interrupted build leaves no process, no mount and no file.
 func TestDebianCancelled(t *testing.T) {
 	need.Root(t)
 	need.Slow(t)
@@ -442,7 +442,7 @@ func TestDebianLeavesLoopDevices(t *testing.T) {
 	wantError(t, <-ended, "interrupted")
 }
 
-// Root's part of a refresh may fail: the Store goes on with the base that is there, and knows of the failure until it is mended.
+// If root's part of a refresh fails, the Store continues with the existing base, and reports the failure until a refresh succeeds.
 func TestRefreshDebian(t *testing.T) {
 	suites := map[string]string{"/debian/dists/trixie": inRelease}
 	b, img, p := standIn(t, `[ ! -e "$TMPDIR/fail" ] || { echo no space; exit 1; }
@@ -454,7 +454,7 @@ mkdir -p "$root/boot"; echo kernel >"$root/boot/vmlinuz-1"; echo initrd >"$root/
 		t.Fatal(err)
 	}
 	s.net = hasty()
-	// As in the unit, whose umask is another: the Store's user must be able to read what root makes.
+	// As in the unit: the Store's user must be able to read what root makes.
 	old := unix.Umask(0o077)
 	defer unix.Umask(old)
 	if _, err := b.Build(t.Context(), img, false); err != nil {
@@ -478,7 +478,7 @@ mkdir -p "$root/boot"; echo kernel >"$root/boot/vmlinuz-1"; echo initrd >"$root/
 		t.Error(err)
 	}
 
-	// News that cannot be built.
+	// A new version that cannot be built.
 	suites["/debian/dists/trixie"] += "Version: 13.2\n"
 	if err := os.WriteFile(fail, nil, 0o644); err != nil {
 		t.Fatal(err)
@@ -490,7 +490,7 @@ mkdir -p "$root/boot"; echo kernel >"$root/boot/vmlinuz-1"; echo initrd >"$root/
 	}
 	wantError(t, s.CheckAge(t.Context(), img), `image "d"`, "failed or was interrupted", "--root-part", time.Now().UTC().Format(time.DateOnly))
 
-	// No answer for a day is no failure.
+	// A missing answer is not a failure at first.
 	suites["/debian/dists/trixie"] = "broken"
 	if _, err := b.Build(t.Context(), img, true); err != nil {
 		t.Error(err)
@@ -513,7 +513,7 @@ mkdir -p "$root/boot"; echo kernel >"$root/boot/vmlinuz-1"; echo initrd >"$root/
 		t.Error(err)
 	}
 
-	// What the Plan no longer has leaves no note behind.
+	// Notes of images that the Plan no longer has are removed.
 	if err := os.WriteFile(b.shelf.notePath(strings.Repeat("0", 64)), nil, 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
-// disk is a raw disk with some bytes set.
+// disk returns a raw disk with some bytes set.
 func disk(size int, set map[int]string) []byte {
 	b := make([]byte, size)
 	for at, s := range set {
@@ -33,7 +33,7 @@ const (
 	mib       = 1 << 20
 )
 
-// gpt is a disk with partitions, each at its first sector with an ext4 mark or none.
+// gpt returns a disk with partitions, each with or without an ext4 magic number at its first sector.
 func gpt(parts []gptPart) []byte {
 	b := disk(8*mib, map[int]string{512: "EFI PART", 512 + 72: le(uint64(2)), 512 + 80: le(uint32(128)), 512 + 84: le(uint32(128))})
 	for i, p := range parts {
@@ -123,7 +123,7 @@ func TestDiskFormat(t *testing.T) {
 	}
 }
 
-// sparseReader is a hostile disk: a few bytes at its start, and it says that it goes on for ever.
+// sparseReader is a hostile disk: a few bytes at its start, and zeros without end.
 type sparseReader []byte
 
 func (s sparseReader) ReadAt(p []byte, at int64) (int, error) {
@@ -154,7 +154,7 @@ func FuzzDisk(f *testing.F) {
 	})
 }
 
-// What real tools write is read as they mean it.
+// What real tools write is read correctly.
 func TestRealDisks(t *testing.T) {
 	need.Tools(t, "qemu-img", "mke2fs", "sfdisk")
 	dir := t.TempDir()

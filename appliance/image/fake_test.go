@@ -19,8 +19,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// fakeDriver runs no VM: it checks what one would be made of, and plays a guest that says what the test
-// wants. The real guest part changes the machine that it runs on; TestDebianVM has it in a real VM.
+// fakeDriver runs no VM: it checks the configuration of one, and plays a guest that behaves as the test wants. The real guest part would
+// change the machine that it runs on; TestDebianVM has it in a real VM.
 type fakeDriver struct {
 	t        *testing.T
 	startErr error
@@ -73,7 +73,7 @@ func (d *fakeDriver) checkConfig(cfg vm.Config) {
 		}
 	}
 	if entries, err := os.ReadDir(cfg.Dir); err != nil || len(entries) > 0 || len(cfg.Dir) > 80 {
-		d.t.Errorf("the VM's folder %s is to be there and empty, with a path of 80 bytes at most: %v, %v", cfg.Dir, entries, err)
+		d.t.Errorf("the VM's folder %s must exist, be empty and have a path of at most 80 bytes: %v, %v", cfg.Dir, entries, err)
 	}
 	if len(cfg.Disks) != 3 || !cfg.Disks[1].ReadOnly || cfg.Disks[2].Serial != guest.ExportSerial {
 		d.t.Errorf("the VM's disks are %+v", cfg.Disks)
@@ -128,7 +128,7 @@ func (v *fakeVM) Channel(ctx context.Context) (net.Conn, error) {
 	return host, nil
 }
 
-// line is a message of package guest's protocol.
+// line is a message in package guest's protocol.
 type line struct {
 	Type    string `json:"type"`
 	Session string `json:"session,omitempty"`
@@ -203,7 +203,7 @@ func (v *fakeVM) talk(c net.Conn) {
 	}
 }
 
-// export writes what a guest writes onto the export disk.
+// export writes what a guest writes to the export disk.
 func (v *fakeVM) export() int64 {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -223,7 +223,7 @@ func (v *fakeVM) export() int64 {
 	return int64(b.Len())
 }
 
-// wantNothingLeft checks that a failed build left no VM, no draft, no run folder.
+// wantNothingLeft checks that a failed build left no VM, no draft and no run folder.
 func (d *fakeDriver) wantNothingLeft(s *Store) {
 	d.t.Helper()
 	if d.running != 0 {

@@ -28,7 +28,7 @@ func digest(b []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// hasty is a fetcher that does not wait between attempts.
+// hasty returns a fetcher that does not wait between attempts.
 func hasty() *fetcher {
 	f := newFetcher()
 	f.stall, f.attempts = time.Minute, 3
@@ -36,7 +36,7 @@ func hasty() *fetcher {
 	return f
 }
 
-// fetchFrom downloads once and gives what is there afterwards.
+// fetchFrom downloads one file.
 func fetchFrom(t *testing.T, f *fetcher, d download) (dst, sum string, err error) {
 	t.Helper()
 	if d.dst == "" {
@@ -61,7 +61,7 @@ func modified(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, "disk.img", time.Time{}, bytes.NewReader(content))
 }
 
-// cut sends half of a body and drops the connection.
+// cut sends half of a body and resets the connection.
 func cut(w http.ResponseWriter, header http.Header) {
 	for k, v := range header {
 		w.Header()[k] = v
@@ -162,7 +162,7 @@ func TestFetchResumesWhatAnotherProcessLeft(t *testing.T) {
 	}
 }
 
-// What a server may do to a request for the rest.
+// Answers to a request for the rest of a file after which the download starts over.
 func TestFetchStartsOver(t *testing.T) {
 	for name, second := range map[string]http.HandlerFunc{
 		"ignores Range": func(w http.ResponseWriter, r *http.Request) { w.Write(content) },
@@ -202,8 +202,8 @@ func TestFetchStartsOver(t *testing.T) {
 	}
 }
 
-// What a request for the rest may be answered with by servers that take ranges in their own way. Nothing is known of the file's
-// digest: what comes out must be the file all the same.
+// Answers to a request for the rest of a file by servers with their own ideas of ranges. The file's digest is not known, but the result must
+// be the file.
 func TestFetchOddRanges(t *testing.T) {
 	rest := func(w http.ResponseWriter, r *http.Request, b []byte, most int) {
 		first, _ := strconv.Atoi(strings.TrimSuffix(strings.TrimPrefix(r.Header.Get("Range"), "bytes="), "-"))

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// What goes into images is the small program where it lies beside this one, and else this one.
+// Images get the small guest program if it lies beside this program, and this program otherwise.
 func TestThisGuest(t *testing.T) {
 	if got := thisGuest(); got != "/proc/self/exe" {
 		t.Errorf("with nothing beside this program: %s", got)

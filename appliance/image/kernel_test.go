@@ -10,7 +10,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// bzImage packs a kernel as the kernel's build does: the boot sector and four more of setup code, some code, the payload.
+// bzImage packs a kernel as the kernel's build does: the boot sector, four sectors of setup code, some code, the payload.
 func bzImage(payload []byte) []byte {
 	const code = 16
 	b := make([]byte, 5*512+code, 5*512+code+len(payload)+64)
@@ -41,7 +41,7 @@ func gzipPayload(tb testing.TB, kernel []byte) []byte {
 	return b.Bytes()
 }
 
-// note is one of elf(5).
+// note is an ELF note (elf(5)).
 func note(owner string, kind uint32, desc []byte) []byte {
 	b := binary.LittleEndian.AppendUint32(nil, uint32(len(owner)+1))
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(desc)))
@@ -53,7 +53,7 @@ func note(owner string, kind uint32, desc []byte) []byte {
 	return b
 }
 
-// elfKernel is an ELF executable of 64 bits with one segment, of notes.
+// elfKernel is a 64-bit ELF executable with one segment of notes.
 func elfKernel(machine uint16, notes ...[]byte) []byte {
 	all := bytes.Join(notes, nil)
 	b := append([]byte("\x7fELF\x02\x01\x01"), make([]byte, 9)...)
@@ -77,7 +77,7 @@ func elfKernel(machine uint16, notes ...[]byte) []byte {
 
 const amd64, arm64 = 62, 183 // EM_X86_64, EM_AARCH64
 
-// pvhNotes are as Linux has them: one of its own, Xen's name for it, and where to start it.
+// pvhNotes are the notes of a Linux kernel: one of its own, Xen's name for it, and its entry point.
 func pvhNotes() []byte {
 	return bytes.Join([][]byte{note("Linux", 0x101, make([]byte, 27)), note("Xen", 6, []byte("linux\x00")),
 		note("Xen", 18, make([]byte, 8))}, nil)

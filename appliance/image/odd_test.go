@@ -88,7 +88,7 @@ func (c *countedConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// cutAfter sends the first n bytes of a file that is said to be longer, and drops the connection.
+// cutAfter announces a whole file, sends its first n bytes and drops the connection.
 func cutAfter(w http.ResponseWriter, file []byte, n int) {
 	w.Header().Set("Content-Length", fmt.Sprint(len(file)))
 	w.Write(file[:n])
@@ -109,7 +109,7 @@ func raw(w http.ResponseWriter, speak func(net.Conn, *bufio.Writer)) {
 	b.Flush()
 }
 
-// until calls do until it fails, which is when the client has hung up.
+// until calls do until it fails, because the client has closed the connection.
 func until(r *http.Request, do func() error) {
 	for r.Context().Err() == nil && do() == nil {
 		continue
@@ -769,7 +769,7 @@ func body(text, encoding string) func(int, http.ResponseWriter, *http.Request) {
 	}
 }
 
-// Errors that come before any answer, and that asking again does not change.
+// Errors without an answer, and whether they count as a server that may answer later.
 func TestFetchNoServer(t *testing.T) {
 	secure := httptest.NewTLSServer(http.HandlerFunc(modified))
 	defer secure.Close()

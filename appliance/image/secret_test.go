@@ -15,8 +15,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// TestPrebuildSecrets: a secret reaches the guest by the channel, and is nowhere else: not on a disk of the VM, not in what is
-// kept, not in what is shown, not in a digest.
+// TestPrebuildSecrets: a secret reaches the guest over the channel and appears nowhere else: on no disk of the VM, in no kept file, output
+// or digest.
 func TestPrebuildSecrets(t *testing.T) {
 	l := newLab(t)
 	const canary = "glpat-CANARY0123456789"
@@ -37,7 +37,7 @@ func TestPrebuildSecrets(t *testing.T) {
 		return value, err
 	}
 
-	// A secret that cannot be read costs no boot.
+	// An unreadable secret does not cost a boot.
 	_, got := l.Ensure(t.Context(), l.img)
 	wantError(t, got, `step "file[0]: /etc/netrc"`, "/run/secrets/x: permission denied", "chgrp and chmod g+r")
 	if len(l.driver.started) > 0 {
@@ -64,7 +64,7 @@ func TestPrebuildSecrets(t *testing.T) {
 	nowhere(t, l.dir, "CANARY")
 	nowhere(t, l.plan.Paths.Run, "CANARY")
 
-	// Another value is the same image: the digest, which is shown, says nothing of it. It is not even read.
+	// Another value gives the same image: the digest, which is public, does not depend on it. It is not even read.
 	err = errors.New("it is gone")
 	if again := l.ensure(); !again.Cached || again.Digest != first.Digest {
 		t.Error("the secret's value is part of the digest")

@@ -37,13 +37,13 @@ type lab struct {
 	phases []string
 }
 
-// newLab needs a file system that can clone; prebuilds are played by a fake.
+// newLab needs a file system that can clone. A fake plays the prebuilds.
 func newLab(t *testing.T) *lab {
 	t.Helper()
 	return labIn(t, xfs(t, 512))
 }
 
-// labIn is a lab in a folder that need not be able to clone: enough for bases.
+// labIn is a lab in a folder that need not support cloning, which is enough for bases.
 func labIn(t *testing.T, dir string) *lab {
 	t.Helper()
 	l := &lab{t: t, dir: dir, driver: &fakeDriver{t: t}}
@@ -80,7 +80,7 @@ func labIn(t *testing.T, dir string) *lab {
 	return l
 }
 
-// open is another process's Store of the same Plan.
+// open returns a Store of a Plan, as another process would have.
 func (l *lab) open(p *plan.Plan) *Store {
 	l.t.Helper()
 	s, err := Open(p, Options{Log: slog.New(slog.DiscardHandler), Driver: l.driver, GuestBinary: filepath.Join(l.dir, "fleetingd"), Progress: func(e Progress) {
@@ -138,12 +138,12 @@ func TestEnsure(t *testing.T) {
 		}
 	}
 
-	// The second start builds nothing, in another process too.
+	// The second start builds nothing, not even in another process.
 	again, err := l.open(l.plan).Ensure(t.Context(), l.img)
 	if err != nil || !again.Cached || again.Digest != img.Digest || len(l.driver.started) != 1 {
 		t.Errorf("%+v, %v, %d VMs", again, err, len(l.driver.started))
 	}
-	// A host with another build slot builds nothing either.
+	// Another build slot does not cause a build either.
 	l.img.Prebuild.Seed.Network = &seed.Network{MTU: 1400}
 	if again := l.ensure(); !again.Cached {
 		t.Error("another network built another image")
@@ -154,7 +154,7 @@ func TestEnsure(t *testing.T) {
 	}
 }
 
-// What goes into an image changes its digest.
+// Each input of an image changes its digest.
 func TestEnsureBuildsAnew(t *testing.T) {
 	l := newLab(t)
 	seen := map[string]string{l.ensure().Digest: "the first"}
@@ -192,7 +192,7 @@ func TestUnprebuilt(t *testing.T) {
 	}
 }
 
-// A prebuild that fails says why, and leaves nothing.
+// A failed prebuild says why, and leaves nothing.
 func TestPrebuildFails(t *testing.T) {
 	l := newLab(t)
 	for _, c := range []struct {
@@ -252,7 +252,7 @@ func TestPrebuildCancelled(t *testing.T) {
 	l.driver.wantNothingLeft(l.Store)
 }
 
-// The VM of a fleetingd that was killed is ended, and what it left is built over.
+// The VM of a fleetingd that was killed is ended, and its remains do not disturb the next build.
 func TestPrebuildAfterACrash(t *testing.T) {
 	l := newLab(t)
 	left := &fakeVM{driver: l.driver, done: make(chan struct{})}
@@ -266,7 +266,7 @@ func TestPrebuildAfterACrash(t *testing.T) {
 	}
 }
 
-// The same where no other prebuild comes.
+// The same if no other prebuild follows.
 func TestEndPrebuilds(t *testing.T) {
 	l := labIn(t, t.TempDir())
 	if err := l.own(); err != nil {
@@ -306,7 +306,7 @@ func TestDiskTooSmall(t *testing.T) {
 	l.driver.wantNothingLeft(l.Store)
 }
 
-// Many that want one image at the same time: one builds, in whatever process.
+// If many callers want one image at the same time, one of them builds it, across processes.
 func TestEnsureTogether(t *testing.T) {
 	l := newLab(t)
 	var wg sync.WaitGroup
@@ -325,7 +325,7 @@ func TestEnsureTogether(t *testing.T) {
 	}
 }
 
-// An image that was damaged on the disk is made anew, not used.
+// An image that was damaged on the disk is rebuilt instead of used.
 func TestDamaged(t *testing.T) {
 	l := newLab(t)
 	img := l.ensure()
@@ -353,7 +353,7 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// webLab serves the lab's files with their SHA256SUMS.
+// webLab serves the lab's files and their SHA256SUMS.
 func webLab(t *testing.T) (l *lab, files map[string]string) {
 	t.Helper()
 	need.Tools(t, "qemu-img")
@@ -386,7 +386,7 @@ func TestURL(t *testing.T) {
 		t.Errorf("%q, %v", b, err)
 	}
 	wantOnly(t, l.plan.Paths.Cache)
-	// With the server gone it is still there; a refresh is what asks.
+	// Without the server the image is still there. Only a refresh asks the server.
 	was := files["/kernel"]
 	delete(files, "/kernel")
 	if again := l.ensure(); !again.Cached {
@@ -408,7 +408,7 @@ func TestURL(t *testing.T) {
 		t.Errorf("after the refresh: %+v", now)
 	}
 
-	// The old one goes when nobody uses it.
+	// The old one is removed once it is not in use.
 	removed, err := l.Prune(t.Context(), func(d string) bool { return d == img.Digest })
 	if err != nil || len(removed) != 0 {
 		t.Errorf("in use, and removed: %v, %v", removed, err)
@@ -426,8 +426,8 @@ func TestURL(t *testing.T) {
 	}
 }
 
-// TestRefreshWithoutAnswer: a source that does not answer is no reason to fail where there is a base; one that answers with
-// something else is.
+// TestRefreshWithoutAnswer: if there is a base, a refresh does not fail because the source does not answer, but it does if the source answers
+// with an error.
 func TestRefreshWithoutAnswer(t *testing.T) {
 	l, files := webLab(t)
 	for name, c := range map[string]struct {
@@ -454,14 +454,14 @@ func TestRefreshWithoutAnswer(t *testing.T) {
 			}
 		})
 	}
-	// Where there is no base it is an error, which says what did not answer.
+	// Without a base it is an error, which names what did not answer.
 	l2, _ := webLab(t)
 	l2.net.client.Transport = down{}
 	_, err := l2.Ensure(t.Context(), l2.img)
 	wantError(t, err, "SHA256SUMS", "no route to host", "tried 3 times")
 }
 
-// TestCheckAge: a source may be silent for a while, but not for good without anybody knowing.
+// TestCheckAge: a source may be silent for a while, but not for ever without notice.
 func TestCheckAge(t *testing.T) {
 	l, _ := webLab(t)
 	img := l.ensure()
@@ -493,7 +493,7 @@ func TestCheckAge(t *testing.T) {
 			t.Errorf("%v at an interval of %v: %v", c.age, c.interval, err)
 		}
 	}
-	// An answer is an answer, also if it brings nothing new.
+	// An answer counts even if it brings nothing new.
 	l.net.client.Transport = http.DefaultTransport
 	if same, err := l.Refresh(t.Context(), l.img); err != nil || !same.Cached {
 		t.Errorf("%+v, %v", same, err)
@@ -503,14 +503,14 @@ func TestCheckAge(t *testing.T) {
 	}
 }
 
-// down is a network on which nobody is reached.
+// down is a network on which no host can be reached.
 type down struct{}
 
 func (down) RoundTrip(*http.Request) (*http.Response, error) {
 	return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.EHOSTUNREACH)}
 }
 
-// TestSHA512List: of a list without SHA-256 each file is fetched once, and not again at each refresh.
+// TestSHA512List: with a list that has no SHA-256, each file is fetched once, and not again at each refresh.
 func TestSHA512List(t *testing.T) {
 	l, files := webLab(t)
 	asked := map[string]int{}
@@ -539,7 +539,7 @@ func (w watched) RoundTrip(r *http.Request) (*http.Response, error) {
 	return http.DefaultTransport.RoundTrip(r)
 }
 
-// TestPruneWhileBuilding: an image that is finished while Prune works is not one that nothing stands for.
+// TestPruneWhileBuilding: Prune does not take an image that is finished while it works for an unused one.
 func TestPruneWhileBuilding(t *testing.T) {
 	l, files := webLab(t)
 	l.ensure()
@@ -572,7 +572,7 @@ func TestPruneWhileBuilding(t *testing.T) {
 		t.Errorf("the new image was removed: %v", err)
 	}
 
-	// While a build is under way, nothing goes.
+	// While a build is in progress nothing is removed.
 	spec, err := l.baseSpec(t.Context(), l.img)
 	if err != nil {
 		t.Fatal(err)
@@ -619,7 +619,7 @@ func TestURLMismatch(t *testing.T) {
 	wantError(t, err, "has no digest for", "other.img")
 }
 
-// A cloud image, its lists signed by a key of the test's.
+// A cloud image whose lists are signed by the test's key.
 func TestUbuntu(t *testing.T) {
 	l, files := webLab(t)
 	key := newKey(t, nil)
@@ -698,7 +698,7 @@ func TestHashFile(t *testing.T) {
 	if hash() != digest(content) || reads != 0 {
 		t.Error("the file was read again")
 	}
-	// Same size and time, other content: the change time tells.
+	// Same size and modification time, other content: the change time differs.
 	fi, err := os.Stat(path)
 	if err != nil {
 		t.Fatal(err)

@@ -14,7 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestParseSums: the forms of list that publishers keep beside their images.
+// TestParseSums: the forms of lists that publishers keep beside their images.
 func TestParseSums(t *testing.T) {
 	a, b := strings.Repeat("a", 64), strings.Repeat("B", 64)
 	long := strings.Repeat("c", 128)
@@ -129,7 +129,7 @@ func FuzzParseSums(f *testing.F) {
 	})
 }
 
-// The keys that are embedded are the two that Canonical names, and can be used.
+// The embedded keys are the two that Canonical names, and are usable.
 func TestUbuntuKeys(t *testing.T) {
 	keyring, err := readKeyring(ubuntuKeys)
 	if err != nil {
@@ -155,7 +155,7 @@ func newKey(t *testing.T, config *packet.Config) *openpgp.Entity {
 	return e
 }
 
-// armored is a keyring as it is embedded.
+// armored returns a keyring in the form in which the real one is embedded.
 func armored(t *testing.T, keys ...*openpgp.Entity) []byte {
 	t.Helper()
 	var b bytes.Buffer

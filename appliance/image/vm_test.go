@@ -57,7 +57,7 @@ func TestDebianVM(t *testing.T) {
 			t.Errorf("the sealed image's kernel is not unpacked: %v, %v", err, checkPVH(kernel))
 		}
 	}
-	// The step saw the grown disk, and what it wrote is in the image.
+	// The step saw the grown disk, and its file is in the image.
 	out, err := exec.Command("debugfs", "-R", "cat /srv/size", sealed.Disk).Output()
 	if err != nil || strings.TrimSpace(string(out)) != "4" {
 		t.Errorf("/srv/size in the sealed disk is %q, %v; want 4 (GiB)", out, err)
@@ -86,7 +86,7 @@ func TestDebianVM(t *testing.T) {
 	wantOnly(t, filepath.Join(p.Paths.Images, kindSealed), sealed.Digest)
 }
 
-// bootWorker boots a clone on a larger disk: it gets ready, and its file system has grown.
+// bootWorker boots a clone on a larger disk. The worker becomes ready, and its file system has grown.
 func bootWorker(t *testing.T, s *Store, driver vm.Driver, sealed *Sealed) {
 	t.Helper()
 	p := s.plan
@@ -129,7 +129,7 @@ func bootWorker(t *testing.T, s *Store, driver vm.Driver, sealed *Sealed) {
 	}
 }
 
-// debianPlan is a host with one image from packages. Its packages' disk is kept in the tests' cache.
+// debianPlan is a host with one image from packages. The base is kept in the tests' cache.
 func debianPlan(t *testing.T, dir string) *plan.Plan {
 	t.Helper()
 	run, err := os.MkdirTemp("", "img")
@@ -182,7 +182,7 @@ func newTAP(t *testing.T) string {
 	return name
 }
 
-// guestBinary is a static fleetingd of this tree.
+// guestBinary builds a static fleetingd from this tree.
 func guestBinary(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "fleetingd")
