@@ -61,6 +61,9 @@ func newFetcher() *fetcher {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.DisableCompression = true // offsets and digests refer to the bytes of the file itself
 	transport.MaxResponseHeaderBytes = 256 << 10
+	// A connection of HTTP/2 would be used again after a request on it has timed out, even if the other end is gone: each attempt would
+	// fail like the first.
+	transport.DisableKeepAlives = true
 	return &fetcher{
 		client:   &http.Client{Transport: transport, CheckRedirect: checkRedirect},
 		stall:    time.Minute,

@@ -559,7 +559,7 @@ func TestOddServers(t *testing.T) {
 		"drops the connection": {
 			answer:   speaks("", nil),
 			want:     []string{"tried 5 times"},
-			requests: 10, // net/http itself asks again once on a connection that was kept
+			requests: 5,
 		},
 		"speaks another protocol": {answer: speaks("220 smtp.example.com ESMTP\r\n", nil), want: []string{"malformed HTTP"}, requests: 5},
 		"switches protocols": {
@@ -666,6 +666,60 @@ func TestFetchRest(t *testing.T) {
 		} else if err != nil || a.whole != 2000 {
 			t.Errorf("%q: %+v, %v", c.contentRange, a, err)
 		}
+	}
+}
+
+// HTTP/2 uses one connection for all requests. After a failed request, which may be the connection's fault, a download resumes on another.
+func TestFetchHTTP2(t *testing.T) {
+	for name, first := range map[string]func(w http.ResponseWriter, r *http.Request){
+		"never answers": func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
+		"is reset": func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("ETag", `"v1"`)
+			w.Write(content[:1000])
+			w.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		},
+		"stops in the middle": func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("ETag", `"v1"`)
+			w.Write(content[:1000])
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var mu sync.Mutex
+			var protocols, clients, ranges []string
+			srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				mu.Lock()
+				protocols, clients, ranges = append(protocols, r.Proto), append(clients, r.RemoteAddr), append(ranges, r.Header.Get("Range"))
+				n := len(clients)
+				mu.Unlock()
+				if n == 1 {
+					first(w, r)
+					return
+				}
+				modified(w, r)
+			}))
+			srv.EnableHTTP2 = true
+			srv.StartTLS()
+			defer srv.Close()
+			f := hasty()
+			f.client.Transport.(*http.Transport).TLSClientConfig = srv.Client().Transport.(*http.Transport).TLSClientConfig
+			if name != "is reset" {
+				f.stall = time.Second
+			}
+			dst, _, err := fetchFrom(t, f, download{url: srv.URL, want: checksum(digest(content))})
+			wantFile(t, dst, err)
+			mu.Lock()
+			defer mu.Unlock()
+			if protocols[0] != "HTTP/2.0" || len(clients) < 2 || clients[0] == clients[1] {
+				t.Errorf("%s from %s", protocols, clients)
+			}
+			if name != "never answers" && ranges[1] != "bytes=1000-" {
+				t.Errorf("asked for %q: the second request does not go on", ranges)
+			}
+		})
 	}
 }
 

@@ -43,6 +43,9 @@ func TestDebianVM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := NewBuilder(p, Options{Log: log}).Build(t.Context(), img, false); err != nil {
+		t.Fatal(err)
+	}
 	began := time.Now()
 	sealed, err := s.Ensure(t.Context(), img)
 	if err != nil {
