@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -128,5 +130,41 @@ func TestRecipe(t *testing.T) {
 	}
 	if second, _ := recipeDigest(); first != second {
 		t.Errorf("the recipe's digest is %s and %s", first, second)
+	}
+}
+
+func TestMakeOnce(t *testing.T) {
+	cache := filepath.Join(t.TempDir(), "cache")
+	dir := filepath.Join(cache, "base-x")
+	left := dir + ".new"
+	if err := os.MkdirAll(filepath.Join(left, "of a killed process"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	broken := errors.New("broken")
+	if err := makeOnce(t.Context(), cache, dir, func(string) error { return broken }); !errors.Is(err, broken) {
+		t.Errorf("the error is %v, want %v", err, broken)
+	}
+	for _, path := range []string{dir, left} {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("after a failure %s exists (%v)", path, err)
+		}
+	}
+	var filled atomic.Int32
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			err := makeOnce(t.Context(), cache, dir, func(tmp string) error {
+				filled.Add(1)
+				return os.WriteFile(filepath.Join(tmp, "disk"), []byte("x"), 0o644)
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	entries, err := os.ReadDir(dir)
+	if n := filled.Load(); n != 1 || err != nil || len(entries) != 1 {
+		t.Errorf("filled %d times, with %v, %v", n, entries, err)
 	}
 }
