@@ -561,7 +561,7 @@ func TestOverGRPC(t *testing.T) {
 	if n, err := g.Increase(t.Context(), 1); n != 0 || err == nil || !strings.Contains(err.Error(), "all 3 slots") {
 		t.Errorf("Increase(1) with none = %d, %v", n, err)
 	}
-	if err := g.Heartbeat(t.Context(), "nobody"); err == nil || !strings.Contains(err.Error(), "instance is unhealthy: there is no worker nobody") {
+	if err := g.Heartbeat(t.Context(), "nobody"); err == nil || !strings.Contains(err.Error(), "instance is unhealthy: worker nobody does not exist") {
 		t.Errorf("Heartbeat: %v", err)
 	}
 	if _, err := g.Suspend(t.Context(), []string{"x"}); err == nil || !strings.Contains(err.Error(), "not supported") {
