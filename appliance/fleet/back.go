@@ -21,7 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// backVariable is in a back's environment and nobody else's: it holds the pid of the process that started the front. Descriptor
+// backVariable is only in a back's environment, and holds the pid of the process that started the front. Descriptor
 // linkFD is the connection to the front, runnerFD a pidfd of that process.
 const (
 	backVariable = "FLEETINGD_PLUGIN_BACK"
@@ -30,22 +30,22 @@ const (
 )
 
 const (
-	// birthTimeout is how long a back may take to start and to do Init.
+	// birthTimeout is how long a back may take to start and to complete Init.
 	birthTimeout = 45 * time.Second // GitLab Runner gives Init a minute
-	// quietTimeout is how long a replacement waits for workers that are being made.
+	// quietTimeout is how long a replacement waits for workers that are being created.
 	quietTimeout = 10 * time.Minute
 	// goneTimeout is how long a back that has shut down may take to exit.
 	goneTimeout = 5 * time.Second
 )
 
-// What the halves say to each other by net/rpc, which takes only exported types.
+// The halves' messages. net/rpc requires exported types.
 type (
-	// InitArgs are what GitLab Runner gives the plugin at Init.
+	// InitArgs are the arguments that GitLab Runner passes to Init.
 	InitArgs struct {
 		Config   []byte // plugin_config as JSON
 		Settings provider.Settings
 	}
-	// ShutdownArgs say how long Shutdown may take.
+	// ShutdownArgs limits the time that Shutdown may take.
 	ShutdownArgs struct{ Timeout time.Duration }
 	// ShownWorker is one worker of an Update.
 	ShownWorker struct {
@@ -54,37 +54,37 @@ type (
 	}
 )
 
-// errBackGone is a call to a back that has ended before it answered.
+// errBackGone is the error of a call to a back that ended before it answered.
 var errBackGone = errors.New("the plugin's working half ended")
 
 // back is the front's end of the connection to a back.
 type back struct {
 	pid    int
 	client *rpc.Client
-	gone   chan struct{} // closed when its process has ended
+	gone   chan struct{} // closed once its process has ended
 
 	mu  sync.Mutex
 	err error // how it ended
 }
 
-// launchOptions say what a back is for.
+// launchOptions configure a launch.
 type launchOptions struct {
-	fresh bool // the binary that is installed now, or nothing
+	fresh bool // only the currently installed binary will do
 }
 
 // launcher starts backs.
 type launcher struct {
-	path   string   // of the program, as the front was called
-	env    []string // as the front was given it
-	stderr *os.File // what the runner reads the log from
+	path   string   // of the program, by the name that the front was called by
+	env    []string // the front's
+	stderr *os.File // where the runner reads the log
 	parent int      // pid of the process that started the front
-	pidfd  *os.File // of it
+	pidfd  *os.File // of parent
 }
 
-// newLauncher remembers what a back needs to know of the front's surroundings, before go-plugin redirects standard error.
+// newLauncher records what a back inherits from the front, before go-plugin redirects standard error.
 func newLauncher() (*launcher, error) {
 	l := &launcher{stderr: os.Stderr, parent: os.Getppid(), env: os.Environ()}
-	// By the name that we were called by, not by the file that was behind it then: an upgrade puts another one there.
+	// The name that the front was called by, not the file behind it: an upgrade replaces that file.
 	if path, err := exec.LookPath(os.Args[0]); err == nil {
 		l.path = path
 	} else if path, err = os.Executable(); err == nil {
@@ -100,8 +100,8 @@ func newLauncher() (*launcher, error) {
 	return l, nil
 }
 
-// launch starts a back. Where the installed program cannot be executed, as in the middle of an upgrade, it is the program that is
-// running already.
+// launch starts a back. If the installed program cannot be executed, for example during an upgrade, it uses the running program
+// instead, unless o.fresh is set.
 func (l *launcher) launch(o launchOptions) (*back, error) {
 	b, err := l.exec(l.path)
 	if err != nil && !o.fresh {
@@ -133,7 +133,7 @@ func (l *launcher) exec(path string) (*back, error) {
 	cmd := exec.Command(path)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(slices.Clip(l.env), backVariable+"="+strconv.Itoa(l.parent))
-	cmd.Stderr = l.stderr // the runner reads the log of both halves from one pipe
+	cmd.Stderr = l.stderr // the runner reads the log of both halves from the same pipe
 	cmd.ExtraFiles = []*os.File{theirs, l.pidfd}
 	if err := cmd.Start(); err != nil {
 		conn.Close()
@@ -151,7 +151,7 @@ func (l *launcher) exec(path string) (*back, error) {
 	return b, nil
 }
 
-// reason is how the back ended.
+// reason returns how the back ended.
 func (b *back) reason() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -161,7 +161,7 @@ func (b *back) reason() string {
 	return b.err.Error()
 }
 
-// call asks the back. Its error is the back's own, errBackGone, or ctx's.
+// call calls a method of the back. Its error is the back's own, errBackGone, or ctx's.
 func (b *back) call(ctx context.Context, method string, args, reply any) error {
 	call := b.client.Go("Back."+method, args, reply, make(chan *rpc.Call, 1))
 	select {
@@ -192,7 +192,7 @@ func (b *back) end(ctx context.Context) {
 	}
 }
 
-// kill ends a back that has done nothing yet, or that hangs.
+// kill ends a back that has not done anything yet, or that hangs.
 func (b *back) kill() {
 	select {
 	case <-b.gone:
@@ -205,22 +205,22 @@ func (b *back) kill() {
 	<-b.gone
 }
 
-// Back is a Group as net/rpc serves it.
+// Back serves a Group over net/rpc.
 type Back struct {
 	g *Group
 
 	mu      sync.Mutex
-	serving bool // Init is done, and Shutdown was not asked for
+	serving bool // Init has succeeded, and Shutdown was not called
 }
 
-// serveBack is a back's main function.
+// serveBack is the main function of a back.
 func serveBack(g *Group) int {
 	parent, err := strconv.Atoi(os.Getenv(backVariable))
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "fleetingd: %s: %v\n", backVariable, err)
 		return 1
 	}
-	// What we start must not take itself for a back.
+	// Children must not take themselves for a back.
 	if err := os.Unsetenv(backVariable); err != nil {
 		fmt.Fprintf(os.Stderr, "fleetingd: %v\n", err)
 		return 1
@@ -234,7 +234,7 @@ func serveBack(g *Group) int {
 		fmt.Fprintf(os.Stderr, "fleetingd: the connection to the plugin's other half: %v\n", err)
 		return 1
 	}
-	// Caught and not ignored, since an ignored signal stays so in the VMMs that are started.
+	// Caught, not ignored, since VMMs would inherit ignored signals.
 	caught := make(chan os.Signal, 1)
 	signal.Notify(caught, unix.SIGPIPE, unix.SIGQUIT, unix.SIGHUP, unix.SIGINT)
 	go func() {
@@ -260,15 +260,15 @@ func serveBack(g *Group) int {
 	select {
 	case <-term:
 	case <-closed:
-		reason = "the plugin's other half is gone"
+		reason = "the plugin's other half has ended"
 		b.endRunner(parent)
 	}
 	return g.endOnce(reason)
 }
 
-// endRunner ends GitLab Runner gracefully where the front was killed and the runner lives on: it would never start a plugin again,
-// and take no job. SIGQUIT lets its jobs end; then systemd starts it anew. Nobody else is sent one: a test or `fleetingd run` may have
-// started the front.
+// endRunner ends GitLab Runner gracefully if the front was killed and the runner is alive: it would never start a plugin again
+// and take no jobs. SIGQUIT lets its jobs end; then systemd restarts it. Only GitLab Runner gets the signal: a test or
+// `fleetingd run` may have started the front.
 func (b *Back) endRunner(pid int) {
 	b.mu.Lock()
 	serving := b.serving
@@ -280,18 +280,18 @@ func (b *Back) endRunner(pid int) {
 	if err != nil || strings.TrimSpace(string(comm)) != runnerName {
 		return
 	}
-	b.g.log.Error("the plugin's front half was killed, and GitLab Runner does not start one again: ending the runner in order "+
-		"(SIGQUIT), so that its service starts it anew", "pid", pid)
-	// The pidfd is of the process that started the front, whoever has its number now.
+	b.g.log.Error("the plugin's front half was killed, and GitLab Runner does not restart it: stopping the runner gracefully "+
+		"(SIGQUIT), so that its service restarts it", "pid", pid)
+	// The pidfd is safe even if the pid has been reused.
 	if err := unix.PidfdSendSignal(runnerFD, unix.SIGQUIT, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		b.g.log.Error("end GitLab Runner", "pid", pid, "error", err)
+		b.g.log.Error("cannot stop GitLab Runner", "pid", pid, "error", err)
 	}
 }
 
 // runnerName is the runner's name in /proc/PID/comm.
 const runnerName = "gitlab-runner"
 
-// Init does the Group's.
+// Init calls the Group's Init.
 func (b *Back) Init(args InitArgs, info *provider.ProviderInfo) (err error) {
 	if err := json.Unmarshal(args.Config, b.g); err != nil {
 		return err
@@ -305,12 +305,12 @@ func (b *Back) Init(args InitArgs, info *provider.ProviderInfo) (err error) {
 	return nil
 }
 
-// backLog writes what go-plugin's client, in the runner, reads as log entries: as fleeting's plugin.Serve makes it.
+// backLog writes log entries in the format that go-plugin's client, in the runner, parses: the same as fleeting's plugin.Serve.
 func backLog() hclog.Logger {
 	return hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: os.Stderr, JSONFormat: true})
 }
 
-// Check is Init without taking the pool: it tells whether a changed plan would do.
+// Check is Init without locking the pool: it tells whether a changed plan could be used.
 func (b *Back) Check(args InitArgs, _ *struct{}) error {
 	if err := json.Unmarshal(args.Config, b.g); err != nil {
 		return err
@@ -318,41 +318,41 @@ func (b *Back) Check(args InitArgs, _ *struct{}) error {
 	return b.g.tryOut(context.Background(), args.Settings)
 }
 
-// Creating is how many workers are being made.
+// Creating returns the number of workers that are being created.
 func (b *Back) Creating(_ struct{}, n *int) error {
 	*n = b.g.creating()
 	return nil
 }
 
-// Update lists the workers as they are to be shown.
+// Update lists all workers with their states.
 func (b *Back) Update(_ struct{}, all *[]ShownWorker) error {
 	return b.g.Update(context.Background(), func(id string, s provider.State) { *all = append(*all, ShownWorker{id, s}) })
 }
 
-// Increase is the Group's. net/rpc carries either an answer or an error, as gRPC does.
+// Increase calls the Group's Increase. net/rpc carries either an answer or an error, like gRPC.
 func (b *Back) Increase(n int, made *int) (err error) {
 	*made, err = b.g.Increase(context.Background(), n)
 	return err
 }
 
-// Decrease is the Group's.
+// Decrease calls the Group's Decrease.
 func (b *Back) Decrease(ids []string, removed *[]string) (err error) {
 	*removed, err = b.g.Decrease(context.Background(), ids)
 	return err
 }
 
-// ConnectInfo is the Group's.
+// ConnectInfo calls the Group's ConnectInfo.
 func (b *Back) ConnectInfo(id string, info *provider.ConnectInfo) (err error) {
 	*info, err = b.g.ConnectInfo(context.Background(), id)
 	return err
 }
 
-// Heartbeat is the Group's.
+// Heartbeat calls the Group's Heartbeat.
 func (b *Back) Heartbeat(id string, _ *struct{}) error {
 	return b.g.Heartbeat(context.Background(), id)
 }
 
-// Shutdown is the Group's. After it, the front's end is in order.
+// Shutdown calls the Group's Shutdown. The end of the front is expected afterwards.
 func (b *Back) Shutdown(args ShutdownArgs, _ *struct{}) error {
 	b.mu.Lock()
 	b.serving = false

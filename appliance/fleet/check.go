@@ -15,7 +15,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// probe makes the driver and asks it whether VMs can start here.
+// probe opens the driver and asks it whether VMs can start here.
 func (g *Group) probe(ctx context.Context, p *plan.Plan) (vm.Driver, error) {
 	d, err := g.opts.Driver(p.Hypervisor, g.slog)
 	if err != nil {
@@ -29,8 +29,8 @@ func (g *Group) probe(ctx context.Context, p *plan.Plan) (vm.Driver, error) {
 	return d, nil
 }
 
-// checkLinks looks whether the pool's TAPs are there and may be opened, without opening one: they may be in use
-// by workers that are adopted, and opening one that is missing would make it.
+// checkLinks checks that the pool's TAPs exist and may be opened, without opening one: adopted workers may be using
+// them, and opening a missing TAP would create it.
 func checkLinks(p *plan.Plan, slots []plan.Slot) error {
 	links, err := netlink.LinkList()
 	if err != nil {
@@ -49,7 +49,7 @@ func checkLinks(p *plan.Plan, slots []plan.Slot) error {
 			foreign = append(foreign, s.TAP)
 		}
 	}
-	cure := fmt.Sprintf("`fleetingd network up --plan FILE` makes them, for the user %q", p.User)
+	cure := fmt.Sprintf("`fleetingd network up --plan FILE` creates them for the user %q", p.User)
 	if len(missing) > 0 {
 		return fmt.Errorf("%d of the pool's %d TAPs do not exist (the first is %s): %s",
 			len(missing), len(slots), missing[0], cure)
@@ -61,8 +61,8 @@ func checkLinks(p *plan.Plan, slots []plan.Slot) error {
 	return nil
 }
 
-// checkRoutes asks how packets go between the pool's workers, this host and the internet: other software may have changed that since
-// the network came up.
+// checkRoutes checks how packets travel between the pool's workers, this host and the internet: other software may have changed that
+// since the network came up.
 func (g *Group) checkRoutes(p *plan.Plan, slots []plan.Slot) error {
 	if g.opts.Routes == nil {
 		return nil
@@ -74,13 +74,13 @@ func (g *Group) checkRoutes(p *plan.Plan, slots []plan.Slot) error {
 	return err
 }
 
-// tryStart does once, in small, what each worker's start takes of the host beside its VMM: a descriptor of /dev/net/tun, and a clone.
+// tryStart tries once what each worker's start needs from the host besides its VMM: a descriptor of /dev/net/tun, and a clone.
 func tryStart(p *plan.Plan) error {
 	const tun = "/dev/net/tun"
 	fd, err := unix.Open(tun, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-		return fmt.Errorf("open %s as uid %d: %w: give it back the mode that udev gives it: chmod 0666 %s", tun, os.Getuid(), err, tun)
+		return fmt.Errorf("open %s as uid %d: %w: restore the mode that udev sets: chmod 0666 %s", tun, os.Getuid(), err, tun)
 	case err != nil:
 		return fmt.Errorf("open %s: %w: load its module: modprobe tun", tun, err)
 	}
@@ -93,13 +93,13 @@ func tryStart(p *plan.Plan) error {
 	return nil
 }
 
-// mayOpen reports a TAP of the user's. Root opens any.
+// mayOpen reports whether the TAP belongs to the user. Root may open any.
 func mayOpen(l netlink.Link, uid int) bool {
 	tap, ok := l.(*netlink.Tuntap)
 	return ok && tap.Mode == netlink.TUNTAP_MODE_TAP && (uid == 0 || int64(tap.Owner) == int64(uid))
 }
 
-// makeFolders makes what this pool needs, and checks that it may write there.
+// makeFolders creates the folders that this pool needs, and checks that they are writable.
 func (g *Group) makeFolders(p *plan.Plan) error {
 	for _, dir := range []string{filepath.Join(p.Paths.Workers, g.pool.Name), filepath.Join(p.Paths.Clones, g.pool.Name)} {
 		if err := makeFolder(p, dir, 0o750); err != nil {
@@ -115,8 +115,8 @@ func makeFolder(p *plan.Plan, dir string, mode os.FileMode) error {
 		err = unix.Access(dir, unix.W_OK|unix.X_OK)
 	}
 	if err != nil {
-		return fmt.Errorf("uid %d cannot make or write the folder %s: %w: the plan's user is %q, "+
-			"and `fleetingd apply` (or `fleetingd run`) gives it its folders", os.Getuid(), dir, err, p.User)
+		return fmt.Errorf("uid %d cannot create or write the folder %s: %w: `systemd-tmpfiles --create` as root "+
+			"creates the folders of the plan's user %q", os.Getuid(), dir, err, p.User)
 	}
 	return nil
 }

@@ -18,7 +18,7 @@ import (
 // config is a checked plugin_config: plan and pool, or the predecessor's keys.
 type config struct {
 	plan, pool string
-	keys       map[string]any // the predecessor's; numbers are json.Number
+	keys       map[string]any // of the predecessor; numbers are json.Number
 }
 
 const (
@@ -27,8 +27,8 @@ const (
 	example = `write plan = "/etc/fleetingd/plan.json" and pool = "NAME"`
 )
 
-// parseConfig checks a plugin_config and reports all that is wrong with it, in one line. The values of the
-// predecessor's keys are checked by who compiles them.
+// parseConfig checks a plugin_config and reports everything that is wrong with it in one line. The values of the
+// predecessor's keys are checked when they are compiled.
 func parseConfig(data []byte, predecessor []string) (config, error) {
 	var raw map[string]any
 	d := json.NewDecoder(bytes.NewReader(data))
@@ -40,7 +40,7 @@ func parseConfig(data []byte, predecessor []string) (config, error) {
 	var problems []string
 	problem := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
 	known := append([]string{keyPlan, keyPool}, predecessor...)
-	var old []string // the predecessor's keys that are there
+	var old []string // those of the predecessor's keys that are set
 	for _, key := range sortedKeys(raw) {
 		switch {
 		case key == keyPlan:
@@ -57,7 +57,7 @@ func parseConfig(data []byte, predecessor []string) (config, error) {
 	_, hasPool := raw[keyPool]
 	switch {
 	case len(old) > 0 && (hasPlan || hasPool):
-		problem("%s and %s cannot be mixed: keep plan and pool, or the older keys alone",
+		problem("%s and %s cannot be mixed: keep either plan and pool or the older keys",
 			strings.Join(present(hasPlan, hasPool), " and "), quoteAll(old))
 	case len(old) > 0:
 		c.keys = raw
@@ -85,7 +85,7 @@ func present(hasPlan, hasPool bool) []string {
 	return keys
 }
 
-// text is a value that has to be a string, and not an empty one.
+// text returns a value that must be a non-empty string.
 func text(key string, v any, problem func(string, ...any)) string {
 	s, ok := v.(string)
 	switch {
@@ -99,7 +99,7 @@ func text(key string, v any, problem func(string, ...any)) string {
 
 var exampleOf = map[string]string{keyPlan: "/etc/fleetingd/plan.json", keyPool: "small"}
 
-// show is a decoded JSON value for a message, short.
+// show describes a decoded JSON value briefly, for a message.
 func show(v any) string {
 	switch v := v.(type) {
 	case nil:
@@ -146,7 +146,7 @@ func sortedKeys(m map[string]any) []string {
 	return keys
 }
 
-// loadPlan is the Plan that the plugin_config names, or that is compiled of the predecessor's keys.
+// loadPlan returns the Plan that the plugin_config names, or compiles it from the predecessor's keys.
 func (g *Group) loadPlan() (*plan.Plan, error) {
 	switch {
 	case g.cfg.keys != nil:
@@ -156,16 +156,16 @@ func (g *Group) loadPlan() (*plan.Plan, error) {
 	}
 	p, err := state.ReadPlan(g.cfg.plan)
 	if err != nil {
-		return nil, fmt.Errorf("plugin_config plan: %w (`fleetingd apply` writes it, or `fleetingd compile` below the folder that you give it)", err)
+		return nil, fmt.Errorf("plugin_config plan: %w (`fleetingd compile HOST -o DIR` writes it below DIR)", err)
 	}
 	return p, nil
 }
 
-// predecessorPlan compiles the predecessor's keys. Its one pool is all that there is.
+// predecessorPlan compiles the predecessor's keys to a Plan with exactly one pool.
 func (g *Group) predecessorPlan() (*plan.Plan, error) {
 	if os.Getuid() != 0 {
 		return nil, fmt.Errorf("plugin_config has the keys of the older fleeting-plugin-fleetingd, with which the plugin "+
-			"brings the network up itself: that needs root, and this runs as uid %d; run gitlab-runner as root, "+
+			"sets up the network itself; that needs root, but this runs as uid %d: run gitlab-runner as root, "+
 			"or set the host up with a host.hcl and write plan and pool", os.Getuid())
 	}
 	p, err := g.opts.Predecessor.Plan(g.cfg.keys)
@@ -173,7 +173,7 @@ func (g *Group) predecessorPlan() (*plan.Plan, error) {
 		return nil, fmt.Errorf("plugin_config: %w", err)
 	}
 	if len(p.Pools) != 1 {
-		return nil, fmt.Errorf("plugin_config: its keys made %d pools, not one", len(p.Pools))
+		return nil, fmt.Errorf("plugin_config: its keys compiled to %d pools instead of one", len(p.Pools))
 	}
 	g.cfg.pool = p.Pools[0].Name
 	return p, nil

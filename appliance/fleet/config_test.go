@@ -86,7 +86,7 @@ func TestInitErrors(t *testing.T) {
 		settings provider.ConnectorConfig
 		want     []string
 	}{
-		"no plan":          {change: func(t *testing.T, h *host, _ *Group) { remove(t, h.path) }, want: []string{"plugin_config plan: read the plan: open ", "`fleetingd apply` writes it"}},
+		"no plan":          {change: func(t *testing.T, h *host, _ *Group) { remove(t, h.path) }, want: []string{"plugin_config plan: read the plan: open ", "`fleetingd compile HOST -o DIR` writes it below DIR"}},
 		"plan is a folder": {change: func(_ *testing.T, _ *host, g *Group) { g.cfg.plan = "/" }, want: []string{"/ is not a regular file"}},
 		"plan is no plan":  {change: func(_ *testing.T, h *host, _ *Group) { os.WriteFile(h.path, []byte("x = 1"), 0o600) }, want: []string{"plugin_config plan: "}},
 		"no such pool":     {change: func(_ *testing.T, _ *host, g *Group) { g.cfg.pool = "large" }, want: []string{`plugin_config pool: host "testhost" has no pool "large": it has small`}},
@@ -104,7 +104,7 @@ func TestInitErrors(t *testing.T) {
 		"no folder": {change: func(_ *testing.T, h *host, _ *Group) {
 			os.MkdirAll(filepath.Dir(h.plan.Paths.Clones), 0o700)
 			os.WriteFile(h.plan.Paths.Clones, nil, 0o600)
-		}, want: []string{"cannot make or write the folder ", "/disks/clones/small", "not a directory"}},
+		}, want: []string{"cannot create or write the folder ", "/disks/clones/small", "not a directory"}},
 		"protocol": {settings: provider.ConnectorConfig{Protocol: provider.ProtocolWinRM}, want: []string{`connector_config protocol = "winrm"`}},
 		"username": {settings: provider.ConnectorConfig{Username: "root", OS: "windows"}, want: []string{`os = "windows"`, `username = "root"`, `the image's user "ubuntu"`}},
 		"images": {change: func(_ *testing.T, h *host, g *Group) {

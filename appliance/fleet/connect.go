@@ -9,18 +9,18 @@ import (
 	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
 )
 
-// checkSettings refuses connector_config values with which no job could ever reach a worker.
+// checkSettings refuses connector_config values with which no job could reach a worker.
 func checkSettings(s provider.Settings, user string) error {
 	var errs []error
 	if s.Protocol != "" && s.Protocol != provider.ProtocolSSH {
-		errs = append(errs, fmt.Errorf("connector_config protocol = %q: workers are reached by ssh; leave it out", s.Protocol))
+		errs = append(errs, fmt.Errorf("connector_config protocol = %q: workers are reached over ssh; omit it", s.Protocol))
 	}
 	if s.OS != "" && s.OS != "linux" {
-		errs = append(errs, fmt.Errorf("connector_config os = %q: workers run linux; leave it out", s.OS))
+		errs = append(errs, fmt.Errorf("connector_config os = %q: workers run linux; omit it", s.OS))
 	}
 	if !s.UseStaticCredentials && s.Username != "" && s.Username != user {
-		errs = append(errs, fmt.Errorf("connector_config username = %q, but a worker's key is made for the image's "+
-			"user %q: leave it out, set user in the image, or write use_static_credentials = true and bring the key",
+		errs = append(errs, fmt.Errorf("connector_config username = %q, but workers' keys are for the image's "+
+			"user %q: omit it, set user in the image, or set use_static_credentials = true and provide the key",
 			s.Username, user))
 	}
 	return errors.Join(errs...)
@@ -33,14 +33,14 @@ func (g *Group) user() string {
 	return g.image.User
 }
 
-// ConnectInfo is how to reach a running worker. With use_static_credentials it is what connector_config
-// says, as other plugins do it, and the worker's own key otherwise.
+// ConnectInfo returns how to reach a running worker. With use_static_credentials it returns the credentials of
+// connector_config, as other plugins do, otherwise the worker's own key.
 func (g *Group) ConnectInfo(_ context.Context, id string) (provider.ConnectInfo, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	w, ok := g.workers[id]
 	if !ok {
-		return provider.ConnectInfo{}, fmt.Errorf("there is no worker %s", id)
+		return provider.ConnectInfo{}, fmt.Errorf("worker %s does not exist", id)
 	}
 	if w.state != provider.StateRunning {
 		return provider.ConnectInfo{}, fmt.Errorf("worker %s is %s, not running", id, w.state)

@@ -9,16 +9,16 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// Of each worker's console its last maxConsole bytes are kept, and of each pool the last maxConsoles workers'.
+// maxConsole bytes of each worker's console are kept, and maxConsoles consoles of each pool.
 const (
 	maxConsole  = 1 << 20
 	maxConsoles = 50
-	tailBytes   = 2 << 10 // that the log shows of a worker that failed
+	tailBytes   = 2 << 10 // shown in the log when a worker fails
 )
 
 func (g *Group) consolePath(id string) string { return filepath.Join(g.cloneDir(id), "console.log") }
 
-// keepConsole moves the end of a worker's console to Paths.Workers/POOL/console/ID.log before the clone goes.
+// keepConsole saves the end of a worker's console as Paths.Workers/POOL/console/ID.log before the clone is removed.
 func (g *Group) keepConsole(id string) error {
 	if !g.pool.Console {
 		return nil
@@ -37,12 +37,12 @@ func (g *Group) keepConsole(id string) error {
 	if err := os.WriteFile(filepath.Join(dir, id+".log"), tail, 0o640); err != nil {
 		return err
 	}
-	entries, err := os.ReadDir(dir) // by name, and so by age
+	entries, err := os.ReadDir(dir) // sorted by name, which is by age
 	if err != nil {
 		return err
 	}
 	for _, e := range entries[:max(0, len(entries)-maxConsoles)] {
-		// Another worker's teardown may have done it.
+		// Another worker's teardown may have removed it.
 		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
@@ -50,8 +50,8 @@ func (g *Group) keepConsole(id string) error {
 	return nil
 }
 
-// consoleTail is the end of a worker's console for the log, each line escaped: the guest wrote it. It is nil
-// without one.
+// consoleTail returns the end of a worker's console for the log, escaped because the guest wrote it, or nil if there
+// is none.
 func (g *Group) consoleTail(id string) []string {
 	if !g.pool.Console {
 		return nil

@@ -18,7 +18,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// create makes a worker whose record is written, until it is running. It does not clean up after a failure; the caller does (see end).
+// create makes a worker, whose record exists, and returns once it is running. It does not clean up after a failure; the caller does (see
+// end).
 func (g *Group) create(w *worker) error {
 	patience := time.Duration(g.pool.StartTimeout)
 	var err error
@@ -37,7 +38,7 @@ func (g *Group) create(w *worker) error {
 		case <-w.ctx.Done():
 			return context.Cause(w.ctx)
 		}
-		// It may have stood in line for minutes. A refresh has then made another image, perhaps, and removed this one.
+		// It may have waited for minutes, in which a refresh may have replaced and removed this image.
 		if sealed, err = g.sealedFor(w, patience); err != nil {
 			<-g.turn
 			return err
@@ -64,7 +65,7 @@ func (g *Group) create(w *worker) error {
 		err := s.do(ctx)
 		b.took[s.phase] += time.Since(start).Microseconds()
 		if cause := context.Cause(ctx); cause != nil {
-			// What the step says of a context that has ended is less than why it has.
+			// The cause says more than a step's error about a context that has ended.
 			if errors.Is(cause, errStartTimeout) {
 				return &startError{s.name, fmt.Errorf("%w: start_timeout = %s ran out%s", cause, patience, detail(ctx, err))}
 			}
@@ -74,7 +75,7 @@ func (g *Group) create(w *worker) error {
 			return &startError{s.name, err}
 		}
 	}
-	// From here on it is a worker that runs, and no Shutdown takes it away: its record says so.
+	// From here on the record marks it as running, and Shutdown keeps it.
 	if err := g.writeRecord(w, sealed); err != nil {
 		return &startError{"write its record", err}
 	}
@@ -88,7 +89,7 @@ func (g *Group) create(w *worker) error {
 	return nil
 }
 
-// sealedFor waits for the image that a worker is cloned from.
+// sealedFor waits for the image that the worker is cloned from.
 func (g *Group) sealedFor(w *worker, patience time.Duration) (*image.Sealed, error) {
 	sealed, err := g.sealed.get(w.ctx, patience)
 	if cause := context.Cause(w.ctx); err != nil && cause != nil {
@@ -103,7 +104,7 @@ func (g *Group) sealedFor(w *worker, patience time.Duration) (*image.Sealed, err
 	return sealed, nil
 }
 
-// detail is what a step that ran out of time knows beyond that.
+// detail returns what a timed-out step reported besides the timeout.
 func detail(ctx context.Context, err error) string {
 	if err == nil || err.Error() == ctx.Err().Error() {
 		return ""
@@ -111,7 +112,7 @@ func detail(ctx context.Context, err error) string {
 	return ": " + err.Error()
 }
 
-// setRunning shows the worker as running, unless it was deleted meanwhile.
+// setRunning marks the worker as running, unless it was deleted meanwhile.
 func (g *Group) setRunning(w *worker) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -122,7 +123,7 @@ func (g *Group) setRunning(w *worker) bool {
 	return true
 }
 
-// boot is the making of one worker's VM.
+// boot is the start of one worker's VM.
 type boot struct {
 	g      *Group
 	w      *worker
@@ -131,15 +132,15 @@ type boot struct {
 	took   map[string]int64
 }
 
-// folders makes the worker's private folders and its key. The key lies beside the record and never in it: in a
-// folder that nobody else may enter, on a file system that is gone with the machine's power.
+// folders creates the worker's private folders and its key. The key is next to the record, never in it: in a
+// folder that only this user may enter, on a file system that does not survive a power cut.
 func (b *boot) folders(context.Context) error {
 	public, private, err := newKey(b.w.id)
 	if err != nil {
 		return err
 	}
 	b.public, b.w.key = public, private
-	// Mkdir and not MkdirAll: what is there already belongs to somebody else.
+	// Mkdir, not MkdirAll: an existing directory belongs to another worker.
 	if err := os.Mkdir(b.g.runDir(b.w.id), 0o700); err != nil {
 		return err
 	}
@@ -155,12 +156,12 @@ func (b *boot) folders(context.Context) error {
 func (b *boot) disk() string    { return filepath.Join(b.g.cloneDir(b.w.id), "disk.raw") }
 func (b *boot) seedISO() string { return filepath.Join(b.g.cloneDir(b.w.id), "seed.iso") }
 
-// clone makes the disk. A pool's disk that is smaller than the image cannot be: it is the image's size then.
+// clone makes the disk. If the pool's disk size is smaller than the image, the disk has the image's size.
 func (b *boot) clone(ctx context.Context) error {
 	return b.g.images.Clone(ctx, b.sealed, b.disk(), max(b.g.pool.Disk, b.sealed.Size))
 }
 
-// seed writes the seed's ISO. Like the clone beside it, it need not survive the machine: no fsync.
+// seed writes the seed's ISO. Like the clone next to it, it need not survive the machine, so there is no fsync.
 func (b *boot) seed(context.Context) (err error) {
 	s := b.g.plan.WorkerSeed(b.g.pool, b.w.slot, b.w.id, b.public)
 	f, err := os.OpenFile(b.seedISO(), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
@@ -202,7 +203,7 @@ func (b *boot) start(ctx context.Context) error {
 	return nil
 }
 
-// ready waits until jobs may come, or until the VM has ended.
+// ready waits until the worker accepts jobs or its VM has ended.
 func (b *boot) ready(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -230,7 +231,7 @@ func (b *boot) ready(ctx context.Context) error {
 	return err
 }
 
-// newKey is a key pair for one worker: the public half as a line of authorized_keys, the private one as OpenSSH's PEM.
+// newKey returns a key pair for one worker: the public half as a line of authorized_keys, the private one in OpenSSH's PEM format.
 func newKey(id string) (public string, private []byte, err error) {
 	pub, priv, err := ed25519.GenerateKey(nil)
 	if err != nil {

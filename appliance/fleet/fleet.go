@@ -1,17 +1,17 @@
-// Package fleet is fleeting's provider.InstanceGroup over a Plan: GitLab Runner asks for workers, and it
-// gives them a slot, a clone and a VM. It executes the Plan and changes nothing of it: it
-// makes no interface and no firewall rule, and it needs no root.
+// Package fleet implements fleeting's provider.InstanceGroup on top of a Plan: when GitLab Runner asks for
+// workers, it gives each a slot, a clone and a VM. It executes the Plan without changing the host:
+// it creates no interface and no firewall rule, and needs no root.
 //
-// What a worker is made of, in the order of making; it goes in the reverse order:
+// A worker consists of these files, listed in the order of creation; they are removed in reverse order:
 //
-//	Paths.Workers/POOL/ID.json   the record: written before anything else, removed after all else
+//	Paths.Workers/POOL/ID.json   the record: written first, removed last
 //	Paths.Run/ID/key             the private key of the worker's user (0600)
 //	Paths.Run/ID/vm/             the VMM's folder: sockets, pid
 //	Paths.Clones/POOL/ID/        the disk, the seed ISO, the console's log
 //
-// A record, the key and the rest of the run folder are not flushed to the disk: they have to survive this
-// process, not the machine. After a power cut no VM is left that they could speak of; what lies in
-// Paths.Clones/POOL with no record is removed then.
+// Records, keys and the rest of the run folder are not flushed to disk: they have to survive this process, not
+// the machine. A power cut leaves no VM that they could belong to; clones that it leaves in Paths.Clones/POOL
+// without a record are removed at the next start.
 package fleet
 
 import (
@@ -36,33 +36,33 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// Options wire a Group to what it may not import or build itself.
+// Options connect a Group to what it may not import or build itself.
 type Options struct {
 	Version   string
 	BuildInfo string
-	// Driver makes the driver of a Plan's hypervisor.
+	// Driver returns the driver of a Plan's hypervisor.
 	Driver func(plan.Hypervisor, *slog.Logger) (vm.Driver, error)
-	// Routes says what keeps packets from the slots' workers or from the internet: troubles with which workers can still start,
-	// and an error where the host does not reach them.
+	// Routes checks the routes between the slots' workers, this host and the internet. It returns troubles that do not
+	// keep workers from starting, and an error if the host cannot reach them.
 	Routes func(*plan.Plan, []plan.Slot) (troubles []string, err error)
 
-	// Secrets gives the value of a secret of a prebuild, by its place: see image.Options.
+	// Secrets returns the value of a prebuild's secret by its place: see image.Options.
 	Secrets func(from string) (string, error)
-	// Predecessor serves a plugin_config with the predecessor's keys; nil refuses them.
+	// Predecessor handles a plugin_config with the predecessor's keys; if nil, such a config is an error.
 	Predecessor *Predecessor
 }
 
-// Predecessor makes a host of the predecessor's plugin_config.
+// Predecessor turns the predecessor's plugin_config into a host.
 type Predecessor struct {
 	Keys []string
 	// Plan compiles the keys, decoded from JSON, to a Plan.
 	Plan func(keys map[string]any) (*plan.Plan, error)
-	// Up makes the host what the Plan says: network and disks. It is called at every Init and does nothing
-	// where all is there. Nothing takes it down: workers outlive the plugin.
+	// Up sets up the host according to the Plan: network and disks. It is called at every Init and does nothing
+	// if the host matches. There is no counterpart, because workers outlive the plugin.
 	Up func(context.Context, *plan.Plan) error
 }
 
-// images is what a Group needs of image.Store.
+// images is the part of image.Store that a Group uses.
 type images interface {
 	Ensure(context.Context, *plan.Image) (*image.Sealed, error)
 	Refresh(context.Context, *plan.Image) (*image.Sealed, error)
@@ -70,18 +70,18 @@ type images interface {
 	Prune(ctx context.Context, inUse func(digest string) bool) ([]string, error)
 }
 
-// Group is one pool of one Plan. Its zero value is of no use: see New.
+// Group is one pool of one Plan. Use New to make one.
 type Group struct {
 	opts Options
 	cfg  config
 
-	// What tests replace to inject faults.
+	// Tests replace these to inject faults.
 	openImages func(*plan.Plan, image.Options) (images, error)
 	checkLinks func(*plan.Plan, []plan.Slot) error
 	tryStart   func(*plan.Plan) error
 	waitReady  func(context.Context, *Group, *worker, *image.Sealed) error
-	boots      int           // how many VMs boot at once
-	backoff    time.Duration // after the first failure of an image
+	boots      int           // how many VMs may boot at the same time
+	backoff    time.Duration // after the first failed build of an image
 
 	log      hclog.Logger
 	slog     *slog.Logger
@@ -96,24 +96,24 @@ type Group struct {
 	lock     *state.Lock
 	ids      *idSource
 
-	ctx    context.Context // the Group's life; ended by Shutdown
+	ctx    context.Context // cancelled by Shutdown
 	cancel context.CancelCauseFunc
-	turn   chan struct{} // holds a token for each VM that boots
+	turn   chan struct{} // holds a token for each booting VM
 	wg     sync.WaitGroup
 
-	life sync.Mutex // held by Init, and while Shutdown looks whether there was one
+	life sync.Mutex // held by Init, and by Shutdown while it checks whether Init was called
 
 	mu      sync.Mutex
 	closed  bool
 	workers map[string]*worker
-	busy    map[int]int // slot index: how many workers hold it
+	busy    map[int]int // by slot index: the number of workers that hold it
 	free    []plan.Slot // least recently used first
 	ended   chan struct{}
 }
 
 var _ provider.InstanceGroup = (*Group)(nil)
 
-// New makes a Group that is ready for its plugin_config (UnmarshalJSON) and Init.
+// New returns a Group, which needs its plugin_config (UnmarshalJSON) and Init next.
 func New(o Options) *Group {
 	return &Group{
 		opts: o,
@@ -124,7 +124,7 @@ func New(o Options) *Group {
 		tryStart:   tryStart,
 		pace:       newPacer(),
 		waitReady:  waitReady,
-		// A boot is mostly work for the CPU. More at once only make each of them later.
+		// Booting is mostly CPU work: more at the same time would only slow each other down.
 		boots:   max(2, runtime.NumCPU()),
 		backoff: minBackoff,
 		workers: map[string]*worker{},
@@ -133,7 +133,7 @@ func New(o Options) *Group {
 	}
 }
 
-// UnmarshalJSON takes the plugin_config. Its error reaches the runner's log as
+// UnmarshalJSON checks and stores the plugin_config. Its error appears in the runner's log as
 // "failed to update executor: … unmarshaling config: …".
 func (g *Group) UnmarshalJSON(data []byte) error {
 	var keys []string
@@ -155,9 +155,9 @@ var (
 	errDeleted  = errors.New("deletion requested")
 )
 
-// Init checks all that could keep workers from starting, takes the pool for this process, and adopts or removes
-// what an earlier one left. It waits for no image: the runner starts a plugin anew at each job poll for as long
-// as Init fails.
+// Init checks everything that could keep workers from starting, locks the pool for this process, and adopts or removes
+// the workers of an earlier one. It does not wait for an image: while Init fails, the runner starts the plugin again at
+// each job poll.
 func (g *Group) Init(ctx context.Context, log hclog.Logger, settings provider.Settings) (provider.ProviderInfo, error) {
 	g.life.Lock()
 	defer g.life.Unlock()
@@ -199,7 +199,8 @@ func (g *Group) init(ctx context.Context) error {
 		if err := g.opts.Predecessor.Up(ctx, p); err != nil {
 			return err
 		}
-		g.log.Info("workers are ready when they are called running: instance_ready_command (cloud-init status --wait) can be removed from config.toml")
+		g.log.Info("workers are reported as running only when they are ready: remove instance_ready_command (cloud-init status --wait) from " +
+			"config.toml")
 	}
 	driver, err := g.canStart(ctx, p)
 	if err := errors.Join(err, g.makeFolders(p)); err != nil {
@@ -232,7 +233,7 @@ func (g *Group) init(ctx context.Context) error {
 	return nil
 }
 
-// load reads the plan, finds the pool in it, and checks what the runner wants of it.
+// load reads the plan, finds the pool in it, and checks the runner's settings.
 func (g *Group) load() (*plan.Plan, error) {
 	p, err := g.loadPlan()
 	if err != nil {
@@ -250,7 +251,7 @@ func (g *Group) load() (*plan.Plan, error) {
 	return p, checkSettings(g.settings, g.image.User)
 }
 
-// canStart looks whether the host has what workers need: it changes nothing.
+// canStart checks whether the host has what workers need. It changes nothing.
 func (g *Group) canStart(ctx context.Context, p *plan.Plan) (vm.Driver, error) {
 	driver, err := g.probe(ctx, p)
 	if err := errors.Join(err, g.checkLinks(p, p.PoolSlots(g.pool))); err != nil {
@@ -259,19 +260,19 @@ func (g *Group) canStart(ctx context.Context, p *plan.Plan) (vm.Driver, error) {
 	return driver, g.checkRoutes(p, p.PoolSlots(g.pool))
 }
 
-// tryOut is as much of Init as can be done beside the process that has the pool.
+// tryOut does as much of Init as is possible next to the process that holds the pool.
 func (g *Group) tryOut(ctx context.Context, settings provider.Settings) error {
 	g.log, g.settings = hclog.NewNullLogger(), settings
 	g.slog = newSlog(g.log)
 	p, err := g.load()
-	if err != nil || g.cfg.keys != nil { // the network of the predecessor's keys is the plugin's to make
+	if err != nil || g.cfg.keys != nil { // with the predecessor's keys, the plugin has yet to set up the network
 		return err
 	}
 	_, err = g.canStart(ctx, p)
 	return err
 }
 
-// creating is how many workers are being made.
+// creating returns the number of workers that are being created.
 func (g *Group) creating() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -284,12 +285,12 @@ func (g *Group) creating() int {
 	return n
 }
 
-// lockTimeout is how long a plugin that was killed may take to be gone: its lock goes with its last thread, and the
-// runner starts the next one at once.
+// lockTimeout is how long a killed plugin may take to release its lock: that happens when its last thread ends, and the
+// runner starts the next plugin immediately.
 const lockTimeout = time.Second
 
 // take locks the pool on this host for this process. The lock is in the run folder, which all plans of a host
-// share: two plans that name one pool would use the same TAPs.
+// share: two plans with a pool of the same name would use the same TAPs.
 func (g *Group) take(ctx context.Context, p *plan.Plan) error {
 	if err := makeFolder(p, p.Paths.Run, 0o755); err != nil {
 		return err
@@ -300,7 +301,7 @@ func (g *Group) take(ctx context.Context, p *plan.Plan) error {
 	l, err := state.WaitLock(ctx, path)
 	if errors.Is(err, state.ErrLocked) {
 		return fmt.Errorf("pool %q is served by another plugin process on this host (it holds %s): "+
-			"a pool belongs to one [[runners]] section; give each its own pool, or end the other runner", g.pool.Name, path)
+			"give each [[runners]] section its own pool, or stop the other runner", g.pool.Name, path)
 	}
 	if err != nil {
 		return fmt.Errorf("lock pool %q: %w", g.pool.Name, err)
@@ -309,8 +310,8 @@ func (g *Group) take(ctx context.Context, p *plan.Plan) error {
 	return nil
 }
 
-// prepareImage makes the image before the first worker asks for it. Where there is no applied host there
-// is no refresh timer either, and the plugin keeps the image fresh itself.
+// prepareImage builds the image before the first worker asks for it. Without an applied host there is no refresh
+// timer, so the plugin refreshes the image itself.
 func (g *Group) prepareImage() {
 	g.background(func() {
 		if _, err := g.sealed.get(g.ctx, time.Hour); err != nil || g.cfg.keys == nil || g.plan.Refresh <= 0 {
@@ -318,7 +319,7 @@ func (g *Group) prepareImage() {
 		}
 		for {
 			if err := g.refresh(); err != nil && g.ctx.Err() == nil {
-				g.log.Warn("the image was not refreshed; the one in use stays", "image", g.image.Name, "error", err)
+				g.log.Warn("cannot refresh the image; keeping the one in use", "image", g.image.Name, "error", err)
 			}
 			select {
 			case <-g.ctx.Done():
@@ -329,7 +330,7 @@ func (g *Group) prepareImage() {
 	})
 }
 
-// refresh makes the image anew where its source has changed, and removes what nothing stands for any more.
+// refresh rebuilds the image if its source has changed, and removes unreferenced images.
 func (g *Group) refresh() error {
 	if _, err := g.images.Refresh(g.ctx, g.image); err != nil {
 		return err
@@ -341,7 +342,7 @@ func (g *Group) refresh() error {
 	return err
 }
 
-// startsFrom reports whether a worker is just being made of the image.
+// startsFrom reports whether a worker is being created from the image.
 func (g *Group) startsFrom(digest string) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -353,7 +354,7 @@ func (g *Group) startsFrom(digest string) bool {
 	return false
 }
 
-// background runs fn; Shutdown waits for it. It is called by Init and by what runs in the background itself.
+// background runs fn, and Shutdown waits for it. Only Init and functions that already run in the background may call it.
 func (g *Group) background(fn func()) {
 	g.wg.Add(1)
 	go func() {
@@ -362,9 +363,9 @@ func (g *Group) background(fn func()) {
 	}()
 }
 
-// Update shows every worker. A worker that is gone is shown as such for some rounds, in case that an answer got
-// lost; one that was never seen alive is shown as deleting first: fleeting forgets a new instance that is
-// deleted, and keeps the request for it pending for good.
+// Update reports every worker. A worker that is gone is reported for some more rounds, in case an answer gets lost.
+// One that was never reported alive is reported as deleting first: fleeting forgets a new instance that is reported
+// as deleted, and keeps its request pending forever.
 func (g *Group) Update(_ context.Context, fn func(id string, state provider.State)) error {
 	type shown struct {
 		id    string
@@ -395,12 +396,12 @@ func (g *Group) Update(_ context.Context, fn func(id string, state provider.Stat
 	return nil
 }
 
-// tombstoneRounds is in how many Updates a worker that is gone is still shown.
+// tombstoneRounds is how many Updates still report a worker that is gone.
 const tombstoneRounds = 10
 
-// Increase gives n workers a slot and a record and starts to make them. Where there are fewer slots, or not all
-// records can be written, it makes fewer and says so in the log: gRPC carries either an answer or an error, and
-// an error would tell fleeting that none was made. It is an error that none was.
+// Increase gives n workers a slot and a record and starts creating them. It returns how many it started: fewer than n if
+// slots or records fail, which is then only logged, because gRPC carries either an answer or an error. It returns an
+// error if there is none.
 func (g *Group) Increase(_ context.Context, n int) (int, error) {
 	var err error
 	made := 0
@@ -414,12 +415,12 @@ func (g *Group) Increase(_ context.Context, n int) (int, error) {
 		return 0, err
 	}
 	if err != nil {
-		g.log.Error("made fewer workers than requested", "asked", n, "made", made, "error", err)
+		g.log.Error("made fewer workers than requested", "requested", n, "made", made, "error", err)
 	}
 	return made, nil
 }
 
-// add makes one worker: its slot and its record now, the rest in the background.
+// add starts one worker: it takes a slot and writes the record now, and leaves the rest to the background.
 func (g *Group) add() error {
 	slot, err := g.takeSlot()
 	if err != nil {
@@ -446,7 +447,7 @@ func (g *Group) takeSlot() (plan.Slot, error) {
 		return plan.Slot{}, errShutdown
 	}
 	if len(g.free) == 0 {
-		return plan.Slot{}, fmt.Errorf("all %d slots of pool %q are taken (a slot is free again once its worker is cleaned up)",
+		return plan.Slot{}, fmt.Errorf("all %d slots of pool %q are in use (a slot becomes free once its worker is cleaned up)",
 			g.pool.MaxInstances, g.pool.Name)
 	}
 	slot := g.free[0]
@@ -463,7 +464,7 @@ func (g *Group) giveSlot(slot plan.Slot) {
 
 func (g *Group) giveSlotLocked(slot plan.Slot) {
 	if slot.Index < 0 {
-		return // the worker of another plan: no slot of this one
+		return // a worker of an earlier plan, whose slot is not in this one
 	}
 	if g.busy[slot.Index]--; g.busy[slot.Index] == 0 {
 		delete(g.busy, slot.Index)
@@ -471,7 +472,7 @@ func (g *Group) giveSlotLocked(slot plan.Slot) {
 	}
 }
 
-// register makes a worker known, unless the Group has ended.
+// register adds a worker to the Group, unless the Group has ended.
 func (g *Group) register(w *worker) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -483,10 +484,10 @@ func (g *Group) register(w *worker) bool {
 	return true
 }
 
-// Decrease starts to remove workers. One that is not there (any more) is removed already.
+// Decrease starts to remove workers. It reports an unknown worker as removed.
 //
-// The VM is killed and not shut down: its disk is thrown away in the next
-// step, so there is nothing in it that would be worth a flush or a wait.
+// The VM is killed, not shut down: its disk is deleted in the next step, so there is nothing to flush or to
+// wait for.
 func (g *Group) Decrease(_ context.Context, ids []string) ([]string, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -502,13 +503,13 @@ func (g *Group) Decrease(_ context.Context, ids []string) ([]string, error) {
 	return ids, nil
 }
 
-// Heartbeat fails where the worker is not running, with the reason; a VMM that has exited is noticed at once.
+// Heartbeat returns an error with the reason if the worker is not running. It notices an exited VMM at once.
 func (g *Group) Heartbeat(_ context.Context, id string) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	w, ok := g.workers[id]
 	if !ok {
-		return fmt.Errorf("%w: there is no worker %s", provider.ErrInstanceUnhealthy, id)
+		return fmt.Errorf("%w: worker %s does not exist", provider.ErrInstanceUnhealthy, id)
 	}
 	if w.state == provider.StateRunning {
 		select {
@@ -534,9 +535,8 @@ func (g *Group) Resume(context.Context, []string) ([]string, error) {
 	return nil, provider.ErrSuspendResumeNotSupported
 }
 
-// Shutdown deletes nothing: who wants that has called Decrease. Workers that are being made or removed are
-// cleaned up, and it waits for that; those that run stay, with their records, for the next plugin to adopt. It
-// may be called again.
+// Shutdown deletes no running worker: that is what Decrease is for. It waits until workers that are being created or
+// removed are cleaned up. Running workers stay, with their records, for the next plugin to adopt. It is idempotent.
 func (g *Group) Shutdown(ctx context.Context) error {
 	g.life.Lock()
 	g.mu.Lock()
@@ -546,14 +546,14 @@ func (g *Group) Shutdown(ctx context.Context) error {
 	ready := g.plan != nil
 	g.life.Unlock()
 	if !ready {
-		return nil // Init has not been there, or failed
+		return nil // Init was not called, or failed
 	}
 	if first {
 		g.cancel(errShutdown)
 		go func() {
 			g.wg.Wait()
 			if err := g.lock.Unlock(); err != nil {
-				g.log.Warn("unlock the pool", "pool", g.pool.Name, "error", err)
+				g.log.Warn("cannot unlock the pool", "pool", g.pool.Name, "error", err)
 			}
 			close(g.ended)
 		}()
@@ -562,14 +562,14 @@ func (g *Group) Shutdown(ctx context.Context) error {
 	case <-g.ended:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("the plugin of pool %q ends before all workers are cleaned up; the next start goes on with it: %w",
+		return fmt.Errorf("the plugin of pool %q ends before all workers are cleaned up; the next start continues the cleanup: %w",
 			g.pool.Name, context.Cause(ctx))
 	}
 }
 
 func ms(since time.Time) int64 { return time.Since(since).Milliseconds() }
 
-// oneLine makes one line of joined errors: the runner's log is one line an entry.
+// oneLine turns joined errors into one line: each entry of the runner's log is one line.
 func oneLine(err error) error {
 	if strings.Contains(err.Error(), "\n") {
 		return lineError{err}

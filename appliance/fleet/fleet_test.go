@@ -325,10 +325,10 @@ func TestMoreThanSlots(t *testing.T) {
 	if n, err := g.Increase(t.Context(), 5); n != 3 || err != nil {
 		t.Errorf("Increase(5) with 3 slots = %d, %v", n, err)
 	}
-	if !strings.Contains(h.log.String(), "made fewer workers than requested: asked=5 made=3") {
+	if !strings.Contains(h.log.String(), "made fewer workers than requested: requested=5 made=3") {
 		t.Errorf("log:\n%s", h.log)
 	}
-	if n, err := g.Increase(t.Context(), 1); n != 0 || err == nil || !strings.Contains(err.Error(), `all 3 slots of pool "small" are taken`) {
+	if n, err := g.Increase(t.Context(), 1); n != 0 || err == nil || !strings.Contains(err.Error(), `all 3 slots of pool "small" are in use`) {
 		t.Errorf("Increase(1) with none = %d, %v", n, err)
 	}
 }
@@ -566,7 +566,7 @@ func TestRecordsThatCannotBeAdopted(t *testing.T) {
 		"another's record": {func(_ *host, g *Group, id string) error {
 			b, err := os.ReadFile(g.recordPath(id))
 			return errors.Join(err, os.WriteFile(g.recordPath(id), []byte(strings.ReplaceAll(string(b), id, "x"+id)), 0o600))
-		}, "another worker's"},
+		}, "its record belongs to another worker"},
 		"no key":   {func(_ *host, g *Group, id string) error { return os.Remove(g.keyPath(id)) }, "its key"},
 		"torn key": {func(_ *host, g *Group, id string) error { return os.Truncate(g.keyPath(id), 40) }, "its key"},
 		"slot moved": {func(h *host, _ *Group, _ string) error {

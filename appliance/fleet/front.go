@@ -14,26 +14,26 @@ import (
 	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
 )
 
-// The plugin is two processes. GitLab Runner never starts a plugin again that died: it stays up, takes no further job, and systemd
-// sees a healthy service. So what the runner starts, the front, holds the handshake, the RPC endpoint and no state worth mentioning. Its
-// child, the back, is a Group and does all the work. The front starts a back again when it dies, or when the plan or the binary
-// changed, has it replay Init, and hands the calls on. Workers do not notice: a Group adopts them.
+// The plugin is two processes. GitLab Runner never restarts a plugin that died: it stays up, takes no more jobs, and systemd
+// considers the service healthy. So the process that the runner starts, the front, holds only the handshake and the RPC endpoint. Its
+// child, the back, is a Group and does all the work. When the back dies, or the plan or the binary changes, the front starts another
+// one, which repeats Init, and passes the calls on. Workers are not affected: the new Group adopts them.
 
 const (
-	// callPatience is how long a call waits for a back that is being started again.
+	// callPatience is how long a call waits while the back is being restarted.
 	callPatience = 5 * time.Second
-	// A back that cannot be started is tried again after minRebirth, then after twice as long each time, up to maxRebirth.
+	// A back that cannot be started is retried after minRebirth, then after twice as long each time, up to maxRebirth.
 	minRebirth = 500 * time.Millisecond
 	maxRebirth = 30 * time.Second
-	// patientBirths is how many births in a row may fail before calls are answered with the reason at once.
+	// patientBirths is how many starts in a row may fail before calls return the reason at once.
 	patientBirths = 2
 )
 
-// front is what GitLab Runner talks to.
+// front is the process that GitLab Runner talks to.
 type front struct {
-	check  func([]byte) error // of a plugin_config
+	check  func([]byte) error // checks a plugin_config
 	launch func(launchOptions) (*back, error)
-	watch  time.Duration // how often plan and binary are looked at
+	watch  time.Duration // how often plan and binary are checked for changes
 
 	log      hclog.Logger
 	config   json.RawMessage
@@ -42,9 +42,9 @@ type front struct {
 	life sync.Mutex // held by Init, Shutdown and a replacement
 
 	mu      sync.Mutex
-	back    *back         // nil while there is none
-	ready   chan struct{} // closed when back is set; another one when it goes
-	failure error         // why there is no back; set after patientBirths failed births
+	back    *back         // nil while none is running
+	ready   chan struct{} // closed when back is set; replaced when the back goes
+	failure error         // why no back is running; set after patientBirths failed starts
 	closed  chan struct{} // closed by Shutdown
 	ended   chan struct{} // closed when the supervisor has ended
 }
@@ -58,7 +58,7 @@ func newFront(check func([]byte) error, launch func(launchOptions) (*back, error
 	return &front{check: check, launch: launch, watch: watchInterval, ready: make(chan struct{}), closed: make(chan struct{})}
 }
 
-// UnmarshalJSON takes the plugin_config, and refuses what a Group would.
+// UnmarshalJSON checks and stores the plugin_config; it refuses what a Group would refuse.
 func (f *front) UnmarshalJSON(data []byte) error {
 	if err := f.check(data); err != nil {
 		return err
@@ -67,7 +67,7 @@ func (f *front) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// Init starts the first back. Its error is the Group's.
+// Init starts the first back. Its errors are those of the Group.
 func (f *front) Init(ctx context.Context, log hclog.Logger, settings provider.Settings) (provider.ProviderInfo, error) {
 	f.life.Lock()
 	defer f.life.Unlock()
@@ -86,7 +86,7 @@ func (f *front) Init(ctx context.Context, log hclog.Logger, settings provider.Se
 	return info, nil
 }
 
-// birth starts a back and has it do Init.
+// birth starts a back and calls its Init.
 func (f *front) birth(ctx context.Context) (*back, provider.ProviderInfo, error) {
 	var info provider.ProviderInfo
 	b, err := f.launch(launchOptions{})
@@ -115,7 +115,7 @@ func closeOnce(c chan struct{}) {
 	}
 }
 
-// unset takes a back away from the calls: they wait for the next one. Whoever notices first that it is gone does so.
+// unset makes calls wait for the next back. It is called by the first to notice that the back is gone.
 func (f *front) unset(b *back) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -124,7 +124,7 @@ func (f *front) unset(b *back) {
 	}
 }
 
-// supervise sees to it that there is a back, until Shutdown.
+// supervise keeps a back running until Shutdown.
 func (f *front) supervise(b *back) {
 	defer close(f.ended)
 	w := newWatcher(planPath(f.config))
@@ -154,7 +154,7 @@ func (f *front) supervise(b *back) {
 	}
 }
 
-// rebirth starts a back, as often as it takes; nil where the plugin is ending.
+// rebirth starts a back, trying as often as necessary. It returns nil if the plugin is ending.
 func (f *front) rebirth() *back {
 	pause := minRebirth
 	for failed := 1; ; failed++ {
@@ -169,26 +169,26 @@ func (f *front) rebirth() *back {
 		}
 		if err == nil {
 			f.set(b)
-			f.log.Debug("the plugin's working half is back", "pid", b.pid)
+			f.log.Debug("the plugin's working half has been restarted", "pid", b.pid)
 			return b
 		}
 		if failed < patientBirths {
 			continue
 		}
 		f.mu.Lock()
-		f.failure = fmt.Errorf("the plugin's working half does not start: %w", err)
+		f.failure = fmt.Errorf("the plugin's working half cannot be started: %w", err)
 		f.mu.Unlock()
-		f.log.Error("the plugin's working half does not start; no worker is made until it does", "error", err, "attempt", failed,
+		f.log.Error("cannot start the plugin's working half; no workers are created until it starts", "error", err, "attempt", failed,
 			"again_in", pause.String())
 		if !f.sleep(pause) {
 			return nil
 		}
-		// Jittered: the plugins of several pools fail for one reason.
+		// Jitter, because the plugins of several pools fail for the same reason at the same time.
 		pause = min(2*pause, maxRebirth) - rand.N(pause/4)
 	}
 }
 
-// sleep waits, unless the plugin is ending.
+// sleep waits, and reports false if the plugin is ending.
 func (f *front) sleep(d time.Duration) bool {
 	select {
 	case <-f.closed:
@@ -207,17 +207,17 @@ func (f *front) isClosing() bool {
 	}
 }
 
-// replace has another back take over because plan or binary changed. The new one is asked first whether it could; where it could not,
-// the former one stays. The change comes at a moment when no worker is being made, so that none is lost to it.
+// replace starts another back because the plan or the binary has changed. It first asks a trial back whether it could take over; if
+// not, the old one stays. It waits until no worker is being created, so that none is lost.
 func (f *front) replace(old *back, what string) *back {
 	ctx, cancel := context.WithTimeout(context.Background(), quietTimeout+birthTimeout)
 	defer cancel()
 	if err := f.tryOut(ctx); err != nil {
-		f.log.Error("what changed cannot be used; the plugin goes on with what it has", "changed", what, "error", err)
+		f.log.Error("cannot use the new version; the plugin continues with the old one", "changed", what, "error", err)
 		return nil
 	}
 	if !f.waitQuiet(ctx, old) {
-		return nil // it died meanwhile, or the plugin is ending: the supervisor sees to that
+		return nil // it died meanwhile, or the plugin is ending: supervise handles that
 	}
 	f.life.Lock()
 	defer f.life.Unlock()
@@ -226,17 +226,17 @@ func (f *front) replace(old *back, what string) *back {
 	}
 	f.unset(old)
 	if err := old.call(ctx, "Shutdown", ShutdownArgs{endTimeout}, &struct{}{}); err != nil {
-		f.log.Debug("the plugin's former working half", "error", err)
+		f.log.Debug("shutting down the plugin's former working half", "error", err)
 	}
 	old.end(ctx)
 	b := f.rebirth()
 	if b != nil {
-		f.log.Info("the plugin's working half is replaced", "changed", what)
+		f.log.Info("replaced the plugin's working half", "changed", what)
 	}
 	return b
 }
 
-// tryOut asks a second back whether plan and settings would do. It takes nothing from the first.
+// tryOut asks a second back whether it could start with the plan and the settings. It does not affect the first.
 func (f *front) tryOut(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, birthTimeout)
 	defer cancel()
@@ -248,7 +248,7 @@ func (f *front) tryOut(ctx context.Context) error {
 	return b.call(ctx, "Check", InitArgs{f.config, f.settings}, &struct{}{})
 }
 
-// waitQuiet waits until a back makes no worker, for quietTimeout at most.
+// waitQuiet waits until a back creates no workers, for quietTimeout at most.
 func (f *front) waitQuiet(ctx context.Context, b *back) bool {
 	for deadline := time.Now().Add(quietTimeout); time.Now().Before(deadline); {
 		var creating int
@@ -265,8 +265,8 @@ func (f *front) waitQuiet(ctx context.Context, b *back) bool {
 	return true
 }
 
-// do calls the back, and calls the next one where that one dies meanwhile: all calls may be made twice. While none can be started it
-// takes its time to say so, since the runner asks, and logs, several times a second.
+// do calls the back, and the next one if that one dies meanwhile: all calls may be repeated. While no back can be started, it
+// waits before it returns the error, since the runner calls, and logs, several times a second.
 func (f *front) do(ctx context.Context, method string, args, reply any) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, callPatience, errors.New("the plugin's working half is being started again"))
 	defer cancel()
@@ -281,7 +281,7 @@ func (f *front) do(ctx context.Context, method string, args, reply any) error {
 			if err := b.call(ctx, method, args, reply); !errors.Is(err, errBackGone) {
 				return err
 			}
-			// The supervisor notices it in a moment, too.
+			// supervise will notice it in a moment, too.
 			select {
 			case <-b.gone:
 			case <-ctx.Done():
@@ -302,7 +302,7 @@ func (f *front) do(ctx context.Context, method string, args, reply any) error {
 	}
 }
 
-// Update shows every worker, once: what a back that died has shown already is forgotten.
+// Update reports every worker once: an answer that a dying back had begun is dropped.
 func (f *front) Update(ctx context.Context, fn func(id string, state provider.State)) error {
 	var all []ShownWorker
 	if err := f.do(ctx, "Update", struct{}{}, &all); err != nil {
@@ -314,7 +314,7 @@ func (f *front) Update(ctx context.Context, fn func(id string, state provider.St
 	return nil
 }
 
-// Increase asks for n workers. Those that a back has begun to make before it died are removed by the next.
+// Increase asks for n workers. If a back dies before it answers, the next one removes the workers that it began.
 func (f *front) Increase(ctx context.Context, n int) (int, error) {
 	var made int
 	err := f.do(ctx, "Increase", n, &made)
@@ -328,14 +328,14 @@ func (f *front) Decrease(ctx context.Context, ids []string) ([]string, error) {
 	return removed, err
 }
 
-// ConnectInfo is how to reach a worker.
+// ConnectInfo returns how to reach a worker.
 func (f *front) ConnectInfo(ctx context.Context, id string) (provider.ConnectInfo, error) {
 	var info provider.ConnectInfo
 	err := f.do(ctx, "ConnectInfo", id, &info)
 	return info, err
 }
 
-// Heartbeat fails where a worker is not running.
+// Heartbeat returns an error if a worker is not running.
 func (f *front) Heartbeat(ctx context.Context, id string) error {
 	return f.do(ctx, "Heartbeat", id, &struct{}{})
 }
@@ -350,7 +350,7 @@ func (f *front) Resume(context.Context, []string) ([]string, error) {
 	return nil, provider.ErrSuspendResumeNotSupported
 }
 
-// Shutdown ends the back in order. It may be called again.
+// Shutdown shuts the back down. It is idempotent.
 func (f *front) Shutdown(ctx context.Context) error {
 	f.mu.Lock()
 	b := f.back
@@ -359,7 +359,7 @@ func (f *front) Shutdown(ctx context.Context) error {
 	f.life.Lock()
 	defer f.life.Unlock()
 	if f.log == nil {
-		return nil // Init has not been there, or failed
+		return nil // Init was not called, or failed
 	}
 	var err error
 	if b != nil {
@@ -368,7 +368,7 @@ func (f *front) Shutdown(ctx context.Context) error {
 			left = time.Until(d)
 		}
 		if err = b.call(ctx, "Shutdown", ShutdownArgs{left}, &struct{}{}); errors.Is(err, errBackGone) {
-			err = nil // what it left is the next plugin's
+			err = nil // the next plugin cleans up what it left
 		}
 		b.end(ctx)
 	}
@@ -380,7 +380,7 @@ func (f *front) Shutdown(ctx context.Context) error {
 	return err
 }
 
-// endOnce ends the plugin and returns the exit code.
+// endOnce shuts the plugin down and returns the exit code.
 func (f *front) endOnce(reason string) int {
 	ctx, cancel := context.WithTimeout(context.Background(), endTimeout)
 	defer cancel()

@@ -347,17 +347,17 @@ func TestPlanChanges(t *testing.T) {
 	if err := os.WriteFile(h.path, []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "the log names what is wrong", func() bool { return strings.Contains(h.log.String(), "what changed cannot be used") })
-	if after := running(t, g); !slices.Equal(after, before) || backPID(t) != back && !strings.Contains(h.log.String(), "goes on with what it has") {
+	waitFor(t, "the log names what is wrong", func() bool { return strings.Contains(h.log.String(), "cannot use the new version") })
+	if after := running(t, g); !slices.Equal(after, before) || backPID(t) != back && !strings.Contains(h.log.String(), "continues with the old one") {
 		t.Errorf("running %v, before %v", after, before)
 	}
 	if err := os.WriteFile(h.path, good, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "the good one is taken again", func() bool { return strings.Contains(h.log.String(), "working half is replaced") })
+	waitFor(t, "the good one is taken again", func() bool { return strings.Contains(h.log.String(), "replaced the plugin's working half") })
 	h.rewrite(func(p *plan.Plan) { p.Pools[0].Memory *= 2 })
 	waitFor(t, "the changed plan is taken", func() bool {
-		return strings.Count(h.log.String(), "working half is replaced") == 2
+		return strings.Count(h.log.String(), "replaced the plugin's working half") == 2
 	})
 	if after := running(t, g); !slices.Equal(after, before) || frontPID(t) != front {
 		t.Errorf("running %v, before %v; front %d, before %d", after, before, frontPID(t), front)
@@ -384,7 +384,7 @@ func TestBackDoesNotStart(t *testing.T) {
 	killBack(t)
 	waitFor(t, "calls fail with the reason", func() bool {
 		err := g.Update(t.Context(), func(string, provider.State) {})
-		return err != nil && strings.Contains(err.Error(), "does not start") && strings.Contains(err.Error(), h.path)
+		return err != nil && strings.Contains(err.Error(), "cannot be started") && strings.Contains(err.Error(), h.path)
 	})
 	if err := os.WriteFile(h.path, good, 0o600); err != nil {
 		t.Fatal(err)
@@ -435,7 +435,7 @@ func TestBinaryChanges(t *testing.T) {
 	if err := errors.Join(os.Symlink("v2", link+".new"), os.Rename(link+".new", link)); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "the new program runs", func() bool { return strings.Contains(h.log.String(), "working half is replaced") })
+	waitFor(t, "the new program runs", func() bool { return strings.Contains(h.log.String(), "replaced the plugin's working half") })
 	exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", backPID(t)))
 	if err != nil || filepath.Base(exe) != "v2" {
 		t.Errorf("the back runs %s, %v", exe, err)

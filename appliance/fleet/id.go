@@ -11,10 +11,10 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// idSource makes the names of workers: POOL-TIMERANDOM, a DNS label (it is the host's name inside) of at most
-// 29 bytes (it is part of a socket's path). Names of one pool sort by age. One is never given twice, also not by a
-// later process: the time goes on by at least a millisecond from name to name, and 30 random bits
-// stand against a clock that was set back.
+// idSource generates worker names: POOL-TIMERANDOM, a DNS label (it is the guest's host name) of at most
+// 29 bytes (it is part of a socket's path). The names of a pool sort by age, and are never reused, not even by
+// a later process: the time in them advances by at least a millisecond per name, and 30 random bits
+// cover a clock that was set back.
 type idSource struct {
 	mu   sync.Mutex
 	pool string
@@ -22,10 +22,10 @@ type idSource struct {
 	now  func() time.Time
 }
 
-// maxPoolLabel is how much of the pool's name is in a worker's.
+// maxPoolLabel is how many bytes of the pool's name go into a worker's.
 const maxPoolLabel = 12
 
-// encoding has digits before letters, in order, and no upper case.
+// encoding keeps the order of the numbers: digits before letters, all lower case.
 var encoding = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
 
 var idForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,11})-[0-9a-z]{16}$`)
@@ -39,10 +39,10 @@ func (s *idSource) next() string {
 	s.last = max(s.last+1, s.now().UnixMilli())
 	t := s.last
 	s.mu.Unlock()
-	// 50 bits of milliseconds last for 35,000 years and are ten characters, 30 bits of chance are six.
+	// 50 bits of milliseconds last for 35,000 years and make ten characters; 30 random bits make six.
 	var b [8]byte
 	var random [4]byte
-	rand.Read(random[:]) // never fails: it ends the process instead
+	rand.Read(random[:]) // cannot fail: it would end the process
 	binary.BigEndian.PutUint64(b[:], uint64(t)<<14)
 	return s.pool + "-" + encoding.EncodeToString(b[:])[:10] + encoding.EncodeToString(random[:])[:6]
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/image"
 )
 
-// newSlog is fleeting's logger for the packages that speak slog.
+// newSlog adapts fleeting's logger for packages that use slog.
 func newSlog(log hclog.Logger) *slog.Logger { return slog.New(hclogHandler{log: log}) }
 
 type hclogHandler struct {
@@ -48,7 +48,7 @@ func (h hclogHandler) WithGroup(name string) slog.Handler {
 func (h hclogHandler) append(args []any, a slog.Attr) []any {
 	value := a.Value.Resolve()
 	if value.Kind() == slog.KindDuration {
-		// Through hclog's JSON, which is how a plugin's log reaches the runner, it would be a number of nanoseconds.
+		// hclog's JSON, which carries a plugin's log to the runner, would turn it into a number of nanoseconds.
 		return append(args, h.prefix+a.Key, value.Duration().String())
 	}
 	return append(args, h.prefix+a.Key, value.Any())
@@ -68,8 +68,8 @@ func hclogLevel(l slog.Level) hclog.Level {
 	return hclog.Error
 }
 
-// progressLog writes the making of an image to the log: a line for the beginning and one for the end of
-// each phase, the output of steps as debug lines.
+// progressLog logs how an image is made: a line for the beginning and the end of each phase, and the output of
+// steps as debug lines.
 type progressLog struct {
 	log hclog.Logger
 

@@ -9,13 +9,13 @@ import (
 	"time"
 )
 
-// After a worker could not start, the next is tried after minPause, then after twice as long each time, up to maxPause.
+// When a worker cannot start, the next one is tried after minPause, then after twice as long each time, up to maxPause.
 const (
 	minPause = time.Second
 	maxPause = 5 * time.Minute
 )
 
-// startError is a step of a worker's start that failed.
+// startError is an error of a step of a worker's start.
 type startError struct {
 	step string
 	err  error
@@ -24,36 +24,36 @@ type startError struct {
 func (e *startError) Error() string { return e.step + ": " + e.err.Error() }
 func (e *startError) Unwrap() error { return e.err }
 
-// pacer keeps workers from failing one after the other for one reason. While there is a reason to think that the next one fails too,
-// they stand in line, shown as creating; one at a time is let through to try, later and later. One that starts lets all of them go.
+// pacer keeps workers from failing one after another for the same reason. After a failure, workers wait, reported as creating, while
+// one at a time is tried at growing intervals. Once one starts, all of them may.
 type pacer struct {
-	least  time.Duration // the first pause
+	least  time.Duration // the initial pause
 	now    func() time.Time
 	jitter func(time.Duration) time.Duration
 
 	mu      sync.Mutex
 	reasons map[string]*failing
 	trying  bool
-	changed chan struct{} // closed at each change
+	changed chan struct{} // closed and replaced at each change
 }
 
-// failing is a reason for which workers could not start.
+// failing is a reason why workers cannot start.
 type failing struct {
-	times int // in a row, at most one in each interval
+	times int // in a row, counted at most once per interval
 	until time.Time
 }
 
 func newPacer() *pacer {
 	return &pacer{
 		least: minPause, now: time.Now,
-		// A fifth more or less: the pools of a host fail for the same reason at the same time.
+		// 20 % more or less: the pools of a host fail for the same reason at the same time.
 		jitter:  func(d time.Duration) time.Duration { return d - d/5 + rand.N(2*d/5+1) },
 		reasons: map[string]*failing{}, changed: make(chan struct{}),
 	}
 }
 
-// wait returns when a worker may try to start. first says that it is the one that tries for all in line: the caller must call ended
-// for it, whatever becomes of it.
+// wait returns when a worker may try to start. first means that it tries on behalf of all waiting workers: the caller must then call
+// ended for it in any case.
 func (p *pacer) wait(ctx context.Context) (first bool, err error) {
 	for {
 		p.mu.Lock()
@@ -79,7 +79,7 @@ func (p *pacer) wait(ctx context.Context) (first bool, err error) {
 	}
 }
 
-// left is how long nobody is to try; the caller holds mu.
+// left returns how long nobody may try; the caller holds mu.
 func (p *pacer) left() time.Duration {
 	var left time.Duration
 	for _, f := range p.reasons {
@@ -88,15 +88,15 @@ func (p *pacer) left() time.Duration {
 	return left
 }
 
-// verdict is what a failure means for the next worker.
+// verdict says how to treat a failure.
 type verdict struct {
-	news  bool // the first of its reason in this interval: worth a line in the log
+	news  bool // the first for its reason in this interval, to be logged
 	times int
 	pause time.Duration
 }
 
-// ended takes the outcome of a worker that wait has let through: it has started, or could not for a reason, or, with reason "", was
-// deleted before that showed.
+// ended records the outcome of a worker that wait has admitted: that it started, or the reason why it could not. reason is "" if it was
+// deleted before that was known.
 func (p *pacer) ended(first, started bool, reason string) verdict {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -119,7 +119,7 @@ func (p *pacer) ended(first, started bool, reason string) verdict {
 		f = &failing{}
 		p.reasons[reason] = f
 	}
-	if left := f.until.Sub(p.now()); left > 0 { // it began before the one that is known already
+	if left := f.until.Sub(p.now()); left > 0 { // it began before the failure that is already known
 		return verdict{times: f.times, pause: left}
 	}
 	pause := maxPause
@@ -134,7 +134,7 @@ func (p *pacer) ended(first, started bool, reason string) verdict {
 
 var digits = regexp.MustCompile(`[0-9]+`)
 
-// reasonOf is why a worker could not start, without what is only this worker's: its id, link, addresses and numbers.
+// reasonOf returns why a worker could not start, without the details of this worker: its id, link, addresses and numbers.
 func reasonOf(w *worker, e *startError) string {
 	text := e.Error()
 	names := []string{w.id, "ID"}
@@ -147,12 +147,12 @@ func reasonOf(w *worker, e *startError) string {
 	return digits.ReplaceAllString(strings.NewReplacer(names...).Replace(text), "#")
 }
 
-// failed tells the pacer of a worker that could not start, and logs it once for each reason and interval.
+// failed tells the pacer about a worker that could not start, and logs it once per reason and interval.
 func (g *Group) failed(w *worker, e *startError) {
 	v := g.pace.ended(w.first, false, reasonOf(w, e))
 	args := []any{"worker", w.id, "step", e.step, "error", oneLine(e.err), "age_ms", ms(w.created)}
 	if !v.news {
-		g.log.Debug("worker could not start, for a known reason", args...)
+		g.log.Debug("worker could not start for a known reason", args...)
 		return
 	}
 	args = append(args, "failures", v.times, "next_try_in", v.pause.Round(time.Millisecond).String())

@@ -15,8 +15,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/image"
 )
 
-// waitReady waits until a worker takes jobs: its guest part says so, or, in an image without
-// one, its user can log in with the worker's key.
+// waitReady waits until a worker accepts jobs: until its guest part says that it is ready or, in an image without
+// one, until its user can log in with the worker's key.
 func waitReady(ctx context.Context, g *Group, w *worker, sealed *image.Sealed) error {
 	if !sealed.Guest {
 		return waitSSH(ctx, net.JoinHostPort(w.slot.Address.String(), strconv.Itoa(g.sshPort())), g.user(), w.key)
@@ -33,13 +33,13 @@ func (g *Group) sshPort() int {
 	return provider.DefaultProtocolPorts[provider.ProtocolSSH]
 }
 
-// sshPause is between two attempts to log in, sshPatience how long one may take.
+// sshPause is the time between two login attempts, sshPatience the time limit of each.
 const (
 	sshPause    = 200 * time.Millisecond
 	sshPatience = 10 * time.Second
 )
 
-// waitSSH logs in until it works: an open port, or sshd's banner, would be there before the user's key is.
+// waitSSH tries to log in until it succeeds. An open port or sshd's banner is not enough: both come before the user's key.
 func waitSSH(ctx context.Context, addr, user string, key []byte) error {
 	signer, err := ssh.ParsePrivateKey(key)
 	if err != nil {
@@ -48,7 +48,7 @@ func waitSSH(ctx context.Context, addr, user string, key []byte) error {
 	cfg := &ssh.ClientConfig{
 		User: user,
 		Auth: []ssh.AuthMethod{ssh.PublicKeys(signer)},
-		// The guest makes its host key at boot. What stands for it is the TAP: nothing else can answer at the address.
+		// The guest generates its host key at boot. The TAP vouches for it: no other machine can answer at this address.
 		HostKeyCallback: ssh.InsecureIgnoreHostKey(),
 	}
 	for {
@@ -72,7 +72,7 @@ func tryLogin(ctx context.Context, addr string, cfg *ssh.ClientConfig) error {
 	if err != nil {
 		return err
 	}
-	// The handshake knows no context: its end closes the connection.
+	// The handshake takes no context, so the end of ctx closes the connection.
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	c, chans, reqs, err := ssh.NewClientConn(conn, addr, cfg)

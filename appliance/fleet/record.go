@@ -13,7 +13,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// record is what a plugin has to know of a worker that an earlier one started. It holds no secret.
+// record tells a plugin about a worker that an earlier one started. It holds no secret.
 type record struct {
 	Version int        `json:"version"`
 	ID      string     `json:"id"`
@@ -25,7 +25,7 @@ type record struct {
 	Driver  string     `json:"driver"`
 	Image   string     `json:"image,omitempty"` // the sealed image's digest
 	Created time.Time  `json:"created"`
-	Ready   bool       `json:"ready"` // jobs may come
+	Ready   bool       `json:"ready"` // the worker accepts jobs
 }
 
 const (
@@ -33,9 +33,9 @@ const (
 	maxRecord     = 64 << 10 // bytes
 )
 
-// writeRecord writes a worker's record; sealed is nil until it is ready. The first one must not be there yet, a
-// later one replaces it in one step, so that a process that dies here leaves one or the other. It is not
-// flushed to the disk: see the package's comment.
+// writeRecord writes a worker's record; sealed is nil until the worker is ready. The first record must not exist yet; the
+// second replaces it atomically, so that a crash leaves one or the other. Records are not flushed to
+// disk: see the package's comment.
 func (g *Group) writeRecord(w *worker, sealed *image.Sealed) error {
 	r := record{
 		Version: recordVersion, ID: w.id, Pool: g.pool.Name,
@@ -69,7 +69,7 @@ func (g *Group) writeRecord(w *worker, sealed *image.Sealed) error {
 	return nil
 }
 
-// removeRecord removes a record, and what a writeRecord that was cut short left of one.
+// removeRecord removes a record, and the temporary file of an interrupted writeRecord.
 func (g *Group) removeRecord(id string) error {
 	for _, path := range []string{g.recordPath(id) + ".new", g.recordPath(id)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -94,23 +94,23 @@ func readRecord(path string) (record, error) {
 		return r, fmt.Errorf("%s: %w", path, err)
 	}
 	if r.Version != recordVersion {
-		return r, fmt.Errorf("%s: it has version %d, and this fleetingd writes %d", path, r.Version, recordVersion)
+		return r, fmt.Errorf("%s: it has version %d, but this fleetingd writes version %d", path, r.Version, recordVersion)
 	}
 	return r, nil
 }
 
-// slotOf is the slot of the pool that a record speaks of. Another Plan may have given it away.
+// slotOf returns the slot that a record names. With another Plan, the slot may belong to another pool.
 func (g *Group) slotOf(r record) (plan.Slot, error) {
 	for _, s := range g.plan.PoolSlots(g.pool) {
 		if s.Index != r.Slot {
 			continue
 		}
 		if s.TAP != r.TAP || s.Address != r.Address {
-			return s, fmt.Errorf("the plan has changed: slot %d was %s (%s) and is %s (%s) now",
+			return s, fmt.Errorf("the plan has changed: slot %d was %s (%s) and now is %s (%s)",
 				s.Index, r.TAP, r.Address, s.TAP, s.Address)
 		}
 		return s, nil
 	}
 	return plan.Slot{Index: -1, TAP: r.TAP, Address: r.Address},
-		fmt.Errorf("the plan has changed: slot %d is not one of pool %q any more", r.Slot, g.pool.Name)
+		fmt.Errorf("the plan has changed: slot %d no longer belongs to pool %q", r.Slot, g.pool.Name)
 }

@@ -17,11 +17,11 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// adoptTimeout is how long one VMM may take to answer a plugin that adopts it.
+// adoptTimeout is how long one VMM may take to answer the plugin that adopts it.
 const adoptTimeout = 10 * time.Second
 
-// recover goes through the records of an earlier process: a worker that is ready and whose VM is alive is adopted, any
-// other is removed, in the background. Then all slots that nobody holds are free.
+// recover handles the records of an earlier process: it adopts workers that are ready and whose VM is alive, and removes all
+// others in the background. Afterwards every slot without a worker is free.
 func (g *Group) recover(ctx context.Context) error {
 	ids, err := g.recorded()
 	if err != nil {
@@ -45,7 +45,7 @@ func (g *Group) recover(ctx context.Context) error {
 			g.busy[w.slot.Index]++
 		}
 		if why[i] == nil && g.busy[w.slot.Index] > 1 {
-			why[i] = fmt.Errorf("slot %d is held by two records", w.slot.Index)
+			why[i] = fmt.Errorf("two records claim slot %d", w.slot.Index)
 		}
 		if why[i] != nil {
 			w.state = provider.StateDeleting
@@ -56,7 +56,7 @@ func (g *Group) recover(ctx context.Context) error {
 			g.free = append(g.free, s)
 		}
 	}
-	// Not before all is counted: a worker that is removed gives its slot back.
+	// Only after all slots are counted, because removing a worker frees its slot.
 	for i, w := range found {
 		if !g.register(w) {
 			return errShutdown
@@ -67,18 +67,18 @@ func (g *Group) recover(ctx context.Context) error {
 	return nil
 }
 
-// liveAgain leads a worker of an earlier process: why is nil where it was adopted.
+// liveAgain continues the life of a recorded worker. why is the reason to remove it, or nil if it was adopted.
 func (g *Group) liveAgain(w *worker, why error) {
 	defer g.wg.Done()
 	if why != nil {
-		g.end(w, fmt.Errorf("left by an earlier process: %w", why))
+		g.end(w, fmt.Errorf("left behind by an earlier process: %w", why))
 		return
 	}
 	g.log.Debug("adopted worker", "worker", w.id, "pid", w.vm.PID(), "address", w.slot.Address.String())
 	g.watch(w)
 }
 
-// recorded are the ids of all records of the pool.
+// recorded returns the ids of all records of the pool.
 func (g *Group) recorded() ([]string, error) {
 	dir := filepath.Dir(g.recordPath("x"))
 	entries, err := os.ReadDir(dir)
@@ -91,9 +91,9 @@ func (g *Group) recorded() ([]string, error) {
 		id, isRecord := strings.CutSuffix(name, ".json")
 		switch {
 		case !isRecord || !idForm.MatchString(id):
-			g.log.Debug("not a worker's record; left alone", "path", filepath.Join(dir, e.Name()))
+			g.log.Debug("ignoring a file that is not a worker's record", "path", filepath.Join(dir, e.Name()))
 		case name != e.Name():
-			// The process died between writing and renaming it: the older record counts.
+			// The process died between writing and renaming it, so the older record is valid.
 			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
 				return nil, err
 			}
@@ -104,7 +104,7 @@ func (g *Group) recorded() ([]string, error) {
 	return ids, nil
 }
 
-// adopt is the worker of a record, and why it cannot be used.
+// adopt returns the worker of a record, with an error if it cannot be used.
 func (g *Group) adopt(ctx context.Context, id string) (*worker, error) {
 	w := g.newWorker(id, plan.Slot{Index: -1})
 	r, err := readRecord(g.recordPath(id))
@@ -121,17 +121,17 @@ func (g *Group) adopt(ctx context.Context, id string) (*worker, error) {
 			w.driver = g.driver
 			return w, fmt.Errorf("it was started with %s: %w", r.Driver, err)
 		}
-		return w, fmt.Errorf("it was started with %s, and the plan says %s now", r.Driver, g.driver.Name())
+		return w, fmt.Errorf("it was started with %s, but the plan now says %s", r.Driver, g.driver.Name())
 	}
 	switch {
 	case errSlot != nil:
 		return w, errSlot
 	case r.ID != id || r.Pool != g.pool.Name:
-		return w, errors.New("its record is another worker's")
+		return w, errors.New("its record belongs to another worker")
 	case !r.Ready:
 		return w, errUnfinished
 	case r.User != g.image.User:
-		return w, fmt.Errorf("its user is %q, and the plan says %q now", r.User, g.image.User)
+		return w, fmt.Errorf("its user is %q, but the plan now says %q", r.User, g.image.User)
 	}
 	if w.key, err = os.ReadFile(g.keyPath(id)); err != nil {
 		return w, fmt.Errorf("its key: %w", err)
@@ -152,8 +152,8 @@ func (g *Group) adopt(ctx context.Context, id string) (*worker, error) {
 	return w, nil
 }
 
-// removeStrayClones removes the clones that no record speaks of. They are there after a power cut, which takes the last
-// records with it. The folder is the pool's own, and no other process works in it while this one holds the pool.
+// removeStrayClones removes clones without a record, which a power cut leaves behind because records are not flushed.
+// The folder belongs to this pool, and no other process uses it while this one holds the pool's lock.
 func (g *Group) removeStrayClones(recorded []string) {
 	dir := filepath.Dir(g.cloneDir("x"))
 	known := map[string]bool{}
@@ -162,7 +162,7 @@ func (g *Group) removeStrayClones(recorded []string) {
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		g.log.Warn("look for clones that nobody uses", "error", err)
+		g.log.Warn("cannot look for stray clones", "error", err)
 		return
 	}
 	for _, e := range entries {
@@ -173,9 +173,9 @@ func (g *Group) removeStrayClones(recorded []string) {
 			continue
 		}
 		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
-			g.log.Warn("remove a clone that nobody uses", "error", err)
+			g.log.Warn("cannot remove a stray clone", "error", err)
 			continue
 		}
-		g.log.Info("removed a clone that no record speaks of", "path", filepath.Join(dir, e.Name()))
+		g.log.Info("removed a clone without a record", "path", filepath.Join(dir, e.Name()))
 	}
 }

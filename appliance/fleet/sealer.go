@@ -14,30 +14,30 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/image"
 )
 
-// A failed image is made again after minBackoff, then after twice as long each time, up to maxBackoff.
+// A failed build is repeated after minBackoff, then after twice as long each time, up to maxBackoff.
 const (
 	minBackoff = 5 * time.Second
 	maxBackoff = 5 * time.Minute
 )
 
-// sealer gives the sealed image to all workers that wait for it, and makes it once for all
-// of them. It is not tied to any of them: a prebuild goes on when its worker is given up.
+// sealer provides the sealed image to all workers that wait for it, and builds it once for all
+// of them. A build does not depend on any one worker: it continues when the worker that asked for it is gone.
 type sealer struct {
 	log     hclog.Logger
 	image   string
 	ensure  func() (*image.Sealed, error)
-	stop    <-chan struct{} // the Group ends
-	start   func(func())    // runs a function that the Group waits for when it ends
-	backoff time.Duration   // the first; tests make it short
+	stop    <-chan struct{} // closed when the Group ends
+	start   func(func())    // runs a function in the background; the Group waits for it when it ends
+	backoff time.Duration   // the initial one; tests shorten it
 
 	mu  sync.Mutex
-	now *making // nil: nobody has asked since the last was made
+	now *making // nil if no build is in progress
 }
 
-// making is one image on its way, through as many attempts as it takes.
+// making is one build of an image, with as many attempts as it takes.
 type making struct {
 	done   chan struct{} // closed when sealed or err is set
-	failed chan struct{} // closed when the first attempt has failed
+	failed chan struct{} // closed once the first attempt has failed
 	sealed *image.Sealed
 	err    error
 
@@ -45,8 +45,8 @@ type making struct {
 	last error // of the last attempt
 }
 
-// get waits for the image. While it is being made there is no limit, since a prebuild has
-// one of its own; once an attempt has failed, get waits for patience and no longer.
+// get waits for the image. The first attempt is not limited, because a prebuild has its own
+// time limit; once an attempt has failed, get waits no longer than patience.
 func (s *sealer) get(ctx context.Context, patience time.Duration) (*image.Sealed, error) {
 	s.mu.Lock()
 	m := s.now
@@ -73,11 +73,11 @@ func (s *sealer) get(ctx context.Context, patience time.Duration) (*image.Sealed
 	case <-t.C:
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		return nil, fmt.Errorf("%w: there is no image %q after %s: %w", errStartTimeout, s.image, patience, m.last)
+		return nil, fmt.Errorf("%w: image %q is not available after %s: %w", errStartTimeout, s.image, patience, m.last)
 	}
 }
 
-// make tries until there is an image or the Group ends.
+// make tries until the image is built or the Group ends.
 func (s *sealer) make(m *making) {
 	pause := s.backoff
 	for attempt := 1; ; attempt++ {
@@ -115,12 +115,12 @@ func (s *sealer) make(m *making) {
 	}
 }
 
-// report says why there is no image, with the step of the prebuild that failed and the end of its output.
+// report logs why the build failed, with the failed step of the prebuild and the end of its output.
 func (s *sealer) report(err error, attempt int, pause time.Duration) {
 	args := []any{"image", s.image, "error", oneLine(err), "attempt", attempt, "again_in", pause.String()}
 	var step *guest.StepError
 	if errors.As(err, &step) {
 		args = append(args, "step", step.Step, "exit_code", step.Code, "output", strings.Join(step.Tail, "\n"))
 	}
-	s.log.Error("the image was not made; workers wait for it", args...)
+	s.log.Error("building the image failed; workers wait for it", args...)
 }

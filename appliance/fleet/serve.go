@@ -13,12 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// endTimeout is how long a plugin that was told to end, or lost its parent, may clean up.
+// endTimeout is how long a plugin may clean up after it was told to end, or has lost its parent.
 const endTimeout = time.Minute
 
-// Serve is the plugin's main function, of both of its halves (see front.go). It serves to the process that started this one, or
-// answers `version` and `bootstrap`. It returns when that process is done with it. When that process dies without a
-// word, and at SIGTERM, it ends this one in order: see Shutdown. go-plugin itself ignores SIGINT.
+// Serve is the main function of both halves of the plugin (see front.go). It serves the process that started this one, or
+// answers `version` and `bootstrap`. It returns when that process is done with it. At SIGTERM, or when that process dies,
+// it shuts the plugin down first: see Shutdown. go-plugin itself ignores SIGINT.
 func Serve(g *Group, v plugin.VersionInfo) {
 	if os.Getenv(backVariable) != "" {
 		os.Exit(serveBack(g))
@@ -35,9 +35,9 @@ func Serve(g *Group, v plugin.VersionInfo) {
 	}
 	defer os.RemoveAll(hidden)
 	f := newFront(g.UnmarshalJSON, l.launch)
-	// Caught and not ignored, since an ignored signal stays so in what is started. A write to the log
-	// of a parent that is gone must not end the cleaning up (SIGPIPE); a service manager may send the runner's
-	// SIGQUIT, which lets its jobs end, to all of its processes; and SIGHUP has the runner read its config
+	// Caught, not ignored, since children inherit ignored signals. SIGPIPE: a write to the log of a
+	// parent that is gone must not end the cleanup. SIGQUIT: a service manager may send it to all processes of the
+	// runner, which lets its jobs end at that signal. SIGHUP makes the runner read its configuration
 	// again.
 	caught := make(chan os.Signal, 1)
 	signal.Notify(caught, unix.SIGPIPE, unix.SIGQUIT, unix.SIGHUP)
@@ -54,7 +54,7 @@ func Serve(g *Group, v plugin.VersionInfo) {
 		select {
 		case <-term:
 		case <-orphaned:
-			reason = "the process that started the plugin is gone"
+			reason = "the process that started the plugin has ended"
 		}
 		code := f.endOnce(reason)
 		os.RemoveAll(hidden)
@@ -64,9 +64,9 @@ func Serve(g *Group, v plugin.VersionInfo) {
 	f.endOnce("done")
 }
 
-// hideSocket has go-plugin put the socket that the runner calls us by where nobody can find it: whoever connects to it may ask for
-// workers and for their keys, and a VMM that was taken over runs as the same user. go-plugin's own name for it could be guessed within
-// the hour.
+// hideSocket makes go-plugin put the runner's socket into a folder with a random name: whoever connects to it can ask for workers
+// and their keys, and a VMM that was taken over runs as the same user. The name that go-plugin chooses could be guessed within
+// an hour.
 func hideSocket() (dir string, err error) {
 	if dir, err = os.MkdirTemp("", "fleetingd-"+rand.Text()+"-"); err != nil {
 		return "", err
@@ -74,7 +74,7 @@ func hideSocket() (dir string, err error) {
 	return dir, os.Setenv("TMPDIR", dir)
 }
 
-// endOnce shuts the Group down and gives the exit code.
+// endOnce shuts the Group down and returns the exit code.
 func (g *Group) endOnce(reason string) int {
 	ctx, cancel := context.WithTimeout(context.Background(), endTimeout)
 	defer cancel()
@@ -85,12 +85,12 @@ func (g *Group) endOnce(reason string) int {
 	return 0
 }
 
-// parentGone is closed when the parent process has ended. GitLab Runner leaves its plugins orphaned, with no Shutdown
-// call, where its shutdown_timeout runs out. Two things tell it: the parent's pidfd, and
-// the pipe that the parent reads standard output from, which also shows a parent that was gone before the first look.
+// parentGone returns a channel that is closed when the parent process has ended. If its shutdown_timeout runs out, GitLab Runner
+// orphans its plugins without calling Shutdown. Two things show that: the parent's pidfd and the pipe from which the parent reads
+// standard output, which also shows a parent that ended before the pidfd was opened.
 func parentGone() <-chan struct{} {
 	gone := make(chan struct{})
-	fds := []unix.PollFd{{Fd: 1}} // POLLERR and POLLHUP need not be asked for
+	fds := []unix.PollFd{{Fd: 1}} // POLLERR and POLLHUP are always reported
 	parent := os.Getppid()
 	if fd, err := unix.PidfdOpen(parent, 0); err == nil && os.Getppid() == parent {
 		fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
@@ -106,8 +106,8 @@ func parentGone() <-chan struct{} {
 					close(gone)
 					return
 				case r != 0:
-					// Not open, or a terminal that hung up: it says nothing of the parent, and would be said
-					// again at once.
+					// Not open, or a terminal that hung up: it tells nothing about the parent, and poll would
+					// report it again and again.
 					fds[i].Fd = -1
 				}
 			}

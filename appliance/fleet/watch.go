@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// watchInterval is how often the front looks whether plan or binary changed. Tests look more often.
+// watchInterval is how often the front checks whether the plan or the binary has changed. Tests shorten it.
 var watchInterval = 2 * time.Second
 
-// fileStamp tells one content of a file from the next, as long as writers rename or touch it.
+// fileStamp identifies the content of a file, provided that writers rename or touch the file.
 type fileStamp struct {
 	dev, ino uint64
 	size     int64
@@ -30,14 +30,15 @@ func stampOf(path string) fileStamp {
 	return s
 }
 
-// watcher notices another plan or another binary. A change counts once it has stood for one look: a file may be written in steps.
+// watcher notices changes of the plan and the binary. A change counts once two looks in a row see the same file: it may be written in
+// steps.
 type watcher struct {
-	paths    map[string]string // what it is: path
+	paths    map[string]string // by "plan" or "binary"
 	accepted map[string]fileStamp
 	last     map[string]fileStamp
 }
 
-// newWatcher watches the plan, which may be "", and the program that we were called by.
+// newWatcher watches the plan, unless plan is "", and this program under the name that it was called by.
 func newWatcher(plan string) *watcher {
 	w := &watcher{paths: map[string]string{}}
 	if plan != "" {
@@ -50,7 +51,7 @@ func newWatcher(plan string) *watcher {
 	return w
 }
 
-// accept takes what a look has seen for what is in use.
+// accept records a look as the state in use.
 func (w *watcher) accept(seen map[string]fileStamp) { w.accepted, w.last = seen, seen }
 
 func (w *watcher) look() map[string]fileStamp {
@@ -61,8 +62,8 @@ func (w *watcher) look() map[string]fileStamp {
 	return now
 }
 
-// changed names what is another than was accepted, and the same as at the last look; "" for nothing. A file that is gone is no change:
-// the next one is on its way. seen is for accept: what changes after it is another change.
+// changed returns "binary" or "plan" if that differs from the accepted state and has not changed since the last look, or "". A missing
+// file is not a change: it is being replaced. seen is the look to accept.
 func (w *watcher) changed() (what string, seen map[string]fileStamp) {
 	now := w.look()
 	defer func() { w.last = now }()
@@ -75,7 +76,7 @@ func (w *watcher) changed() (what string, seen map[string]fileStamp) {
 	return "", now
 }
 
-// planPath is the plan that a plugin_config names, "" where it has the predecessor's keys.
+// planPath returns the plan that a plugin_config names, or "" if it has the predecessor's keys.
 func planPath(config []byte) string {
 	var c struct {
 		Plan string `json:"plan"`

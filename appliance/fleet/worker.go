@@ -14,7 +14,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// worker is one worker, from Increase until it is forgotten. One goroutine (live) leads it:
+// worker is one worker, from Increase until it is forgotten. One goroutine (live) drives it:
 //
 //	        Increase
 //	            │
@@ -25,35 +25,35 @@ import (
 //	            ▼                                            ▼
 //	        running ───── Decrease, the VMM exited ──────► deleting ──┬──► deleted
 //	            │                                            ▲        └──► timeout (no answer in time)
-//	            ▼ Shutdown: left alone, with its record      │
+//	            ▼ Shutdown: stays, with its record         │
 //	      (adopted by the next plugin as running, or ────────┘
-//	       removed where that is not possible)
+//	       removed if that is not possible)
 //
-// A slot is free again, and deleted or timeout are shown, when nothing of the worker is left and not before: both
-// make fleeting ask for the next one. There is no way back, and a worker is never tried twice: fleeting asks again.
+// A slot becomes free, and deleted or timeout is reported, only once nothing of the worker is left, because both make
+// fleeting ask for the next worker. A worker never goes back to an earlier state and is never retried: fleeting asks for another.
 type worker struct {
 	id      string
 	slot    plan.Slot
 	created time.Time
-	driver  vm.Driver // that its VM was started with
+	driver  vm.Driver // with which its VM was started
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 
-	first bool // it tries to start for all that stand in line (pacer); only live and what it calls look at it
+	first bool // it tries on behalf of the waiting workers (see pacer); only used by live and its callees
 
-	key []byte // private, PEM; never in a record or a log. Set before state is running, as is vm
+	key []byte // private, PEM; never in a record or a log. Set before state becomes running, like vm
 
 	// Guarded by Group.mu.
 	state  provider.State
-	image  string // digest of the image that it is made of; "" before that
+	image  string // digest of the image that it was cloned from; "" before that
 	err    error  // why it is not running
 	vm     vm.VM
 	gone   bool // state is final: deleted or timeout
-	shown  bool // Update has shown it
-	rounds int  // how often Update has shown it as gone
+	shown  bool // Update has reported it
+	rounds int  // how often Update has reported it as gone
 }
 
-// errUnfinished is a worker that an earlier process was making when it ended: that is no failure.
+// errUnfinished marks a worker that an earlier process was still creating when it ended. That is not a failure.
 var errUnfinished = errors.New("it was not ready yet")
 
 var errStartTimeout = errors.New("the worker was not ready in time")
@@ -74,7 +74,7 @@ func (g *Group) cloneDir(id string) string {
 	return filepath.Join(g.plan.Paths.Clones, g.pool.Name, id)
 }
 
-// live leads a new worker to its end.
+// live drives a new worker until its end.
 func (g *Group) live(w *worker) {
 	defer g.wg.Done()
 	if err := g.create(w); err != nil {
@@ -86,7 +86,7 @@ func (g *Group) live(w *worker) {
 	g.watch(w)
 }
 
-// watch waits for what ends a running worker.
+// watch waits for whatever ends a running worker.
 func (g *Group) watch(w *worker) {
 	select {
 	case <-w.vm.Done():
@@ -98,10 +98,10 @@ func (g *Group) watch(w *worker) {
 	}
 }
 
-// exited is why a VM that has ended did so.
+// exited returns the reason why a VM has ended.
 func exited(v vm.VM) error { return fmt.Errorf("its VM has ended: %w", v.Exit()) }
 
-// end removes a worker, as often as it takes, and frees its slot.
+// end removes a worker, trying as often as necessary, and frees its slot.
 func (g *Group) end(w *worker, why error) {
 	w.cancel(why)
 	g.mu.Lock()
@@ -123,7 +123,7 @@ func (g *Group) end(w *worker, why error) {
 	g.log.Info("worker removed", "worker", w.id, "state", string(final), "phase", "remove", "ms", ms(start))
 }
 
-// logEnd says why a worker ends, and lets those in line behind it know.
+// logEnd logs why a worker ends, and tells the pacer.
 func (g *Group) logEnd(w *worker, why error) {
 	if failed, ok := errors.AsType[*startError](why); ok {
 		g.failed(w, failed)
@@ -143,15 +143,15 @@ func (g *Group) logEnd(w *worker, why error) {
 	g.log.Error("worker failed; removing it", args...)
 }
 
-// teardownUntilDone retries a failed teardown until the Group ends; the record stays then, and the next
-// plugin goes on with it. The slot stays taken meanwhile: a second VM on its TAP would be worse than one place less.
+// teardownUntilDone retries a failed teardown until it succeeds or the Group ends. In that case the record stays, and the next
+// plugin continues. Meanwhile the slot stays in use: a second VM on its TAP would be worse than one worker less.
 func (g *Group) teardownUntilDone(w *worker) bool {
 	for pause := 100 * time.Millisecond; ; pause = min(2*pause, time.Minute) {
 		err := g.teardown(w)
 		if err == nil {
 			return true
 		}
-		g.log.Error("cannot remove worker yet; its slot stays taken",
+		g.log.Error("cannot remove worker yet; its slot stays in use",
 			"worker", w.id, "error", oneLine(err), "again_in", pause.String())
 		select {
 		case <-g.ctx.Done():
@@ -161,9 +161,9 @@ func (g *Group) teardownUntilDone(w *worker) bool {
 	}
 }
 
-// teardown undoes the steps of create in reverse. Each may have been done or not, by this process or an earlier
-// one; it goes by the worker's id alone, and doing it twice is as good as once. It stops where a step fails:
-// the record goes last.
+// teardown undoes the steps of create in reverse order, whether or not this or an earlier process has done them. It
+// depends only on the worker's id, and is idempotent. It stops at the first failure, because the record must be
+// removed last.
 func (g *Group) teardown(w *worker) error {
 	steps := []struct {
 		name string
@@ -183,7 +183,7 @@ func (g *Group) teardown(w *worker) error {
 	return nil
 }
 
-// killVM ends the worker's VM; where this process never knew it, it is looked for in the worker's folder.
+// killVM ends the worker's VM. If this process did not start it, killVM finds it through the worker's folder.
 func (g *Group) killVM(w *worker) error {
 	g.mu.Lock()
 	v := w.vm
@@ -192,7 +192,7 @@ func (g *Group) killVM(w *worker) error {
 		if _, err := os.Stat(g.vmDir(w.id)); errors.Is(err, os.ErrNotExist) {
 			return nil
 		}
-		// A plugin that ends has to end its VMs, too: not g.ctx.
+		// Not g.ctx: VMs must be killed during Shutdown, too.
 		ctx, cancel := context.WithTimeout(context.Background(), adoptTimeout)
 		defer cancel()
 		var err error
