@@ -10,14 +10,14 @@ import (
 	"time"
 )
 
-// acceptor takes the guest's connections on a Unix socket and keeps the newest until it is asked for. A
-// guest that connects without end costs two descriptors.
+// acceptor accepts the guest's connections on a Unix socket and keeps the newest until it is asked for. A
+// guest that connects over and over costs no more than two descriptors.
 type acceptor struct {
 	listener *net.UnixListener
 	newest   chan net.Conn // has room for one
 }
 
-// accept listens at path; what an ended process has left there is replaced.
+// accept listens at path, and replaces a socket that an ended process left there.
 func accept(path string) (*acceptor, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -38,16 +38,16 @@ func (a *acceptor) run() {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil { // no descriptor left, perhaps: it may get better
+		if err != nil { // perhaps out of descriptors, which may get better
 			time.Sleep(100 * time.Millisecond)
 			continue
 		}
 		a.drop()
-		a.newest <- conn // only this goroutine fills it
+		a.newest <- conn // does not block: only this goroutine sends
 	}
 }
 
-// drop closes the connection that nobody asked for.
+// drop closes a connection that was not asked for.
 func (a *acceptor) drop() {
 	select {
 	case conn := <-a.newest:

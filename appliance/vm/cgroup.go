@@ -15,23 +15,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroups makes one cgroup v2 a VMM, below the subtree that systemd has delegated to this process. A nil one, or one on
-// a host that has delegated none, makes none.
+// cgroups creates one cgroup v2 per VMM, below the subtree that systemd has delegated to this process. A nil *cgroups, or
+// one on a host without delegation, creates none.
 type cgroups struct {
 	log  *slog.Logger
-	root func() string // asked once; "" for none
-	warn sync.Once     // what of the limits could not be set
+	root func() string // computed once; "" without delegation
+	warn sync.Once     // for limits that could not be set
 }
 
-// controllers are what the limits need.
+// controllers are those that the limits need.
 var controllers = []string{"cpu", "memory", "io", "pids"}
 
 const cgroupMount = "/sys/fs/cgroup"
 
-// vmmMemory is what a VMM may use beside its guest's memory, for its own code and queues.
+// vmmMemory is what a VMM may use besides its guest's memory, in bytes, for its own code and queues.
 const vmmMemory = 256 << 20
 
-// vmmThreads bounds a VMM's threads: some for each vCPU and queue. QEMU takes up to 64 for disks.
+// vmmThreads limits a VMM's threads: some per vCPU and queue. QEMU uses up to 64 for disks.
 const vmmThreads = 512
 
 func newCgroups(log *slog.Logger) *cgroups {
@@ -39,7 +39,7 @@ func newCgroups(log *slog.Logger) *cgroups {
 	c.root = sync.OnceValue(func() string {
 		root, err := delegated(cgroupMount)
 		if err != nil {
-			log.Warn("VMs run without a cgroup each: limits of CPU and memory are not enforced by the kernel", "reason", err)
+			log.Warn("VMs run without cgroups: the kernel does not enforce limits on CPU and memory", "reason", err)
 			return ""
 		}
 		return root
@@ -47,8 +47,8 @@ func newCgroups(log *slog.Logger) *cgroups {
 	return c
 }
 
-// delegated finds the cgroup that was delegated to this process, and turns its controllers on. systemd marks it with an
-// attribute (Delegate= in systemd.resource-control(5)); a cgroup that merely can be written, as all can by root, is not ours.
+// delegated returns the cgroup that was delegated to this process, after enabling its controllers for its children. systemd marks it with
+// an attribute (Delegate= in systemd.resource-control(5)). Write access does not prove delegation: root can write to any cgroup.
 func delegated(mount string) (string, error) {
 	data, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -64,8 +64,8 @@ func delegated(mount string) (string, error) {
 			continue
 		}
 		if dir == own {
-			return "", fmt.Errorf("this process runs in the delegated cgroup %s itself, and the kernel gives limits to children of "+
-				"empty ones only; set DelegateSubgroup= in the unit (systemd 254 and newer)", dir)
+			return "", fmt.Errorf("this process runs in the delegated cgroup %s itself, but the kernel can only limit children of "+
+				"cgroups without processes; set DelegateSubgroup= in the unit (systemd 254 and newer)", dir)
 		}
 		return dir, enable(dir)
 	}
@@ -73,7 +73,7 @@ func delegated(mount string) (string, error) {
 		"Delegate=cpu memory io pids and DelegateSubgroup=", own)
 }
 
-// parseCgroup finds the cgroup v2 line, "0::/path", of /proc/self/cgroup.
+// parseCgroup returns the path in the cgroup v2 line, "0::/path", of /proc/self/cgroup.
 func parseCgroup(data string) (string, error) {
 	for line := range strings.Lines(data) {
 		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok && strings.HasPrefix(path, "/") {
@@ -94,7 +94,7 @@ func marked(dir string) bool {
 	return false
 }
 
-// enable turns the controllers on for the children of dir.
+// enable enables the controllers for the children of dir.
 func enable(dir string) error {
 	have, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
 	if err != nil {
@@ -109,8 +109,8 @@ func enable(dir string) error {
 	return setCgroup(dir, "cgroup.subtree_control", "+"+strings.Join(controllers, " +"))
 }
 
-// make makes the cgroup of a VM with its limits, and returns "" where there is nothing to make it in.
-// more is memory that this VMM needs above vmmMemory, in bytes.
+// make creates a VM's cgroup with its limits, and returns its path, or "" without delegation.
+// more is memory in bytes that this VMM needs in addition to vmmMemory.
 func (c *cgroups) make(cfg Config, more int64) (string, error) {
 	if c == nil {
 		return "", nil
@@ -120,7 +120,7 @@ func (c *cgroups) make(cfg Config, more int64) (string, error) {
 		return "", nil
 	}
 	dir := filepath.Join(root, "vm-"+strings.ReplaceAll(cfg.ID, "/", "_"))
-	// An empty one of that name is what a plugin left that was killed between making it and starting the VMM.
+	// An empty cgroup of that name was left by a plugin that was killed before it started the VMM.
 	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
 		return "", fmt.Errorf("cgroup of VM %s: %s is in use: %w", cfg.ID, dir, err)
 	}
@@ -131,17 +131,17 @@ func (c *cgroups) make(cfg Config, more int64) (string, error) {
 		return "", errors.Join(fmt.Errorf("cgroup of VM %s: %w", cfg.ID, err), removeCgroup(dir))
 	}
 	if err := limitIO(dir, cfg); err != nil {
-		// The VMM's own limiter holds: this is the second line.
-		c.warn.Do(func() { c.log.Warn("disk_iops is enforced by the VMM alone", "reason", err) })
+		// The VMM enforces this limit as well.
+		c.warn.Do(func() { c.log.Warn("disk_iops is only enforced by the VMM", "reason", err) })
 	}
 	return dir, nil
 }
 
 func limit(dir string, cfg Config, more int64) error {
-	// Half of a percent of the guest's memory is for the page tables that map it.
+	// Half a percent of the guest's memory is for the page tables that map it.
 	errs := []error{
 		setCgroup(dir, "memory.max", strconv.FormatInt(cfg.Memory+cfg.Memory/200+vmmMemory+more, 10)),
-		// The kernel ends the VMM as a whole, or not at all.
+		// The kernel kills all of the VMM or nothing of it.
 		setCgroup(dir, "memory.oom.group", "1"),
 		setCgroup(dir, "pids.max", strconv.Itoa(vmmThreads)),
 	}
@@ -152,7 +152,7 @@ func limit(dir string, cfg Config, more int64) error {
 	return errors.Join(errs...)
 }
 
-// limitIO sets io.max on the device that holds the first disk.
+// limitIO sets io.max for the device that holds the first disk.
 func limitIO(dir string, cfg Config) error {
 	if cfg.Limits.DiskIOPS == 0 || len(cfg.Disks) == 0 {
 		return nil
@@ -164,13 +164,13 @@ func limitIO(dir string, cfg Config) error {
 	return setCgroup(dir, "io.max", fmt.Sprintf("%s riops=%d wiops=%d", device, cfg.Limits.DiskIOPS, cfg.Limits.DiskIOPS))
 }
 
-// blockDevice is "major:minor" of the whole disk below a file, and "" where there is none (tmpfs).
+// blockDevice returns "major:minor" of the whole disk that holds a file, or "" if there is none (tmpfs).
 func blockDevice(path string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
 		return "", fmt.Errorf("%s: %w", path, err)
 	}
-	if unix.Major(st.Dev) == 0 { // tmpfs, btrfs, overlayfs: no device of its own
+	if unix.Major(st.Dev) == 0 { // tmpfs, btrfs, overlayfs: not on a device of its own
 		return "", nil
 	}
 	name := fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
@@ -181,7 +181,7 @@ func blockDevice(path string) (string, error) {
 	if _, err := os.Stat(filepath.Join(dir, "partition")); err != nil {
 		return name, nil
 	}
-	// io.max takes whole disks only.
+	// io.max only accepts whole disks.
 	whole, err := os.ReadFile(filepath.Join(filepath.Dir(dir), "dev"))
 	return strings.TrimSpace(string(whole)), err
 }
@@ -193,8 +193,8 @@ func setCgroup(dir, name, value string) error {
 	return nil
 }
 
-// removeCgroup removes a cgroup that no process is in any more. The kernel takes a
-// moment to see that: EBUSY is asked again for a second.
+// removeCgroup removes a cgroup without processes. The kernel may need a
+// moment to notice that it is empty, so EBUSY is retried for a second.
 func removeCgroup(path string) error {
 	if path == "" {
 		return nil
@@ -213,14 +213,14 @@ func removeCgroup(path string) error {
 	return fmt.Errorf("remove cgroup %s: %w", path, err)
 }
 
-// oomKilled reports whether the kernel ended something in the cgroup for want of memory.
+// oomKilled reports whether the kernel killed a process in the cgroup because memory ran out.
 func oomKilled(path string) bool {
 	if path == "" {
 		return false
 	}
 	data, err := os.ReadFile(filepath.Join(path, "memory.events"))
 	if err != nil {
-		return false // no memory controller there
+		return false // no memory controller
 	}
 	for line := range strings.Lines(string(data)) {
 		if n, ok := strings.CutPrefix(line, "oom_kill "); ok {

@@ -19,14 +19,14 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// chAnswer bounds an answer. The longest that we ask for is an error's chain.
+// chAnswer limits the size of an answer in bytes. The longest expected one is the chain of an error.
 const chAnswer = 1 << 20
 
-// chAPI is Cloud Hypervisor's REST API, the part that is used here (vmm/src/api/openapi/cloud-hypervisor.yaml in its
-// source). Each call is a connection of its own: the server takes ten and serves one request at a time.
+// chAPI is a client of the part of Cloud Hypervisor's REST API that is used here (vmm/src/api/openapi/cloud-hypervisor.yaml in its
+// source). Each call uses a connection of its own: the server accepts ten and serves one request at a time.
 type chAPI struct{ socket string }
 
-// chError is an answer of the API that is none of success.
+// chError is an error answer of the API.
 type chError struct {
 	Call   string
 	Status int
@@ -46,7 +46,7 @@ type chPing struct {
 	Version      string `json:"version"`       // "53.0.0"
 }
 
-// chConfig is VmConfig. Every default that is wrong for us is named here; an unknown field would be ignored silently.
+// chConfig is VmConfig. It sets every default that is wrong here. The server silently ignores unknown fields.
 type chConfig struct {
 	Payload         chPayload     `json:"payload"`
 	CPUs            chCPUs        `json:"cpus"`
@@ -70,7 +70,7 @@ type chPayload struct {
 type chCPUs struct {
 	Boot   int  `json:"boot_vcpus"`
 	Max    int  `json:"max_vcpus"`
-	Nested bool `json:"nested"` // its default is true
+	Nested bool `json:"nested"` // the default is true
 }
 
 type chMemory struct {
@@ -81,7 +81,7 @@ type chDisk struct {
 	ID             string `json:"id"`
 	Path           string `json:"path"`
 	ReadOnly       bool   `json:"readonly"`
-	ImageType      string `json:"image_type"` // never guessed: a guest could write a qcow2 header
+	ImageType      string `json:"image_type"` // always set: otherwise a guest could write a qcow2 header
 	Queues         int    `json:"num_queues"`
 	Serial         string `json:"serial,omitempty"`
 	RateLimitGroup string `json:"rate_limit_group,omitempty"`
@@ -97,7 +97,7 @@ type chRateLimiter struct {
 	Ops       *chTokens `json:"ops,omitempty"`
 }
 
-// chTokens is TokenBucket: Size tokens come back every Refill milliseconds.
+// chTokens is TokenBucket: Size tokens are added every Refill milliseconds.
 type chTokens struct {
 	Size   int64 `json:"size"`
 	Refill int64 `json:"refill_time"`
@@ -113,7 +113,7 @@ type chBalloon struct {
 	FreePageReporting bool  `json:"free_page_reporting"`
 }
 
-// chConsole is ConsoleConfig and SerialConfig. Their default is a terminal.
+// chConsole is ConsoleConfig and SerialConfig. Both default to a terminal.
 type chConsole struct {
 	Mode string `json:"mode"` // "Off" or "File"
 	File string `json:"file,omitempty"`
@@ -124,20 +124,20 @@ type chVsock struct {
 	Socket string `json:"socket"`
 }
 
-// chNet is NetConfig for a TAP that comes as descriptors.
+// chNet is NetConfig for a TAP that is passed as descriptors.
 type chNet struct {
 	ID      string         `json:"id"`
 	MAC     string         `json:"mac"`
-	Queues  int            `json:"num_queues"` // two a pair
+	Queues  int            `json:"num_queues"` // two per pair
 	Limiter *chRateLimiter `json:"rate_limiter_config,omitempty"`
 }
 
-// get and put make one call; call is its name ("vm.boot"), result may be nil.
+// get and put make one call; call is its name ("vm.boot"), and result may be nil.
 func (a chAPI) get(ctx context.Context, call string, result any) error {
 	return a.do(ctx, http.MethodGet, call, nil, nil, result)
 }
 
-// put sends body, nil for none (an empty one would be a 400), and files as SCM_RIGHTS.
+// put sends body, which may be nil (an empty one would be a 400), and files as SCM_RIGHTS.
 func (a chAPI) put(ctx context.Context, call string, body any, files ...*os.File) error {
 	return a.do(ctx, http.MethodPut, call, body, files, nil)
 }
@@ -148,7 +148,7 @@ func (a chAPI) do(ctx context.Context, method, call string, body any, files []*o
 		return fmt.Errorf("%s: %w", call, err)
 	}
 	defer conn.Close()
-	// The context ends what is under way; its own reason is then the better one.
+	// The end of the context interrupts the call; its cause is the better error then.
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	err = chExchange(conn.(*net.UnixConn), method, call, body, files, result)
@@ -198,7 +198,7 @@ func chExchange(conn *net.UnixConn, method, call string, body any, files []*os.F
 	return nil
 }
 
-// chSend writes a request, its files with the first bytes.
+// chSend writes a request, with its files attached to the first bytes.
 func chSend(conn *net.UnixConn, request []byte, files []*os.File) error {
 	if len(files) > 0 {
 		fds := make([]int, len(files))
@@ -218,7 +218,7 @@ func chSend(conn *net.UnixConn, request []byte, files []*os.File) error {
 	return err
 }
 
-// chChain reads an error's body: a JSON array of strings since v50, plain text before; safe to print.
+// chChain decodes an error's body, which is a JSON array of strings since v50 and was plain text before. The result is safe to print.
 func chChain(body []byte) []string {
 	var chain []string
 	if err := json.Unmarshal(body, &chain); err != nil {

@@ -6,7 +6,7 @@ import (
 	"io"
 )
 
-// chEventBytes bounds one event; real ones have 100 to 200 bytes.
+// chEventBytes limits the size of one event; real ones have 100 to 200 bytes.
 const chEventBytes = 16 << 10
 
 // chEvent is one message of --event-monitor (event_monitor/src/lib.rs in Cloud Hypervisor's source).
@@ -15,9 +15,9 @@ type chEvent struct {
 	Event  string `json:"event"`  // "booted", "rebooting", "shutdown", …
 }
 
-// readEvents calls each for every event until the stream ends. Events are JSON over several lines, with a blank line
-// after each. What is too long or no JSON is skipped up to the next blank line: the VMM writes to a pipe that does
-// not wait for us, and leaves the rest of an event out when that is full.
+// readEvents calls each for every event until the stream ends. Events are JSON over several lines, followed by a blank
+// line. Text that is too long or not JSON is skipped up to the next blank line: the VMM does not wait for the reader of
+// the pipe, and drops the rest of an event when the pipe is full.
 func readEvents(stream io.Reader, each func(chEvent)) {
 	in := bufio.NewReaderSize(stream, 4096)
 	var text []byte
@@ -29,7 +29,7 @@ func readEvents(stream io.Reader, each func(chEvent)) {
 			if !skip {
 				text = append(text, line...)
 			}
-		} else if err == nil && !partial { // a blank line: the event is whole
+		} else if err == nil && !partial { // a blank line completes the event
 			if !skip {
 				handleEvent(text, each)
 			}

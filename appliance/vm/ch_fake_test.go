@@ -420,7 +420,7 @@ func TestFakeFaults(t *testing.T) {
 			"endless": call, "error": `The outer: The \x1b[2Jinner: No space left`, "plain": "plain old text",
 		} {
 			if call == "start" {
-				want = map[string]string{"die": "cannot start at all", "hang": "no connection to the VMM at"}[fault]
+				want = map[string]string{"die": "cannot start at all", "hang": "connect to the VMM at"}[fault]
 			}
 			// Each call can die or hang; how an answer can be wrong does not depend on the call.
 			if fault != "die" && fault != "hang" && call != "vm.create" {

@@ -21,31 +21,31 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
-// Names in the VMM's private folder, and the event pipe's in Config.Dir.
+// Names in the VMM's private folder; the event pipe is in Config.Dir.
 const (
 	chSocket      = "api.sock"
 	chVsockSocket = "vsock"
 	chEventPipe   = "events"
 )
 
-// chGuestSocket is where Cloud Hypervisor connects to when its guest connects to plan.GuestVsock on the host.
+// chGuestSocket is the socket that Cloud Hypervisor connects to when its guest connects to plan.GuestVsock on the host.
 var chGuestSocket = fmt.Sprintf("%s_%d", chVsockSocket, plan.GuestVsock)
 
 var chFiles = []string{chEventPipe}
 
-// chOldest has the fixes of image format autodetection (50.1, 51.0) and of a use after free in virtio-block (51.2).
+// chOldest is the first version with the fixes of image format autodetection (50.1, 51.0) and of a use after free in virtio-block (51.2).
 var chOldest = []int{51, 2}
 
-// chBootDeadline is for vm.create and vm.boot, which load the kernel and start the vCPUs.
+// chBootDeadline limits vm.create and vm.boot, which load the kernel and start the vCPUs.
 const chBootDeadline = 30 * time.Second
 
-// chCID is the guest's vsock address. All may have the same: their sockets are files.
+// chCID is the guest's vsock address. All guests may have the same, because their sockets are files.
 const chCID = 3
 
 type cloudHypervisor struct {
 	plan   plan.Hypervisor
 	log    *slog.Logger
-	kvm    func() error // asked once
+	kvm    func() error // computed once
 	groups *cgroups
 	jailer *jailer
 }
@@ -67,7 +67,7 @@ func (c *cloudHypervisor) Name() string { return "cloud-hypervisor" }
 
 var chVersionLine = regexp.MustCompile(`^(?:cloud-hypervisor )?v?(\d{1,4}\.\d{1,4}(?:\.\d{1,4})?)`)
 
-// chVersion reads --version's first line, or what vmm.ping says, and refuses what is too old.
+// chVersion parses the first line of --version, or the answer to vmm.ping, and refuses versions that are too old.
 func chVersion(text string) (string, error) {
 	m := chVersionLine.FindStringSubmatch(text)
 	if m == nil {
@@ -75,7 +75,7 @@ func chVersion(text string) (string, error) {
 		return "", fmt.Errorf("not Cloud Hypervisor's version: %.80q", first)
 	}
 	if older(m[1], chOldest) {
-		return "", fmt.Errorf("it is version %s; %d.%d or newer is needed: older ones let a guest read host files "+
+		return "", fmt.Errorf("version %s is too old; %d.%d or newer is required: older versions let a guest read host files "+
 			"(image format autodetection) and have a use after free in virtio-block", m[1], chOldest[0], chOldest[1])
 	}
 	return m[1], nil
@@ -115,7 +115,7 @@ func (c *cloudHypervisor) Start(ctx context.Context, cfg Config) (VM, error) {
 		return nil, err
 	}
 	if strings.ContainsAny(cfg.Dir, `,"[`) {
-		return nil, fmt.Errorf("VM %s: its folder %s has a character that Cloud Hypervisor's options cannot hold", cfg.ID, cfg.Dir)
+		return nil, fmt.Errorf("VM %s: its folder %s contains a character that Cloud Hypervisor's options cannot contain", cfg.ID, cfg.Dir)
 	}
 	binary, err := c.binary()
 	if err != nil {
@@ -135,8 +135,8 @@ func (c *cloudHypervisor) Start(ctx context.Context, cfg Config) (VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Cloud Hypervisor insists on the ABI that has all of files.
-	abi, _ := landlockabi.Version() // an error is in the log already
+	// Cloud Hypervisor requires this ABI.
+	abi, _ := landlockabi.Version() // an error was logged by the jailer
 	own := c.plan.Sandbox && abi >= landlockabi.Files
 	if err := v.boot(ctx, chVMConfig(cfg, v.private, own), chNetConfig(cfg), taps); err != nil {
 		return nil, v.abandon(ctx, err)
@@ -144,7 +144,7 @@ func (c *cloudHypervisor) Start(ctx context.Context, cfg Config) (VM, error) {
 	return v, nil
 }
 
-// launch starts the process, with its events and the guest's connections heard from the first.
+// launch starts the process. It listens for events and for the guest's connections from the beginning.
 func (c *cloudHypervisor) launch(binary string, cfg Config) (_ *chVM, err error) {
 	private, err := makePrivate(cfg.Dir)
 	if err != nil {
@@ -185,7 +185,7 @@ func (c *cloudHypervisor) Adopt(ctx context.Context, dir string) (VM, error) {
 	}
 	v := &chVM{process: p, api: chAPI{filepath.Join(p.private, chSocket)}, turn: make(chan struct{}, 1)}
 	if err := v.reopen(dir, p.private); err != nil {
-		// It can still be watched and ended.
+		// It can still be watched and stopped.
 		p.log.Warn("adopted a VM without its guest channel", "error", err)
 	}
 	v.watch()
@@ -197,7 +197,7 @@ func (c *cloudHypervisor) Adopt(ctx context.Context, dir string) (VM, error) {
 	return v, nil
 }
 
-// netPairs is one where bandwidth is limited: Cloud Hypervisor limits each pair by itself.
+// netPairs returns the number of queue pairs. It is 1 with a bandwidth limit, which Cloud Hypervisor applies to each pair separately.
 func netPairs(cfg Config) int {
 	if cfg.Limits.NetworkMbps > 0 {
 		return 1
@@ -205,31 +205,31 @@ func netPairs(cfg Config) int {
 	return cfg.Net.Queues
 }
 
-// chVMConfig is the body of vm.create. The net is not in it: vm.create ignores descriptors.
+// chVMConfig returns the body of vm.create, without the network: vm.create ignores descriptors.
 func chVMConfig(cfg Config, private string, landlock bool) chConfig {
 	out := chConfig{
 		Payload: chPayload{Kernel: cfg.Kernel, Initramfs: cfg.Initrd, Cmdline: kernelCommandLine(&cfg, "hvc0")},
 		CPUs:    chCPUs{Boot: cfg.CPUs, Max: cfg.CPUs},
 		Memory:  chMemory{Size: cfg.Memory},
 		RNG:     chRNG{Source: "/dev/urandom"},
-		// Never inflated: it is there so that pages which the guest has freed come back to the host.
+		// Never inflated: it returns pages that the guest has freed to the host.
 		Balloon: chBalloon{DeflateOnOOM: true, FreePageReporting: true},
 		Serial:  chConsole{Mode: "Off"},
 		Console: chConsole{Mode: "Off"},
 		Vsock:   chVsock{CID: chCID, Socket: filepath.Join(private, chVsockSocket)},
-		// It makes the rules itself, from the paths named here. All that it opens later, on a reboot, is among them.
+		// Cloud Hypervisor derives its rules from the paths in this configuration, which include all that it opens later, at a reboot.
 		Landlock: landlock,
 	}
 	if cfg.Console != "" {
 		out.Console = chConsole{Mode: "File", File: cfg.Console}
 	}
 	group := ""
-	if n := cfg.Limits.DiskIOPS; n > 0 { // one group: the limit is the worker's, not each disk's
+	if n := cfg.Limits.DiskIOPS; n > 0 { // one group, because the limit is per worker, not per disk
 		group = "disks"
 		out.RateLimitGroups = []chRateGroup{{ID: group, Limiter: chRateLimiter{Ops: &chTokens{Size: int64(n), Refill: 1000}}}}
 	}
 	for i, d := range cfg.Disks {
-		queues := cfg.CPUs // a queue is a thread, and what is only read at boot is not worth one a CPU
+		queues := cfg.CPUs // a queue is a thread; disks that are only read at boot get one
 		if d.ReadOnly {
 			queues = 1
 		}
@@ -241,14 +241,14 @@ func chVMConfig(cfg Config, private string, landlock bool) chConfig {
 	return out
 }
 
-// chNetConfig is the body of vm.add-net; nil for no network.
+// chNetConfig returns the body of vm.add-net, or nil without a network.
 func chNetConfig(cfg Config) *chNet {
 	if cfg.Net == nil {
 		return nil
 	}
 	n := &chNet{ID: "net0", MAC: cfg.Net.MAC, Queues: 2 * netPairs(cfg)}
 	if mbps := cfg.Limits.NetworkMbps; mbps > 0 {
-		// A tenth of a second's bytes at a time: short enough to be smooth, and more than a packet from 6 Mbit/s on.
+		// Refilled with a tenth of a second's bytes: often enough to be smooth, and more than one packet from 6 Mbit/s upwards.
 		n.Limiter = &chRateLimiter{Bandwidth: &chTokens{Size: int64(mbps) * 1_000_000 / 8 / 10, Refill: 100}}
 	}
 	return n
@@ -259,20 +259,20 @@ type chVM struct {
 	*process
 	api    chAPI
 	guests *acceptor
-	events *os.File      // the reading end of the event pipe
-	heard  chan struct{} // closed when that has ended
+	events *os.File      // the read end of the event pipe
+	heard  chan struct{} // closed once all events have been read
 
-	turn    chan struct{} // held by Channel; a lock that a context can end
+	turn    chan struct{} // held by Channel; unlike a mutex, waiting for it can be cancelled
 	channel net.Conn
 	mu      sync.Mutex
-	byeSeen bool // the VMM said that it ends by itself
+	byeSeen bool // the VMM announced that it is ending
 }
 
 var _ VM = (*chVM)(nil)
 
-// listen makes the event pipe and the guest's socket, and returns the pipe's end for the VMM. It is a pipe with a name, so
-// that a later process can go on reading, and it is opened for both directions, so that the VMM's writes neither
-// fail nor wait while nobody does.
+// listen creates the event pipe and the guest's socket, and returns the pipe's end for the VMM. The pipe has a name, so
+// that a later process can continue reading. It is opened for reading and writing, so that the VMM's writes neither
+// fail nor block while nobody reads.
 func (v *chVM) listen(dir, private string) (*os.File, error) {
 	path := filepath.Join(dir, chEventPipe)
 	if err := unix.Mkfifo(path, 0o600); err != nil {
@@ -297,7 +297,7 @@ func (v *chVM) reopen(dir, private string) (err error) {
 	return err
 }
 
-// closeAll ends the listening, also where it has only half begun.
+// closeAll closes everything that listen has opened, even if listen failed halfway.
 func (v *chVM) closeAll() {
 	if v.guests != nil {
 		v.guests.close()
@@ -329,7 +329,7 @@ func (v *chVM) event(e chEvent) {
 	}
 }
 
-// lastEvents is called when the process has ended, and with it the pipe's writer.
+// lastEvents is called once the process has ended, which closes the write end of the pipe.
 func (v *chVM) lastEvents() {
 	late := time.NewTimer(time.Second)
 	defer late.Stop()
@@ -342,8 +342,8 @@ func (v *chVM) lastEvents() {
 	v.mu.Lock()
 	bye := v.byeSeen
 	v.mu.Unlock()
-	// It ends in order, with status 0, when the guest powers off, and also when a vCPU breaks. The event says the same as the status,
-	// and counts where that went to another process: events may be lost, to a pipe that is full or to another reader.
+	// It exits with status 0 both when the guest powers off and when a vCPU breaks. The event tells the same as the status, and
+	// is needed if another process received that: events can be lost when the pipe is full, or to another reader.
 	inOrder := bye
 	if v.cmd != nil {
 		inOrder = v.cmd.ProcessState.Success()
@@ -355,13 +355,13 @@ func (v *chVM) lastEvents() {
 
 var chVCPUError = regexp.MustCompile(`<vcpu\d+> ERROR:`)
 
-// chBroke reports whether a vCPU thread complains at the end of the log.
+// chBroke reports whether a vCPU thread reports an error at the end of the log.
 func chBroke(path string) bool {
 	tail, err := state.Tail(path, 16<<10)
 	return err == nil && chVCPUError.Match(tail)
 }
 
-// boot makes the VM: vm.create, vm.add-net with the TAP, vm.boot.
+// boot creates and boots the VM: vm.create, vm.add-net with the TAP, vm.boot.
 func (v *chVM) boot(ctx context.Context, config chConfig, net *chNet, taps []*os.File) error {
 	conn, err := v.dial(ctx, chSocket)
 	if err != nil {
@@ -395,7 +395,7 @@ func (v *chVM) boot(ctx context.Context, config chConfig, net *chNet, taps []*os
 	return v.running()
 }
 
-// timed runs a call under a deadline of its own. One that is under way when the VMM ends fails with its connection.
+// timed makes a call with its own deadline. If the VMM ends during the call, the call fails with its connection.
 func (v *chVM) timed(ctx context.Context, d time.Duration, call func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
@@ -416,7 +416,7 @@ func (v *chVM) Stop(ctx context.Context) error {
 
 func (v *chVM) Kill() error { return v.kill() }
 
-// Channel waits until the guest has connected.
+// Channel waits until the guest connects.
 func (v *chVM) Channel(ctx context.Context) (net.Conn, error) {
 	fail := func(err error) (net.Conn, error) {
 		return nil, fmt.Errorf("guest channel of VM %s: %w", v.record.ID, err)

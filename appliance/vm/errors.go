@@ -2,8 +2,8 @@ package vm
 
 import "errors"
 
-// ErrNotRunning is Adopt's answer where no VM runs.
+// ErrNotRunning is Adopt's error if no VM is running.
 var ErrNotRunning = errors.New("no VM is running there")
 
-// ErrPoweredOff is in VM.Exit where the guest ended the VM itself, in order.
+// ErrPoweredOff is wrapped by VM.Exit if the guest powered off.
 var ErrPoweredOff = errors.New("the guest powered off")

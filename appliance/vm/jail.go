@@ -21,19 +21,19 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/landlockabi"
 )
 
-// All VMMs of a host run as one user, which may read the runner's config.toml, the other workers' disks and keys, and connect to
-// their sockets. So whichever hypervisor it is, we shut each VMM in before it executes its first instruction: by landlock
-// (landlock(7)) to its own files and its program, and by a seccomp filter to Unix sockets. The VMM may do more of its own kind above
-// that. What each kernel can do is in packaging/docs/security.md.
+// All VMMs of a host run as the same user, which can read the runner's config.toml and the other workers' disks and keys, and connect to
+// their sockets. So every VMM is confined before it executes its first instruction, whichever hypervisor it is: landlock
+// (landlock(7)) restricts it to its own files and its program, and a seccomp filter to Unix sockets. The VMM may confine itself further.
+// packaging/docs/security.md lists what each kernel version enforces.
 
-// jail is what a VMM may reach beside its program and the devices that every VMM needs.
+// jail lists what a VMM may access besides its program and the devices that every VMM needs.
 type jail struct {
-	private string   // its folder for sockets
+	private string   // the VMM's folder for sockets
 	read    []string // files
-	write   []string // files, which it may read, too
+	write   []string // files, which the VMM may read, too
 }
 
-// Rights to files and folders.
+// Access rights to files and folders.
 const (
 	readFile  = landlock.AccessFSSet(ll.AccessFSReadFile)
 	readTree  = landlock.AccessFSSet(ll.AccessFSReadFile | ll.AccessFSReadDir)
@@ -44,14 +44,14 @@ const (
 		ll.AccessFSMakeSock | ll.AccessFSRemoveFile | ll.AccessFSResolveUnix)
 )
 
-// libraries is where programs and their libraries, modules and firmware lie. There are no secrets there, and no worker's files.
+// libraries are the folders of programs, libraries, modules and firmware. They hold no secrets and no workers' files.
 var libraries = []string{
 	"/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/lib", "/nix/store", "/gnu/store",
 	"/usr/share/qemu", "/usr/share/seabios", "/usr/share/vgabios", "/usr/share/OVMF", "/usr/share/AAVMF", "/usr/share/edk2",
 	"/usr/share/opensbi", "/usr/local/share/qemu",
 }
 
-// rules are landlock's, for a program.
+// rules returns the landlock rules for a program.
 func (j jail) rules(binary string) ([]landlock.Rule, error) {
 	program, err := filepath.EvalSymlinks(binary)
 	if err != nil {
@@ -69,11 +69,11 @@ func (j jail) rules(binary string) ([]landlock.Rule, error) {
 		landlock.PathAccess(readFile, "/dev/urandom", "/dev/random"),
 		landlock.PathAccess(readFile, "/etc/ld.so.cache", "/etc/ld.so.preload", "/etc/localtime").IgnoreIfMissing(),
 		landlock.PathAccess(readTree, libraries...).IgnoreIfMissing(),
-		// How many CPUs, how much memory, which pages: nothing of other processes.
+		// About CPUs, memory and pages; nothing about other processes.
 		landlock.PathAccess(readFile, "/proc/cpuinfo", "/proc/meminfo", "/proc/filesystems").IgnoreIfMissing(),
 		landlock.PathAccess(readTree, "/sys/devices/system", "/sys/kernel/mm").IgnoreIfMissing(),
 	}
-	// A program that was unpacked somewhere has its libraries and firmware beside it: bin/../lib, bin/../share.
+	// A program that was unpacked elsewhere has its libraries and firmware next to it: bin/../lib, bin/../share.
 	if prefix := filepath.Dir(filepath.Dir(program)); prefix != "/" && prefix != "/usr" {
 		rules = append(rules, landlock.PathAccess(readTree, filepath.Join(prefix, "lib"), filepath.Join(prefix, "share")).IgnoreIfMissing())
 	}
@@ -89,13 +89,13 @@ func (j jail) rules(binary string) ([]landlock.Rule, error) {
 	return rules, nil
 }
 
-// interpreter is the program's dynamic loader, which the kernel executes (elf(5), PT_INTERP); "" for a static program.
+// interpreter returns the program's dynamic loader, which the kernel executes (elf(5), PT_INTERP), or "" for a static program.
 func interpreter(program string) (string, error) {
 	f, err := elf.Open(program)
 	if err != nil {
-		// A script, as a wrapper on NixOS is: what it executes cannot be told from here.
-		return "", fmt.Errorf("it is not an ELF program, so it cannot be confined: name the program itself as the hypervisor's binary, "+
-			"or write sandbox = false: %w", err)
+		// A script, such as a wrapper on NixOS: what it executes is unknown.
+		return "", fmt.Errorf("it is not an ELF program, so it cannot be confined: set the hypervisor's binary to the program itself, "+
+			"or set sandbox = false: %w", err)
 	}
 	defer f.Close()
 	for _, p := range f.Progs {
@@ -111,20 +111,20 @@ func interpreter(program string) (string, error) {
 	return "", nil
 }
 
-// jailer makes jails, or not, as the spec says, and says once what the kernel cannot do.
+// jailer confines VMMs if the spec asks for it, and logs once what the kernel cannot enforce.
 type jailer struct {
 	on   bool
 	log  *slog.Logger
 	once sync.Once
 }
 
-// ruleset is a jail that a thread can shut itself in. fd is -1 where the kernel has no landlock.
+// ruleset is a jail that a thread can confine itself to. fd is -1 if the kernel lacks landlock.
 type ruleset struct {
 	fd    int
 	flags uint32
 }
 
-// lock makes the ruleset of a jail; nil where the spec says sandbox = false.
+// lock returns the ruleset of a jail, or nil if the spec has sandbox = false.
 func (k *jailer) lock(j jail, binary string) (*ruleset, error) {
 	if !k.on {
 		return nil, nil
@@ -146,11 +146,12 @@ func (k *jailer) tell() {
 	case err != nil:
 		k.log.Warn("VMMs run without landlock: a VMM that was taken over could read other workers' files", "error", err)
 	case abi == 0:
-		k.log.Warn("VMMs run without landlock: a VMM that was taken over could read other workers' files; boot Linux 6.2 or later, with landlock in its lsm= list")
+		k.log.Warn("VMMs run without landlock: a VMM that was taken over could read other workers' files; boot Linux 6.2 or later, " +
+			"with landlock in its lsm= list")
 	case abi < landlockabi.Files:
-		k.log.Warn("landlock cannot keep a VMM from truncating files: that takes Linux 6.2", "abi", abi)
+		k.log.Warn("landlock cannot keep VMMs from truncating files before Linux 6.2", "abi", abi)
 	case abi < landlockabi.Scopes:
-		k.log.Info("landlock cannot keep a VMM from sending signals to processes of its user: that takes Linux 6.12", "abi", abi)
+		k.log.Info("landlock cannot keep VMMs from sending signals to processes of their user before Linux 6.12", "abi", abi)
 	}
 }
 
@@ -160,7 +161,7 @@ func (r *ruleset) close() {
 	}
 }
 
-// enter shuts the calling thread in, and with it what it starts from now on. The thread must be locked, and end with its goroutine.
+// enter confines the calling thread and its future children. The thread must be locked, and end with its goroutine.
 func (r *ruleset) enter() error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
@@ -176,11 +177,11 @@ func (r *ruleset) enter() error {
 	return onlyUnixSockets()
 }
 
-// auditArch is the value of seccomp_data.arch for the native system calls (linux/audit.h).
+// auditArch is the value of seccomp_data.arch for native system calls (linux/audit.h).
 var auditArch = map[string]uint32{"amd64": unix.AUDIT_ARCH_X86_64, "arm64": unix.AUDIT_ARCH_AARCH64, "riscv64": unix.AUDIT_ARCH_RISCV64}
 
-// onlyUnixSockets has socket(2) fail with EACCES for all families but AF_UNIX on this thread. A VMM gets its network as an open TAP;
-// landlock forbids TCP from Linux 6.7 on, and UDP only lately. System calls of another ABI (i386, x32) fail as well.
+// onlyUnixSockets makes socket(2) fail with EACCES on this thread for all families except AF_UNIX. A VMM gets its network as an open TAP.
+// landlock restricts TCP since Linux 6.7, and UDP only since recently. System calls of another ABI (i386, x32) fail as well.
 func onlyUnixSockets() error {
 	arch, ok := auditArch[runtime.GOARCH]
 	if !ok {
@@ -194,7 +195,7 @@ func onlyUnixSockets() error {
 		deny   = unix.SECCOMP_RET_ERRNO | uint32(unix.EACCES)
 		x32    = 0x40000000 // __X32_SYSCALL_BIT
 	)
-	// The offsets are seccomp_data's: nr 0, arch 4, args[0] 16 (its low half on little-endian machines).
+	// The offsets in seccomp_data: nr 0, arch 4, args[0] 16 (its low half on little-endian machines).
 	program := []unix.SockFilter{
 		{Code: load, K: 4},
 		{Code: equal, K: arch, Jf: 6},
@@ -216,19 +217,19 @@ func onlyUnixSockets() error {
 }
 
 // privatePrefix begins the name of a VMM's folder for sockets, below Config.Dir. The rest is random: before landlock's ABI 9 the kernel
-// does not ask it about connect(2), so another VMM must not be able to guess where the sockets of this one are.
+// does not restrict connect(2), so other VMMs must not be able to guess the paths of the sockets.
 const (
 	privatePrefix  = "s"
-	privateLetters = 13 // of rand.Text, 5 bits each: each guess is a system call. More would leave no room for the sockets' names
+	privateLetters = 13 // of rand.Text, 5 bits each. More would leave no room for the sockets' names
 )
 
-// makePrivate makes that folder.
+// makePrivate creates the folder for sockets.
 func makePrivate(dir string) (string, error) {
 	path := filepath.Join(dir, privatePrefix+rand.Text()[:privateLetters])
 	return path, os.Mkdir(path, 0o700)
 }
 
-// findPrivate finds that folder again; "" where there is none.
+// findPrivate finds the folder for sockets again; it returns "" if there is none.
 func findPrivate(dir string) (string, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ioctls of linux/kvm.h and asm/kvm.h for x86, whose numbers carry the size of their struct.
+// The x86 ioctls of linux/kvm.h and asm/kvm.h, whose numbers encode the size of their struct.
 const (
 	kvmSetUserMemoryRegion = 0x4020AE46
 	kvmGetSregs            = 0x8138AE83
@@ -19,7 +19,7 @@ const (
 	kvmExitIO              = 2
 )
 
-// Where things lie in the guest's 64 KiB.
+// The layout of the guest's 64 KiB.
 const (
 	kvmMemory = 0x10000
 	kvmCode   = 0x1000
@@ -28,8 +28,8 @@ const (
 	kvmPD     = 0x4000
 )
 
-// The guest: count down from 4 million in 64-bit mode, then say 'K' on port 0xe9. Counting is what tells a
-// CPU that runs guests from one that interprets them, at about a microsecond an instruction.
+// The guest counts down from 4 million in 64-bit mode, then writes 'K' to port 0xe9. Counting distinguishes a CPU that
+// runs guests from one that interprets them, at about a microsecond per instruction.
 var kvmProgram = []byte{
 	0xb9, 0x00, 0x09, 0x3d, 0x00, // mov ecx, 4000000
 	0xff, 0xc9, // l: dec ecx
@@ -45,7 +45,7 @@ type kvmRegion struct {
 	guest, size, hostAddress uint64
 }
 
-// kvmGuest runs kvmProgram and checks what it says.
+// kvmGuest runs kvmProgram and checks its output.
 func kvmGuest(dev int) error {
 	mem, err := unix.Mmap(-1, 0, kvmMemory, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS)
 	if err != nil {
@@ -53,7 +53,7 @@ func kvmGuest(dev int) error {
 	}
 	defer unix.Munmap(mem)
 	copy(mem[kvmCode:], kvmProgram)
-	// One 2 MiB page maps all: present|write, and page size in the last level (AMD64 APM vol. 2, 5.3).
+	// One 2 MiB page maps everything: present|write, and page size in the last level (AMD64 APM vol. 2, 5.3).
 	binary.LittleEndian.PutUint64(mem[kvmPML4:], kvmPDPT|0x3)
 	binary.LittleEndian.PutUint64(mem[kvmPDPT:], kvmPD|0x3)
 	binary.LittleEndian.PutUint64(mem[kvmPD:], 0x83)
@@ -91,10 +91,10 @@ func kvmGuest(dev int) error {
 	return kvmVerdict(run)
 }
 
-// kvmCPUID gives the vCPU all that KVM supports: one that has no CPUID has no 64-bit mode either, and since about
-// Linux 6.12 KVM refuses to put it there.
+// kvmCPUID gives the vCPU every feature that KVM supports: a vCPU without CPUID has no 64-bit mode, and since about
+// Linux 6.12 KVM refuses to enable it.
 func kvmCPUID(dev, vcpu int) error {
-	// struct kvm_cpuid2: nent, padding, then entries of 40 bytes; the kernel has at most KVM_MAX_CPUID_ENTRIES.
+	// struct kvm_cpuid2: nent, padding, then entries of 40 bytes; the kernel returns at most KVM_MAX_CPUID_ENTRIES.
 	const entries = 256
 	var cpuid [8 + 40*entries]byte
 	binary.LittleEndian.PutUint32(cpuid[:], entries)
@@ -107,7 +107,7 @@ func kvmCPUID(dev, vcpu int) error {
 	return nil
 }
 
-// kvmLongMode puts the vCPU into 64-bit mode with paging on, at the program's first instruction. The offsets
+// kvmLongMode puts the vCPU into 64-bit mode with paging, at the program's first instruction. The offsets
 // are those of struct kvm_sregs and kvm_regs (asm/kvm.h).
 func kvmLongMode(vcpu int) error {
 	var sregs [312]byte
@@ -135,15 +135,15 @@ func kvmLongMode(vcpu int) error {
 		return fmt.Errorf("/dev/kvm: KVM_SET_SREGS (64-bit mode): %w", err)
 	}
 	var regs [18]uint64
-	regs[16], regs[17] = kvmCode, 2 // rip; rflags with its one bit that is always set
+	regs[16], regs[17] = kvmCode, 2 // rip; rflags with the bit that is always set
 	if _, err := ioctl(vcpu, kvmSetRegs, uintptr(unsafe.Pointer(&regs))); err != nil {
 		return fmt.Errorf("/dev/kvm: KVM_SET_REGS: %w", err)
 	}
 	return nil
 }
 
-// kvmVerdict reads struct kvm_run: exit_reason at 8, and for an I/O exit direction, size, port, count and the
-// data's offset from 32 on.
+// kvmVerdict reads struct kvm_run: exit_reason is at 8 and, for an I/O exit, direction, size, port, count and the
+// offset of the data start at 32.
 func kvmVerdict(run []byte) error {
 	reason := binary.LittleEndian.Uint32(run[8:])
 	if reason != kvmExitIO {
@@ -153,7 +153,7 @@ func kvmVerdict(run []byte) error {
 	port := binary.LittleEndian.Uint16(run[34:])
 	at := binary.LittleEndian.Uint64(run[40:])
 	if port != 0xe9 || at >= uint64(len(run)) || run[at] != 'K' {
-		return fmt.Errorf("/dev/kvm: the test guest wrote to port %#x, not its 'K' to port 0xe9", port)
+		return fmt.Errorf("/dev/kvm: the test guest wrote to port %#x, instead of 'K' to port 0xe9", port)
 	}
 	return nil
 }

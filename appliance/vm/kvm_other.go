@@ -4,7 +4,7 @@ package vm
 
 import "golang.org/x/sys/unix"
 
-// kvmGuest makes a VM and a vCPU. No instruction is run: arm64 and riscv64 have
+// kvmGuest creates a VM and a vCPU, but runs no instruction: on arm64 and riscv64 there is
 // no KVM that creates vCPUs and then interprets them.
 func kvmGuest(dev int) error {
 	vm, vcpu, err := kvmNewVM(dev, func(int) error { return nil })

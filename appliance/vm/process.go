@@ -25,37 +25,37 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// Files of every driver in Config.Dir.
+// Files of all drivers in Config.Dir.
 const (
 	recordFile = "vmm.json"
 	logFile    = "vmm.log" // stdout and stderr of the VMM
 )
 
-// How long a VMM is given to end.
+// How long a VMM may take to end.
 const (
-	powerOffGrace = 30 * time.Second // after the power button, where the caller's context allows it
+	powerOffGrace = 30 * time.Second // after the power button, if the caller's context allows it
 	termGrace     = 3 * time.Second  // after SIGTERM
-	killGrace     = 10 * time.Second // after SIGKILL: only a process in uninterruptible sleep needs it
+	killGrace     = 10 * time.Second // after SIGKILL, which only uninterruptible sleep delays
 )
 
-// What a VMM or its guest writes without end is cut to the last megabyte, once a second.
+// The output of a VMM and its guest has no limit, so it is cut to the last megabyte once a second.
 const (
 	keepLog   = 1 << 20
 	trimEvery = time.Second
 )
 
-// record is vmm.json: what Adopt needs to find the VMM again, and to be sure that it is the one.
+// record is vmm.json: what Adopt needs to find the VMM and to recognize it with certainty.
 type record struct {
 	Version   int    `json:"version"`
 	Driver    string `json:"driver"`
 	ID        string `json:"id"`
 	PID       int    `json:"pid"`
 	StartTime uint64 `json:"start_time"` // field 22 of /proc/PID/stat, clock ticks since boot
-	BootID    string `json:"boot_id"`    // without it a pid and start time may be met again after a reboot
+	BootID    string `json:"boot_id"`    // pid and start time may recur after a reboot
 	Binary    string `json:"binary"`
 	Console   string `json:"console,omitempty"`
 	Cgroup    string `json:"cgroup,omitempty"`
-	// Running is false until Start has done its work: a VMM found so is removed, not adopted.
+	// Running is false until Start has succeeded: Adopt removes such a VMM.
 	Running bool `json:"running"`
 }
 
@@ -75,44 +75,44 @@ func parseRecord(data []byte) (record, error) {
 	return r, nil
 }
 
-// process is a VMM, our child or one that an earlier process of ours started.
+// process is a VMM: a child of this process or of an earlier one.
 type process struct {
 	dir    string
 	record record
 	files  []string // names in dir that cleanUp removes
-	// private is the folder of the VMM's sockets, below dir; "" where there is none.
+	// private is the folder of the VMM's sockets, below dir, or "".
 	private string
 	log     *slog.Logger
 	pidfd   *os.File
-	cmd     *exec.Cmd // nil when adopted
+	cmd     *exec.Cmd // nil if adopted
 	done    chan struct{}
 
 	reboots reboots
 
 	mu     sync.Mutex
-	reason error // what the driver knows of why the VMM ends; the first one said
+	reason error // why the VMM ends, if the driver knows; the first reason counts
 	exit   error // set before done is closed
 }
 
-// launch is what start needs.
+// launch holds the arguments of start.
 type launch struct {
 	cfg    Config
 	driver string
 	binary string
 	args   []string
-	extra  []*os.File // fd 3 and on in the VMM; the caller closes its own
-	files  []string   // names in cfg.Dir that go with the VM
-	// private is the folder for the VMM's sockets, which goes with it, too.
+	extra  []*os.File // fd 3 and up in the VMM; the caller closes its own copies
+	files  []string   // names in cfg.Dir that are removed with the VM
+	// private is the folder for the VMM's sockets, which is also removed with the VM.
 	private string
 	jailer  *jailer
 	log     *slog.Logger
-	groups  *cgroups // where its cgroup is made, when cfg names none
-	memory  int64    // that this VMM needs above its guest's and vmmMemory, in bytes
+	groups  *cgroups // creates its cgroup unless cfg names one
+	memory  int64    // bytes that this VMM needs in addition to its guest's memory and vmmMemory
 }
 
-// start runs the VMM detached from this process: a session of its own, none of
-// our environment, its output in a file, confined before its first
-// instruction. When it fails nothing is left. The caller MUST call watch next.
+// start runs the VMM detached from this process: in its own session, with a clean
+// environment, with its output in a file, and confined before its first
+// instruction. If it fails, it leaves nothing behind. The caller MUST call watch next.
 func start(l launch) (*process, error) {
 	bootID, err := readBootID()
 	if err != nil {
@@ -123,7 +123,7 @@ func start(l launch) (*process, error) {
 			return nil, err
 		}
 	}
-	if l.cfg.Console != "" { // landlock's rules are of files that exist
+	if l.cfg.Console != "" { // landlock rules need existing files
 		f, err := os.OpenFile(l.cfg.Console, os.O_CREATE|os.O_WRONLY, 0o600)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("VM %s: console: %w", l.cfg.ID, err), removeCgroup(l.cfg.Cgroup))
@@ -145,7 +145,7 @@ func start(l launch) (*process, error) {
 	defer out.Close()
 	cmd.Dir = l.cfg.Dir
 	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = out, out, l.extra
-	// Not ours: it may hold secrets, and /proc/PID/environ of a long-lived VMM shows them.
+	// Not this process's environment, which may hold secrets: /proc/PID/environ of a long-lived VMM would show them.
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", folderVariable + "=" + l.cfg.Dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	p := &process{
@@ -159,7 +159,7 @@ func start(l launch) (*process, error) {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", l.binary, err), p.cleanUp())
 	}
 	if err := p.started(); err != nil {
-		_ = cmd.Process.Kill() // fails only where it has ended
+		_ = cmd.Process.Kill() // fails only if it has ended
 		_ = cmd.Wait()
 		if p.pidfd != nil {
 			p.pidfd.Close()
@@ -169,7 +169,7 @@ func start(l launch) (*process, error) {
 	return p, nil
 }
 
-// jail is what the VMM may reach.
+// jail returns what the VMM may access.
 func (l *launch) jail() jail {
 	j := jail{private: l.private, read: []string{l.cfg.Kernel}}
 	if l.cfg.Initrd != "" {
@@ -188,8 +188,8 @@ func (l *launch) jail() jail {
 	return j
 }
 
-// startConfined is cmd.Start on a thread of its own that has shut itself in: the VMM inherits that, the plugin does not
-// have it. The thread ends with the goroutine, since it stays locked.
+// startConfined calls cmd.Start on a thread that has confined itself, which the VMM inherits and the rest of this process does
+// not. The thread stays locked, so it ends with the goroutine.
 func startConfined(cmd *exec.Cmd, rules *ruleset) error {
 	result := make(chan error)
 	go func() {
@@ -203,15 +203,15 @@ func startConfined(cmd *exec.Cmd, rules *ruleset) error {
 	return <-result
 }
 
-// started takes hold of a new child. Until it is waited for, its pid is no one else's.
+// started sets up a new child. Its pid cannot be reused before it is waited for.
 func (p *process) started() error {
 	pid := p.cmd.Process.Pid
 	var err error
 	if p.pidfd, err = openPidfd(pid); err != nil {
 		return err
 	}
-	// Not by clone3 with CLONE_INTO_CGROUP: in a unit that is hardened by RestrictNamespaces= it does not exist, since that unit's
-	// seccomp filter cannot see clone3's flags and says ENOSYS to all of it. The guest's memory is not touched before this.
+	// Not clone3 with CLONE_INTO_CGROUP: in a unit with RestrictNamespaces=, it fails with ENOSYS, because the unit's
+	// seccomp filter cannot inspect clone3's flags. The guest's memory is not touched before this.
 	if group := p.record.Cgroup; group != "" {
 		if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
 			return fmt.Errorf("move it into its cgroup: %w", err)
@@ -225,17 +225,17 @@ func (p *process) started() error {
 	if err := unix.Prlimit(pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil); err != nil {
 		return fmt.Errorf("forbid core dumps: %w", err)
 	}
-	// Where memory runs out the kernel is to take a worker first, and the plugin and the runner last: one lost job and not all.
+	// If memory runs out, the kernel must kill a worker first, and the plugin and the runner last: that costs one job instead of all.
 	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte(oomScoreAdj), 0); err != nil {
-		return fmt.Errorf("tell the kernel to end it first when memory runs out: %w", err)
+		return fmt.Errorf("make the kernel kill it first when memory runs out: %w", err)
 	}
 	return p.save()
 }
 
-// oomScoreAdj is added to the share of memory that a process has, in thousandths, when the kernel looks for one to end (proc(5)).
+// oomScoreAdj is added, in thousandths, to a process's share of memory when the kernel chooses a process to kill (proc(5)).
 const oomScoreAdj = "500"
 
-// running marks the VM as one that may be adopted.
+// running marks the VM as adoptable.
 func (p *process) running() error {
 	p.record.Running = true
 	return p.save()
@@ -249,9 +249,9 @@ func (p *process) save() error {
 	return state.WriteFile(filepath.Join(p.dir, recordFile), append(data, '\n'), 0o600)
 }
 
-// adopt finds the VMM that was started in dir and is running there. The caller MUST call
-// watch next. When there is none it returns ErrNotRunning, what was left of it being removed;
-// a VMM whose Start never came to its end is killed first.
+// adopt finds the VMM that was started in dir and is still running. The caller MUST call
+// watch next. If there is none, it removes what is left and returns ErrNotRunning;
+// a VMM whose Start did not complete is killed first.
 func adopt(dir, driver string, files []string, log *slog.Logger) (*process, error) {
 	p := &process{dir: dir, files: files, log: log, done: make(chan struct{})}
 	var err error
@@ -269,7 +269,7 @@ func adopt(dir, driver string, files []string, log *slog.Logger) (*process, erro
 			return nil, fmt.Errorf("%s: %w", filepath.Join(dir, recordFile), err)
 		}
 		if p.record.Driver != driver {
-			return nil, fmt.Errorf("%s: a VM of driver %q, not %q", dir, p.record.Driver, driver)
+			return nil, fmt.Errorf("%s holds a VM of driver %q, not %q", dir, p.record.Driver, driver)
 		}
 		p.log = log.With("vm", p.record.ID)
 		err = p.adoptRecorded()
@@ -281,22 +281,22 @@ func adopt(dir, driver string, files []string, log *slog.Logger) (*process, erro
 		return nil, fmt.Errorf("%s: %w", dir, err)
 	}
 	if !p.record.Running {
-		p.log.Warn("removing a VMM whose start never ended", "pid", p.record.PID, "dir", dir)
+		p.log.Warn("removing a VMM whose start did not complete", "pid", p.record.PID, "dir", dir)
 		p.watch(nil)
 		return nil, errors.Join(fmt.Errorf("%s: %w", dir, ErrNotRunning), p.kill())
 	}
 	return p, nil
 }
 
-// adoptRecorded opens the pidfd first and looks at the start time then: when it is the
-// recorded one, the pid was the VMM's when it was opened.
+// adoptRecorded opens the pidfd first and then compares the start time: if it is the
+// recorded one, the pid belonged to the VMM when it was opened.
 func (p *process) adoptRecorded() error {
 	bootID, err := readBootID()
 	if err != nil {
 		return err
 	}
 	if p.record.BootID != bootID {
-		p.record.Cgroup = "" // gone with the boot; what has its name now is not ours
+		p.record.Cgroup = "" // it ended with the boot; a cgroup of that name now belongs to another VM
 		return ErrNotRunning
 	}
 	pidfd, err := openPidfd(p.record.PID)
@@ -314,7 +314,7 @@ func (p *process) adoptRecorded() error {
 	return nil
 }
 
-// adoptUnrecorded looks for a VMM whose record was never written.
+// adoptUnrecorded finds a VMM whose record was never written.
 func (p *process) adoptUnrecorded() error {
 	pid, err := findByFolder(p.dir)
 	if err != nil {
@@ -330,15 +330,15 @@ func (p *process) adoptUnrecorded() error {
 	return err
 }
 
-// watch closes done when the VMM has ended. ended is called before, and gives the
-// driver the time to hear the VMM's last events (see note); nil for nothing.
+// watch closes done once the VMM has ended. Before that it calls ended, if not nil, so that
+// the driver can read the VMM's last events (see note).
 func (p *process) watch(ended func()) {
 	go p.trim()
 	go func() {
 		p.wait()
-		status := "its exit status went to the process that started it"
+		status := "exit status unknown: it was reported to the process that started it"
 		if p.cmd != nil {
-			// Returns at once: the process has ended. The error repeats what the state says.
+			// Returns at once, because the process has ended. The error only repeats the state.
 			_ = p.cmd.Wait()
 			status = p.cmd.ProcessState.String()
 		}
@@ -353,18 +353,18 @@ func (p *process) watch(ended func()) {
 	}()
 }
 
-// wait blocks until the VMM has ended, in the runtime's poller: no thread a VM.
+// wait blocks until the VMM has ended. It uses the runtime's poller, and so no thread per VM.
 func (p *process) wait() {
 	conn, err := p.pidfd.SyscallConn()
 	if err == nil {
 		err = conn.Read(func(uintptr) bool { return exited(p.pidfd) })
 	}
-	if err != nil { // cannot be: the pidfd stays open until this returns
+	if err != nil { // impossible: the pidfd stays open until this returns
 		p.log.Error("waiting for the VMM", "pid", p.record.PID, "error", err)
 	}
 }
 
-// explain makes Exit's error.
+// explain returns the error for Exit.
 func (p *process) explain(status string) error {
 	text := new(strings.Builder)
 	fmt.Fprintf(text, " (%s)", status)
@@ -375,7 +375,7 @@ func (p *process) explain(status string) error {
 		return fmt.Errorf("%w%s", p.reason, text)
 	}
 	if words := lastWords(filepath.Join(p.dir, logFile)); words != "" {
-		fmt.Fprintf(text, "; its last words: %s", words)
+		fmt.Fprintf(text, "; its last output: %s", words)
 	}
 	if p.reason != nil {
 		return fmt.Errorf("%w%s", p.reason, text)
@@ -383,7 +383,7 @@ func (p *process) explain(status string) error {
 	return fmt.Errorf("the VMM ended%s", text)
 }
 
-// note says why the VMM is about to end. What is said first stays.
+// note records why the VMM is about to end. The first reason is kept.
 func (p *process) note(reason error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -392,7 +392,7 @@ func (p *process) note(reason error) {
 	}
 }
 
-// rebooted counts a reboot of the guest. It is called on the driver's one goroutine for events.
+// rebooted counts a reboot of the guest. Only the driver's goroutine for events calls it.
 func (p *process) rebooted() {
 	counted, err := p.reboots.add(time.Now())
 	if counted {
@@ -403,15 +403,15 @@ func (p *process) rebooted() {
 	}
 }
 
-// fail ends a VM that must not go on.
+// fail kills a VM that must not continue.
 func (p *process) fail(reason error) {
-	p.log.Error("the VM is ended", "reason", reason)
+	p.log.Error("killing the VM", "reason", reason)
 	p.note(reason)
 	p.signal(unix.SIGKILL)
 }
 
 func (p *process) signal(sig unix.Signal) {
-	// Through the pidfd no signal can meet a stranger. It fails only when the VMM has ended.
+	// A pidfd never signals another process with a reused pid. This fails only if the VMM has ended.
 	conn, err := p.pidfd.SyscallConn()
 	if err != nil {
 		return
@@ -419,7 +419,7 @@ func (p *process) signal(sig unix.Signal) {
 	_ = conn.Control(func(fd uintptr) { _ = unix.PidfdSendSignal(int(fd), sig, nil, 0) })
 }
 
-// stop ends the VMM: ask (the power button) with what ctx leaves of powerOffGrace, SIGTERM, SIGKILL.
+// stop ends the VMM in three stages: ask (the power button), within powerOffGrace and ctx, then SIGTERM, then SIGKILL.
 func (p *process) stop(ctx context.Context, ask func(context.Context) error) error {
 	grace, cancel := context.WithTimeout(ctx, powerOffGrace)
 	defer cancel()
@@ -430,7 +430,7 @@ func (p *process) stop(ctx context.Context, ask func(context.Context) error) err
 			case <-grace.Done():
 			}
 		} else if !p.ended() {
-			p.log.Warn("the power button could not be pressed", "error", err)
+			p.log.Warn("cannot press the power button", "error", err)
 		}
 	}
 	if !p.ended() {
@@ -443,13 +443,13 @@ func (p *process) stop(ctx context.Context, ask func(context.Context) error) err
 
 var errStopped = errors.New("stopped by fleetingd")
 
-// kill ends the VMM without asking, and removes its files.
+// kill ends the VMM without asking the guest, and removes its files.
 func (p *process) kill() error {
 	if !p.ended() {
 		p.note(errStopped)
 		p.signal(unix.SIGKILL)
 		if !p.await(killGrace) {
-			return fmt.Errorf("VMM %d of VM %s is still there %v after SIGKILL: it hangs in the kernel (see /proc/%d/stack)",
+			return fmt.Errorf("VMM %d of VM %s is still running %v after SIGKILL: it hangs in the kernel (see /proc/%d/stack)",
 				p.record.PID, p.record.ID, killGrace, p.record.PID)
 		}
 	}
@@ -476,7 +476,7 @@ func (p *process) await(d time.Duration) bool {
 	}
 }
 
-// dial connects to a socket of the VMM, which may not be there yet.
+// dial connects to a socket of the VMM, which may not exist yet.
 func (p *process) dial(ctx context.Context, name string) (net.Conn, error) {
 	path := filepath.Join(p.private, name)
 	tick := time.NewTicker(5 * time.Millisecond)
@@ -490,30 +490,30 @@ func (p *process) dial(ctx context.Context, name string) (net.Conn, error) {
 		case <-p.done:
 			return nil, p.exitError()
 		case <-ctx.Done():
-			return nil, fmt.Errorf("no connection to the VMM at %s: %w", path, context.Cause(ctx))
+			return nil, fmt.Errorf("connect to the VMM at %s: %w", path, context.Cause(ctx))
 		case <-tick.C:
 		}
 	}
 }
 
-// abandon ends a VMM whose start failed with err, and makes Start's error.
+// abandon kills a VMM whose start failed with err, and returns the error for Start.
 func (p *process) abandon(ctx context.Context, err error) error {
-	// A socket breaks a moment before its process has ended; what the VMM itself said is the better reason. Where it
-	// still answers, its answer is.
+	// A socket breaks a moment before its process has ended, and the VMM's own error is better than that. An error
+	// that the VMM has answered is good enough.
 	if answer := (*chError)(nil); ctx.Err() == nil && !errors.As(err, &answer) && p.await(250*time.Millisecond) {
 		err = p.exitError()
 	}
 	return errors.Join(fmt.Errorf("start VM %s: %w", p.record.ID, err), p.kill())
 }
 
-// exitError is Exit: nil while the VMM runs.
+// exitError returns nil while the VMM runs, and then the reason for its end.
 func (p *process) exitError() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.exit
 }
 
-// cleanUp removes what an ended VM leaves, the record last: until it is gone Adopt comes back here.
+// cleanUp removes what an ended VM leaves, the record last: as long as that exists, Adopt cleans up again.
 func (p *process) cleanUp() error {
 	var errs []error
 	if err := removeCgroup(p.record.Cgroup); err != nil {
@@ -526,7 +526,7 @@ func (p *process) cleanUp() error {
 	return errors.Join(errs...)
 }
 
-// removeFiles removes what is there of a VM's files.
+// removeFiles removes a VM's files, of which any may be missing.
 func removeFiles(dir string, names []string) error {
 	var errs []error
 	for _, name := range names {
@@ -537,8 +537,8 @@ func removeFiles(dir string, names []string) error {
 	return errors.Join(errs...)
 }
 
-// trim bounds the log and the console while the VMM runs, by punching holes where they
-// begin: it works whether the writer appends or keeps a position of its own.
+// trim limits the size of the log and the console while the VMM runs, by punching a hole at the
+// beginning: that works whether the writer appends or keeps its own position.
 func (p *process) trim() {
 	tick := time.NewTicker(trimEvery)
 	defer tick.Stop()
@@ -554,7 +554,7 @@ func (p *process) trim() {
 		}
 		for _, path := range paths {
 			if err := trimFile(path, keepLog); err != nil && !p.ended() {
-				p.log.Warn("a log cannot be kept short", "error", err)
+				p.log.Warn("cannot limit the size of a log", "error", err)
 				return
 			}
 		}
@@ -584,7 +584,7 @@ func trimFile(path string, keep int64) error {
 	return nil
 }
 
-// lastWords is the end of a VMM's output, on one line and safe to print.
+// lastWords returns the end of a VMM's output, on one line and safe to print.
 func lastWords(path string) string {
 	tail, err := state.Tail(path, 2048)
 	if err != nil {
@@ -594,7 +594,7 @@ func lastWords(path string) string {
 }
 
 func openPidfd(pid int) (*os.File, error) {
-	// Non-blocking, so that os.NewFile gives it to the poller.
+	// Non-blocking, so that os.NewFile registers it with the poller.
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return nil, fmt.Errorf("pidfd_open %d: %w", pid, err)
@@ -616,8 +616,8 @@ func exited(pidfd *os.File) bool {
 	return gone
 }
 
-// startTime is field 22 of /proc/PID/stat. The second field, the program's name in
-// parentheses, may hold anything: the fields are counted from its end.
+// startTime returns field 22 of /proc/PID/stat. The second field, the program's name in
+// parentheses, may contain anything, so fields are counted from its end.
 func startTime(pid int) (uint64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

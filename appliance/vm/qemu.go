@@ -27,7 +27,7 @@ const (
 	guestSocket = "guest.sock" // the host's end of the virtio-serial port
 )
 
-// qemuOldest is the first release with all that is used here.
+// qemuOldest is the first release with everything that is used here.
 var qemuOldest = []int{7, 2}
 
 // Deadlines of the control socket: QEMU is ready in 0.2 s on an idle machine, and answers in microseconds.
@@ -36,16 +36,16 @@ const (
 	controlDeadline = 2 * time.Second
 )
 
-// tcgBuffer is for translated code. QEMU's default of 1 GiB a VM is more than many a guest has.
+// tcgBuffer is the buffer for translated code, in bytes. QEMU's default of 1 GiB is more than the memory of many a guest.
 const tcgBuffer = 512 << 20
 
-// qemuTarget is what differs by architecture.
+// qemuTarget holds what differs between architectures.
 type qemuTarget struct {
 	binary, machine, console string
 }
 
-// q35 without what a guest of ours never uses. Not microvm: its firmware starts the kernel
-// half a second sooner, but under emulation two of four boots of a Debian kernel hung there.
+// q35 without devices that guests here never use. Not microvm: its firmware starts the kernel
+// half a second sooner, but under emulation two of four boots of a Debian kernel hung.
 var qemuTargets = map[string]qemuTarget{
 	"amd64":   {"qemu-system-x86_64", "q35,smm=off,vmport=off,sata=off,smbus=off", "ttyS0"},
 	"arm64":   {"qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0"},
@@ -58,9 +58,9 @@ type qemu struct {
 	log    *slog.Logger
 	groups *cgroups
 	jailer *jailer
-	// kvm is asked once: the machine does not change under us, and every Start needs the answer.
+	// kvm is computed once: the answer does not change, and every Start needs it.
 	kvm     func() error
-	unruled sync.Once // network_mbps was asked for
+	unruled sync.Once // warns about network_mbps
 }
 
 var _ Driver = (*qemu)(nil)
@@ -68,7 +68,7 @@ var _ Driver = (*qemu)(nil)
 func newQEMU(h plan.Hypervisor, log *slog.Logger) (*qemu, error) {
 	target, ok := qemuTargets[runtime.GOARCH]
 	if !ok {
-		return nil, fmt.Errorf("hypervisor \"qemu\": no machine type is known for %s", runtime.GOARCH)
+		return nil, fmt.Errorf("hypervisor \"qemu\": unsupported architecture %s", runtime.GOARCH)
 	}
 	if h.Binary == "" || h.Binary == "qemu" {
 		h.Binary = target.binary
@@ -78,16 +78,16 @@ func newQEMU(h plan.Hypervisor, log *slog.Logger) (*qemu, error) {
 		h.Accel = "auto"
 	case "auto", "kvm", "tcg":
 	default:
-		return nil, fmt.Errorf("hypervisor \"qemu\": accel is %q; it can be \"auto\", \"kvm\" or \"tcg\"", h.Accel)
+		return nil, fmt.Errorf("hypervisor \"qemu\": accel must be \"auto\", \"kvm\" or \"tcg\"; got %q", h.Accel)
 	}
-	// Not the caller's context: the answer is for all callers.
+	// Not the context of one caller: the answer is for all callers.
 	kvm := sync.OnceValue(func() error { return ProbeKVM(context.Background()) })
 	return &qemu{plan: h, target: target, log: log, groups: newCgroups(log), jailer: &jailer{on: h.Sandbox, log: log}, kvm: kvm}, nil
 }
 
 func (q *qemu) Name() string { return "qemu" }
 
-// accel is "kvm" or "tcg".
+// accel returns "kvm" or "tcg".
 func (q *qemu) accel() (string, error) {
 	if q.plan.Accel == "tcg" {
 		return "tcg", nil
@@ -115,7 +115,7 @@ func (q *qemu) Probe(ctx context.Context) (Info, error) {
 		return Info{}, err
 	}
 	if older(version, qemuOldest) {
-		return Info{}, fmt.Errorf("%s is version %s; %d.%d or newer is needed", binary, version, qemuOldest[0], qemuOldest[1])
+		return Info{}, fmt.Errorf("%s is version %s; %d.%d or newer is required", binary, version, qemuOldest[0], qemuOldest[1])
 	}
 	info := Info{Binary: binary, Version: version}
 	info.Accel, err = q.accel()
@@ -133,13 +133,13 @@ func qemuVersion(out string) (string, error) {
 	return m[1], nil
 }
 
-// older compares a dotted version, of which every part is a number, with the oldest that will do.
+// older reports whether a dotted version, all parts of which are numbers, is older than the oldest supported one.
 func older(version string, oldest []int) bool {
 	parts := strings.Split(version, ".")
 	for i, want := range oldest {
 		have := 0
 		if i < len(parts) {
-			have, _ = strconv.Atoi(parts[i]) // matched as digits before
+			have, _ = strconv.Atoi(parts[i]) // only digits, as matched before
 		}
 		if have != want {
 			return have < want
@@ -165,8 +165,8 @@ func (q *qemu) Start(ctx context.Context, cfg Config) (VM, error) {
 	}
 	if cfg.Limits.NetworkMbps > 0 {
 		q.unruled.Do(func() {
-			q.log.Warn("network_mbps is not enforced: QEMU has no limiter for a TAP that it is handed; " +
-				"hypervisor \"cloud-hypervisor\" has")
+			q.log.Warn("network_mbps is not enforced: QEMU cannot limit a TAP that it is handed; " +
+				"hypervisor \"cloud-hypervisor\" can")
 		})
 	}
 	if binary, err = filepath.Abs(binary); err != nil {
@@ -210,13 +210,13 @@ func (q *qemu) Adopt(ctx context.Context, dir string) (VM, error) {
 	ctx, cancel := context.WithTimeout(ctx, controlDeadline)
 	defer cancel()
 	if err := v.connect(ctx); err != nil && !p.ended() {
-		// It can still be watched and ended; only the power button and the events are lost.
+		// It can still be watched and killed; only the power button and events are unavailable.
 		p.log.Warn("adopted a VM whose QEMU does not answer", "pid", p.record.PID, "error", err)
 	}
 	return v, nil
 }
 
-// args is QEMU's command line. It holds no secret: anyone on the host can read it.
+// args returns QEMU's command line. It holds no secret, because anyone on the host can read it.
 func (q *qemu) args(cfg Config, private, accel string) ([]string, error) {
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none",
@@ -238,7 +238,7 @@ func (q *qemu) args(cfg Config, private, accel string) ([]string, error) {
 		args = append(args, "-initrd", cfg.Initrd)
 	}
 	if cfg.Console != "" {
-		// Appending, so that a log survives a second start and can be cut while it is written.
+		// Appending, so that a log survives a second start and can be trimmed while it is written.
 		args = append(args, "-chardev", "file,id=console,append=on,path="+comma(cfg.Console), "-serial", "chardev:console")
 	}
 	if q.plan.Sandbox {
@@ -248,7 +248,7 @@ func (q *qemu) args(cfg Config, private, accel string) ([]string, error) {
 	return append(args, devices...), err
 }
 
-// devices are the disks, the network, the guest channel, entropy and the balloon.
+// devices returns the options for disks, network, guest channel, entropy and balloon.
 func (q *qemu) devices(cfg Config, private string) ([]string, error) {
 	var args []string
 	object := func(option string, value map[string]any) error {
@@ -257,7 +257,7 @@ func (q *qemu) devices(cfg Config, private string) ([]string, error) {
 		return err
 	}
 	var errs []error
-	if cfg.Limits.DiskIOPS > 0 { // one group: the limit is the worker's, not each disk's
+	if cfg.Limits.DiskIOPS > 0 { // one group, because the limit is per worker, not per disk
 		errs = append(errs, object("-object", map[string]any{
 			"qom-type": "throttle-group", "id": "limit", "limits": map[string]any{"iops-total": cfg.Limits.DiskIOPS},
 		}))
@@ -266,7 +266,7 @@ func (q *qemu) devices(cfg Config, private string) ([]string, error) {
 		errs = append(errs, object("-blockdev", qemuDisk(i, d, cfg.Limits.DiskIOPS > 0)))
 		errs = append(errs, object("-device", map[string]any{
 			"driver": "virtio-blk-pci", "drive": fmt.Sprintf("disk%d", i), "serial": d.Serial,
-			// A full host disk is an I/O error in the guest. The default for it pauses the VM, unseen.
+			// A full host disk becomes an I/O error in the guest. By default QEMU would silently pause the VM.
 			"werror": "report", "rerror": "report",
 		}))
 	}
@@ -275,7 +275,7 @@ func (q *qemu) devices(cfg Config, private string) ([]string, error) {
 		for i := range fds {
 			fds[i] = strconv.Itoa(3 + i) // after stdin, stdout and stderr
 		}
-		// vhost is left off: it needs /dev/vhost-net, which the runtime user need not have.
+		// No vhost: it needs /dev/vhost-net, which the runtime user may not have.
 		if n.Queues == 1 {
 			args = append(args, "-netdev", "tap,id=net,vhost=off,fd="+fds[0])
 		} else {
@@ -283,10 +283,10 @@ func (q *qemu) devices(cfg Config, private string) ([]string, error) {
 		}
 		net := map[string]any{
 			"driver": "virtio-net-pci", "netdev": "net", "mac": n.MAC,
-			"romfile": "", // no network boot: saves the firmware a second
+			"romfile": "", // no network boot, which saves a second in the firmware
 		}
 		if n.Queues > 1 {
-			net["mq"], net["vectors"] = true, 2*n.Queues+2 // a vector a queue, one for control, one for configuration
+			net["mq"], net["vectors"] = true, 2*n.Queues+2 // one vector per queue, one for control, one for configuration
 		}
 		errs = append(errs, object("-device", net))
 	}
@@ -298,18 +298,18 @@ func (q *qemu) devices(cfg Config, private string) ([]string, error) {
 		}),
 		object("-object", map[string]any{"qom-type": "rng-builtin", "id": "rng"}),
 		object("-device", map[string]any{"driver": "virtio-rng-pci", "rng": "rng"}),
-		// Never inflated: it is there so that pages which the guest has freed come back to the host.
+		// Never inflated: it returns pages that the guest has freed to the host.
 		object("-device", map[string]any{"driver": "virtio-balloon-pci", "free-page-reporting": true}),
 	)
 	return args, errors.Join(errs...)
 }
 
-// qemuDisk is one -blockdev: the file, read as raw and never guessed (a guest could write a
-// qcow2 header that names any host file), behind the throttle where there is one.
+// qemuDisk returns one -blockdev: the file, as raw without autodetection (a guest could write a
+// qcow2 header that names any host file), behind the throttle if limited.
 //
-// The host's page cache is used: most disks are clones that live for minutes, and O_DIRECT fails on
-// tmpfs. discard=unmap gives back to the file system what the guest trims. locking=on
-// keeps a second VM from a disk that one writes; readers share.
+// It uses the host's page cache: most disks are clones that live for minutes, and O_DIRECT fails on
+// tmpfs. discard=unmap returns what the guest trims to the file system. locking=on
+// keeps two VMs from writing to a disk; readers may share it.
 func qemuDisk(i int, d Disk, limited bool) map[string]any {
 	name := fmt.Sprintf("disk%d", i)
 	file := map[string]any{
@@ -337,7 +337,7 @@ type qemuVM struct {
 	*process
 
 	mu  sync.Mutex
-	qmp *qmp // nil where QEMU could not be reached
+	qmp *qmp // nil if QEMU could not be reached
 
 	channelMu sync.Mutex
 	channel   net.Conn
@@ -347,7 +347,7 @@ var _ VM = (*qemuVM)(nil)
 
 func newQEMUVM(p *process) *qemuVM { return &qemuVM{process: p} }
 
-// boot returns when QEMU says that the guest runs.
+// boot returns once QEMU reports that the guest is running.
 func (v *qemuVM) boot(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startDeadline)
 	defer cancel()
@@ -382,7 +382,7 @@ func (v *qemuVM) connect(ctx context.Context) error {
 	return nil
 }
 
-// event hears what QEMU says by itself (qapi/run-state.json, qapi/block-core.json).
+// event handles QEMU's events (qapi/run-state.json, qapi/block-core.json).
 func (v *qemuVM) event(name string, data qmpEventData) {
 	switch name {
 	case "SHUTDOWN":
@@ -401,7 +401,7 @@ func (v *qemuVM) event(name string, data qmpEventData) {
 	}
 }
 
-// drain hears QEMU's last events: the socket ends with the process.
+// drain waits for QEMU's last events: the socket closes when the process ends.
 func (v *qemuVM) drain() {
 	v.mu.Lock()
 	q := v.qmp
@@ -441,7 +441,7 @@ func (v *qemuVM) Stop(ctx context.Context) error {
 func (v *qemuVM) Kill() error { return v.kill() }
 
 // Channel connects to the virtio-serial port's socket. QEMU serves one connection at a time,
-// and the next as soon as that has ended.
+// and the next one once that has ended.
 func (v *qemuVM) Channel(ctx context.Context) (net.Conn, error) {
 	v.channelMu.Lock()
 	defer v.channelMu.Unlock()

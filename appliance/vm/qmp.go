@@ -10,12 +10,12 @@ import (
 	"sync"
 )
 
-// qmpLine bounds one QMP message. The longest that our commands bring is the
-// greeting, of some hundred bytes.
+// qmpLine limits the size of one QMP message. The longest expected one is the
+// greeting, with a few hundred bytes.
 const qmpLine = 1 << 20
 
 // qmpMessage is any message of the QEMU machine protocol
-// (https://www.qemu.org/docs/master/interop/qmp-spec.html); which one says the field that is set.
+// (https://www.qemu.org/docs/master/interop/qmp-spec.html). The field that is set tells which kind it is.
 type qmpMessage struct {
 	Greeting json.RawMessage `json:"QMP"`
 	ID       uint64          `json:"id"`
@@ -30,7 +30,7 @@ type qmpError struct {
 	Desc  string `json:"desc"`
 }
 
-// qmpEventData is what we read of the data of SHUTDOWN, RESET and BLOCK_IO_ERROR.
+// qmpEventData is the used part of the data of SHUTDOWN, RESET and BLOCK_IO_ERROR.
 type qmpEventData struct {
 	Guest  bool   `json:"guest"`
 	Reason string `json:"reason"`
@@ -48,7 +48,7 @@ func parseQMP(line []byte) (qmpMessage, error) {
 	return m, nil
 }
 
-// qmp is the client of one QEMU.
+// qmp is a client of one QEMU.
 type qmp struct {
 	conn    net.Conn
 	onEvent func(name string, data qmpEventData) // on the reader's goroutine
@@ -57,14 +57,14 @@ type qmp struct {
 	mu      sync.Mutex
 	nextID  uint64
 	waiting map[uint64]chan qmpMessage
-	err     error // why the connection ended
+	err     error // the reason why the connection ended
 }
 
-// newQMP takes a fresh connection over, and returns when QEMU answers commands on it.
+// newQMP takes over a new connection, and returns once QEMU answers commands on it.
 func newQMP(ctx context.Context, conn net.Conn, onEvent func(string, qmpEventData)) (*qmp, error) {
 	q := &qmp{conn: conn, onEvent: onEvent, done: make(chan struct{}), nextID: 1, waiting: map[uint64]chan qmpMessage{}}
 	go q.read()
-	// Sent before the greeting is seen: QEMU reads it after that.
+	// QEMU reads this after it has sent the greeting, so there is no need to wait for that.
 	if err := q.execute(ctx, "qmp_capabilities", nil); err != nil {
 		q.close()
 		return nil, err
@@ -100,7 +100,7 @@ func (q *qmp) handle(line []byte) error {
 	case m.Greeting != nil:
 	case m.Event != "":
 		var data qmpEventData
-		// Data of an event that we do not know may have any form.
+		// The data of an unknown event may have any form.
 		_ = json.Unmarshal(m.Data, &data)
 		q.onEvent(m.Event, data)
 	default:
@@ -109,7 +109,7 @@ func (q *qmp) handle(line []byte) error {
 		delete(q.waiting, m.ID)
 		q.mu.Unlock()
 		if answer != nil {
-			answer <- m // has room for one, and gets no other
+			answer <- m // buffered, and used only once
 		}
 	}
 	return nil
@@ -132,7 +132,7 @@ func (q *qmp) execute(ctx context.Context, command string, result any) error {
 	if err != nil {
 		return err
 	}
-	deadline, _ := ctx.Deadline() // none: the zero time, which is no deadline here either
+	deadline, _ := ctx.Deadline() // the zero time means no deadline here, too
 	if err := q.conn.SetWriteDeadline(deadline); err != nil {
 		return fmt.Errorf("QMP %s: %w", command, err)
 	}
@@ -160,7 +160,7 @@ func (q *qmp) execute(ctx context.Context, command string, result any) error {
 	}
 }
 
-// close ends the connection and waits for its reader.
+// close closes the connection and waits for its reader.
 func (q *qmp) close() {
 	q.conn.Close()
 	<-q.done

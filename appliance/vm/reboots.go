@@ -5,20 +5,20 @@ import (
 	"time"
 )
 
-// A guest may reboot; one that does little else is broken. Four times in ten
-// minutes is past what any job or update does, and still caught soon under
+// A guest may reboot, but one that keeps rebooting is broken. Four reboots in ten
+// minutes are more than any job or update needs, and few enough to notice soon under
 // emulation, where a boot takes half a minute.
 const (
 	rebootLimit  = 4
 	rebootWindow = 10 * time.Minute
-	// rebootOnce is one reboot seen twice: SeaBIOS, started warm, resets the machine again.
+	// rebootOnce merges what is one reboot: SeaBIOS resets the machine again after a warm start.
 	rebootOnce = time.Second
 )
 
 // reboots counts a guest's reboots. It is used by one goroutine.
 type reboots struct{ at []time.Time }
 
-// add counts one, and returns an error when there were too many. It reports false for what is still the last one.
+// add counts a reboot, and returns an error if there were too many. It returns false if the reboot is a part of the previous one.
 func (r *reboots) add(now time.Time) (bool, error) {
 	if len(r.at) > 0 && now.Sub(r.at[len(r.at)-1]) < rebootOnce {
 		return false, nil

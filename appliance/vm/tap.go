@@ -9,16 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// openTAP opens a TAP that exists, one descriptor for each of the pairs, of which it may have more. Its owner needs
-// no capability for that; the flags must be those that it was made with.
+// openTAP opens an existing TAP, with one descriptor for each of the pairs; the TAP may have more. Its owner needs
+// no capability for that, but the flags must be those that it was created with.
 func openTAP(n *Net, pairs int) ([]*os.File, error) {
-	// Asked first: TUNSETIFF by root would make the interface that it does not find.
+	// Checked first, because TUNSETIFF by root would create a missing interface.
 	link, err := netlink.LinkByName(n.TAP)
 	if err != nil {
-		return nil, fmt.Errorf("TAP %s: %w; make it with: fleetingd network up --plan FILE", n.TAP, err)
+		return nil, fmt.Errorf("TAP %s: %w; create it with: fleetingd network up --plan FILE", n.TAP, err)
 	}
-	// The kernel refuses a second user of a TAP with one queue, but lets anyone join one with many, and
-	// shares the packets out between them.
+	// The kernel refuses a second user of a single-queue TAP, but lets anyone join a multi-queue one and
+	// distributes the packets between them.
 	if tap, ok := link.(*netlink.Tuntap); ok && tap.Queues > 0 {
 		return nil, tapError(n, unix.EBUSY)
 	}
@@ -37,9 +37,9 @@ func openTAP(n *Net, pairs int) ([]*os.File, error) {
 func openQueue(n *Net) (*os.File, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		cure := "load the module with: modprobe tun"
+		cure := "load its module with: modprobe tun"
 		if errors.Is(err, unix.EACCES) {
-			cure = "give it back the mode that udev gives it: chmod 0666 /dev/net/tun"
+			cure = "restore the mode that udev sets: chmod 0666 /dev/net/tun"
 		}
 		return nil, fmt.Errorf("open /dev/net/tun: %w; %s", err, cure)
 	}
@@ -48,7 +48,7 @@ func openQueue(n *Net) (*os.File, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("TAP name %q: %w", n.TAP, err)
 	}
-	// No packet information, but the virtio header: that is what both VMMs expect.
+	// No packet information, but the virtio header, as both VMMs expect.
 	flags := uint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 	if n.Queues > 1 {
 		flags |= unix.IFF_MULTI_QUEUE
@@ -67,10 +67,10 @@ func tapError(n *Net, err error) error {
 	case errors.Is(err, unix.EBUSY):
 		why = "another process, perhaps an earlier VM, has it open"
 	case errors.Is(err, unix.EPERM):
-		why = fmt.Sprintf("it does not belong to uid %d: fleetingd network up makes it for the plan's user", os.Getuid())
+		why = fmt.Sprintf("it does not belong to uid %d: fleetingd network up creates it for the plan's user", os.Getuid())
 	case errors.Is(err, unix.EINVAL):
-		why = fmt.Sprintf("it was made with other flags; %d queue pairs want IFF_NO_PI, IFF_VNET_HDR and, above one pair, "+
-			"IFF_MULTI_QUEUE: fleetingd network up makes it so", n.Queues)
+		why = fmt.Sprintf("it was created with other flags; %d queue pairs require IFF_NO_PI, IFF_VNET_HDR and, above one pair, "+
+			"IFF_MULTI_QUEUE: fleetingd network up creates it with these", n.Queues)
 	}
 	return fmt.Errorf("open TAP %s: %w: %s", n.TAP, err, why)
 }

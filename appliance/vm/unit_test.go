@@ -31,8 +31,8 @@ func TestOpen(t *testing.T) {
 	}{
 		{plan.Hypervisor{Driver: "qemu"}, ""},
 		{plan.Hypervisor{Driver: "cloud-hypervisor"}, ""},
-		{plan.Hypervisor{Driver: "qemu", Accel: "hax"}, `accel is "hax"`},
-		{plan.Hypervisor{Driver: "xen"}, `"xen" is not known`},
+		{plan.Hypervisor{Driver: "qemu", Accel: "hax"}, `accel must be "auto", "kvm" or "tcg"; got "hax"`},
+		{plan.Hypervisor{Driver: "xen"}, `unknown hypervisor "xen"`},
 	} {
 		d, err := Open(c.h, slog.New(slog.DiscardHandler))
 		if c.want == "" && (err != nil || d.Name() != c.h.Driver) {

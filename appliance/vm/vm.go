@@ -1,6 +1,6 @@
 // Package vm starts and ends virtual machines: the Driver contract and its two
-// implementations. It never touches firewall, links, images or fleeting: it is
-// handed disks that exist and TAPs that exist.
+// implementations. It knows nothing about firewall, links, images or fleeting:
+// it is handed existing disks and existing TAPs.
 package vm
 
 import (
@@ -8,68 +8,67 @@ import (
 	"net"
 )
 
-// Driver runs VMs with one hypervisor. All methods may be called at the same time.
+// Driver runs VMs with one hypervisor. Its methods may be called concurrently.
 type Driver interface {
 	// Name is the driver's name in the spec: "qemu", "cloud-hypervisor".
 	Name() string
 
-	// Probe says what would run here. It MUST fail, with the reason and the cure,
-	// where Start could never succeed (no binary, too old a version, no KVM). Where it is only
-	// KVM that lacks, Info has the binary and its version beside the error.
+	// Probe returns what Start would run. If Start could never succeed (no binary, an old
+	// version, no KVM), it MUST fail with the reason and what to do. If only KVM is missing,
+	// Info holds the binary and its version besides the error.
 	Probe(ctx context.Context) (Info, error)
 
-	// Start makes a VM and boots it; it returns when the VMM runs the guest, not
-	// when the guest is up. When it fails, or when ctx ends first, it MUST leave
-	// no process, socket or cgroup behind. The VMM is not tied to
-	// the life of this process: it goes on when the plugin ends.
+	// Start creates and boots a VM; it returns once the VMM runs the guest, not
+	// once the guest is up. If it fails, or ctx ends first, it MUST leave no
+	// process, socket or cgroup behind. The VMM outlives this process.
 	Start(ctx context.Context, cfg Config) (VM, error)
 
-	// Adopt finds the VM that an earlier process started in dir. It returns
-	// ErrNotRunning where there is none, after removing what is left of it in
-	// dir. It MUST NOT mistake another process with a reused pid for the VMM.
+	// Adopt finds the VM that an earlier process started in dir. If there is
+	// none, it removes what is left in dir and returns ErrNotRunning. It MUST
+	// NOT mistake another process with a reused pid for the VMM.
 	Adopt(ctx context.Context, dir string) (VM, error)
 }
 
-// Info is what Probe found.
+// Info is the result of Probe.
 type Info struct {
 	Binary  string // absolute path
 	Version string // "10.0.2", "v53.0"
-	Accel   string // what would be used: "kvm" or "tcg"
+	Accel   string // the accelerator in use: "kvm" or "tcg"
 }
 
-// VM is one running (or ended) virtual machine. All methods may be called at
-// the same time.
+// VM is a running or ended virtual machine. Its methods may be called
+// concurrently.
 type VM interface {
 	// PID is the VMM's process id.
 	PID() int
 
-	// Done is closed as soon as the VMM has exited, whatever the reason.
+	// Done is closed as soon as the VMM has exited, for whatever reason.
 	Done() <-chan struct{}
 
-	// Exit is why the VMM ended, for people ("signal: killed", "guest powered
-	// off", with the VMM's last words), and nil while it runs. It is never nil
-	// after Done.
+	// Exit returns nil while the VMM runs, and then why it ended, for people
+	// ("signal: killed", "guest powered off", with the end of the VMM's output).
+	// It is never nil after Done.
 	Exit() error
 
 	// Channel opens the host's end of the guest channel. It blocks until there is a
-	// stream (which does not mean that the guest speaks on it), ctx ends, or the
-	// VM is gone. There is one stream at a time: a new one ends the last.
+	// stream (which does not mean that the guest uses it), ctx ends, or the VM
+	// has ended. There is one stream at a time: a new one closes the last.
 	Channel(ctx context.Context) (net.Conn, error)
 
-	// Stop ends the VM: the power button, and when ctx (or the driver's own
-	// deadline) runs out SIGTERM, then SIGKILL. It returns once no
+	// Stop ends the VM: with the power button and, when ctx or the driver's own
+	// deadline runs out, with SIGTERM and then SIGKILL. It returns once no
 	// process is left and the VM's files in Dir are removed (the console log stays).
-	// Stopping an ended VM is a success.
+	// Stopping an ended VM succeeds.
 	Stop(ctx context.Context) error
 
 	// Kill is Stop without asking the guest.
 	Kill() error
 }
 
-// Config is what a VM is made of. Paths are absolute.
+// Config describes a VM. Paths are absolute.
 type Config struct {
 	ID      string // names the VM in process lists and logs
-	Dir     string // private to this VM, made by the caller, empty; its path is at most 80 bytes
+	Dir     string // private to this VM, created empty by the caller; its path is at most 80 bytes long
 	CPUs    int
 	Memory  int64 // bytes
 	Kernel  string
@@ -77,10 +76,10 @@ type Config struct {
 	Cmdline string
 	Disks   []Disk // in this order; the first is the root disk
 	Net     *Net   // nil: no network
-	Console string // file that gets the guest's console; "" for none
+	Console string // file for the guest's console; "" for none
 	Limits  Limits
-	// Cgroup is the cgroup v2 folder that the VMM is started in, which goes with the VM. "" is the usual: the driver makes
-	// one with the limits where a subtree was delegated to this process, and where none was says so once.
+	// Cgroup is the cgroup v2 folder that the VMM is started in, and which is removed with the VM. It is usually "": then the driver
+	// creates one with the limits if a subtree is delegated to this process, and otherwise logs a warning once.
 	Cgroup string
 }
 
@@ -88,20 +87,20 @@ type Config struct {
 type Disk struct {
 	Path     string
 	ReadOnly bool
-	Serial   string // the guest finds it as /dev/disk/by-id/virtio-SERIAL; at most 20 bytes
+	Serial   string // the guest sees it as /dev/disk/by-id/virtio-SERIAL; at most 20 bytes
 }
 
-// Net is the VM's one interface, on a TAP that exists and that the caller may open.
+// Net is the VM's only interface, on an existing TAP that the caller may open.
 type Net struct {
 	TAP    string
 	MAC    string // the guest's
-	Queues int    // RX/TX pairs; the TAP was made with IFF_MULTI_QUEUE when above 1
+	Queues int    // RX/TX pairs; above 1, the TAP must have IFF_MULTI_QUEUE
 }
 
-// Limits are per VM; 0 is no limit. The VMM keeps to those of disk and network, the cgroup to all but the network's.
+// Limits apply to each VM; 0 means no limit. The VMM enforces those of disk and network, the cgroup all except the network's.
 type Limits struct {
 	CPUQuotaPercent int // 400 is four CPUs
 	DiskIOPS        int
 	NetworkMbps     int // 10^6 bit/s, each direction
-	Connections     int // conntrack entries; the host's firewall keeps to it
+	Connections     int // conntrack entries, enforced by the host's firewall
 }

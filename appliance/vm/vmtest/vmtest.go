@@ -1,4 +1,4 @@
-// Package vmtest makes the small real guest that the drivers are tested with:
+// Package vmtest makes the small real guest that tests of the drivers boot:
 // Debian's cloud kernel and an initrd with the virtio modules and one static Go
 // program. It boots in seconds under emulation. Only tests import it.
 package vmtest
@@ -20,15 +20,15 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
-// modules are what the guest loads, with what they depend on.
+// modules are those that the guest loads, without their dependencies.
 var modules = []string{
 	"virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_balloon",
 	"vmw_vsock_virtio_transport", "button", "evdev",
 }
 
 // Guest returns the paths of a kernel and an initrd. They are those of
-// FLEETINGD_VMTEST_KERNEL and FLEETINGD_VMTEST_INITRD where both are set (a
-// compiled test on a host without packages), and else are made from Debian's
+// FLEETINGD_VMTEST_KERNEL and FLEETINGD_VMTEST_INITRD if both are set (for a
+// compiled test on a host without packages), and otherwise are made from Debian's
 // packages once and kept in need.Cache.
 func Guest(t testing.TB) (kernel, initrd string) {
 	t.Helper()
@@ -73,7 +73,7 @@ func debianKernel(t testing.TB) (kernel, tree string) {
 	if err := os.MkdirAll(filepath.Dir(tree), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	// Beside its place, so that the rename is one.
+	// In the same folder, so that it can be renamed.
 	tmp, err := os.MkdirTemp(filepath.Dir(tree), "new-")
 	if err != nil {
 		t.Fatal(err)
@@ -88,14 +88,14 @@ func debianKernel(t testing.TB) (kernel, tree string) {
 	}
 	output(t, exec.Command("dpkg-deb", "-x", debs[0], filepath.Join(tmp, "x")))
 	if err := os.Rename(filepath.Join(tmp, "x"), tree); err != nil {
-		if _, there := os.Stat(kernel); there != nil { // else another test was first
+		if _, there := os.Stat(kernel); there != nil { // otherwise another test was first
 			t.Fatal(err)
 		}
 	}
 	return kernel, tree
 }
 
-// initramfs is an uncompressed cpio archive: /init and /modules/NN-name.ko in load order.
+// initramfs returns an uncompressed cpio archive: /init, and /modules/NN-name.ko in load order.
 func initramfs(t testing.TB, init, tree string) []byte {
 	t.Helper()
 	files := map[string]string{}
@@ -109,8 +109,8 @@ func initramfs(t testing.TB, init, tree string) []byte {
 	for _, dir := range []string{"modules", "dev", "proc", "sys"} {
 		out.add(dir, 0o40755, nil)
 	}
-	// Go's runtime does not start without standard streams, which the kernel gives to init only where it has a
-	// console by then, or this.
+	// Go's runtime needs standard streams to start. The kernel only opens them for init if it has a console by
+	// then, or this device.
 	out.device("dev/null", 1, 3)
 	var loaded []string
 	var load func(name string)
@@ -154,7 +154,7 @@ func module(t testing.TB, path string) []byte {
 	return data
 }
 
-// depends is what modinfo calls so.
+// depends returns the module's dependencies, in the sense of modinfo.
 func depends(t testing.TB, path string, data []byte) []string {
 	t.Helper()
 	f, err := elf.NewFile(bytes.NewReader(data))

@@ -1,5 +1,5 @@
 // Command init is the guest of the drivers' tests: process 1 of a VM. It answers
-// one-line commands on the guest channel.
+// one-line commands over the guest channel.
 package main
 
 import (
@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The channel, as in package guest, which this program cannot import: guest says what it is for, vm what carries it.
+// The names of the channel, as in plan.GuestPort and plan.GuestVsock. Importing plan would make the initrd larger.
 const (
 	portName  = "dev.fleetingd.guest"
 	vsockPort = 7071
@@ -71,14 +71,14 @@ func setUp() error {
 			fmt.Printf("vmtest: %s: %v\n", path, err)
 		}
 	}
-	// The console that the kernel gave us may have come up with a module of ours.
+	// The console that the kernel opened may depend on a module that was loaded just now.
 	if out, err := os.OpenFile("/dev/console", os.O_WRONLY, 0); err == nil {
 		os.Stdout = out
 	}
 	return nil
 }
 
-// powerButtons powers off when any input device says so.
+// powerButtons powers off when any input device reports the power key.
 func powerButtons() {
 	inputs, _ := filepath.Glob("/dev/input/event*")
 	for _, path := range inputs {
@@ -101,7 +101,7 @@ func powerButtons() {
 	}
 }
 
-// serve answers on one stream until it ends.
+// serve answers commands on one stream until it ends.
 func serve() error {
 	stream, err := channel()
 	if err != nil {
@@ -118,7 +118,7 @@ func serve() error {
 	return in.Err()
 }
 
-// channel is the virtio-serial port where there is one, and else a vsock connection to the host.
+// channel opens the virtio-serial port if there is one, and otherwise a vsock connection to the host.
 func channel() (io.ReadWriteCloser, error) {
 	names, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
 	for _, path := range names {
@@ -165,7 +165,7 @@ func answer(command, arg string) string {
 	return "unknown command"
 }
 
-// disks is "vda ro=0 serial=root size=65536 queues=2 text=…;…" for each virtio disk.
+// disks returns "vda ro=0 serial=root sectors=65536 queues=2 text=…;…" for each virtio disk.
 func disks() string {
 	var all []string
 	devs, _ := filepath.Glob("/sys/block/vd*")
@@ -183,7 +183,7 @@ func disks() string {
 	return strings.Join(all, ";")
 }
 
-// network is "eth0 mac=… queues=…" for each interface that is not lo.
+// network returns "eth0 mac=… queues=…" for each interface except lo.
 func network() string {
 	var all []string
 	devs, _ := filepath.Glob("/sys/class/net/*")
