@@ -10,8 +10,8 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// The files of a seed in the root of its ISO. The first three are cloud-init's;
-// JSONName holds the same Seed for the guest part, which needs neither YAML
+// The files of a seed in the root of its ISO. The first three are for cloud-init.
+// JSONName holds the Seed as JSON for the guest part, which uses neither YAML
 // nor cloud-init.
 const (
 	Label       = "cidata" // the volume label that cloud-init looks for
@@ -21,7 +21,7 @@ const (
 	JSONName    = "fleetingd.json"
 )
 
-// metaData is https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html, "meta-data".
+// metaData is the "meta-data" of https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html.
 type metaData struct {
 	InstanceID    string `yaml:"instance-id"`
 	LocalHostname string `yaml:"local-hostname"`
@@ -54,7 +54,7 @@ type cloudFile struct {
 	Owner       string `yaml:"owner"`
 }
 
-// networkConfig is cloud-init's version 2, netplan's own format.
+// networkConfig is cloud-init's version 2, which is netplan's format.
 type networkConfig struct {
 	Version   int                 `yaml:"version"`
 	Ethernets map[string]ethernet `yaml:"ethernets"`
@@ -134,7 +134,7 @@ func toYAML(header string, v any) ([]byte, error) {
 func (s *Seed) cloudConfig() cloudConfig {
 	c := cloudConfig{
 		Hostname: s.Hostname,
-		// "localhost" adds the name to the line of 127.0.1.1 and changes nothing else: without it sudo waits for DNS.
+		// "localhost" only adds the name to the line of 127.0.1.1. Without it sudo waits for DNS.
 		ManageEtcHosts: "localhost",
 		DisableRoot:    true,
 		Users:          []cloudUser{}, // never omitted: cloud-init would create the distribution's default user
@@ -163,9 +163,9 @@ func (s *Seed) cloudConfig() cloudConfig {
 	return c
 }
 
-// keepGateways does for a guest whose network cloud-init sets up what the guest part does itself (keepGateway in
-// appliance/guest says what and why). Its arguments are the interface's MAC, then each address of the worker with its gateway. It
-// always succeeds: if the guest's ip(8) cannot do this, all else works.
+// keepGateways does for a guest whose network cloud-init configures what the guest part does itself (see keepGateway in
+// appliance/guest). Its arguments are the interface's MAC, then each address of the worker with its gateway. It always
+// succeeds: a guest whose ip(8) cannot do this works otherwise.
 const keepGateways = `dev=$(ip -o link | sed -n "s/^[0-9]*: \\([^:@]*\\)[:@].* link\\/ether $1 .*/\\1/p" | head -n 1)
 shift
 while [ $# -ge 2 ]; do
@@ -192,7 +192,7 @@ func (n *Network) bootCmd() [][]string {
 }
 
 // config matches the interface by its MAC and keeps its name: renaming can
-// fail once something has brought the link up, and nothing needs it.
+// fail once the link is up, and nothing needs another name.
 func (n *Network) config() networkConfig {
 	e := ethernet{
 		Match: match{n.MAC},
@@ -215,7 +215,7 @@ func (n *Network) config() networkConfig {
 		if g.Is6() {
 			to = "::/0"
 		}
-		// The gateway is outside the address's own /32: it is on the link without a route to it.
+		// The gateway is outside the address's own /32: on-link makes it reachable without a route.
 		e.Routes = append(e.Routes, route{To: to, Via: g.String(), OnLink: true})
 	}
 	for _, a := range n.DNS {

@@ -10,7 +10,7 @@ import (
 	"strings"
 )
 
-// Bounds of what ReadISO reads. Seeds are a few KB.
+// Limits on what ReadISO reads. Seeds are a few KB.
 const (
 	maxVolumes   = 16      // volume descriptors looked at
 	maxDirectory = 1 << 16 // bytes of the root directory
@@ -21,7 +21,7 @@ const (
 var ErrNotSeed = errors.New("not a fleetingd seed")
 
 // ReadISO reads the Seed from an ISO image that WriteISO wrote, without
-// its Extra files. It reads a bounded part of r, whatever that holds.
+// its Extra files. It reads a limited part of r, which may hold anything.
 func ReadISO(r io.ReaderAt) (Seed, error) {
 	f, err := openISO(r, JSONName)
 	if err != nil {
@@ -39,7 +39,7 @@ func ReadISO(r io.ReaderAt) (Seed, error) {
 
 func parseJSON(data []byte) (Seed, error) {
 	d := json.NewDecoder(bytes.NewReader(data))
-	// A field that this version does not know would not be applied.
+	// An unknown field would be ignored silently.
 	d.DisallowUnknownFields()
 	var s Seed
 	if err := d.Decode(&s); err != nil {
@@ -48,7 +48,7 @@ func parseJSON(data []byte) (Seed, error) {
 	return s, nil
 }
 
-// openISO finds a file in the root directory of an ISO 9660 image (ECMA-119, level 1 to 3, one extent).
+// openISO opens a file in the root directory of an ISO 9660 image (ECMA-119, level 1 to 3, one extent).
 func openISO(r io.ReaderAt, name string) (*io.SectionReader, error) {
 	root, err := rootDirectory(r)
 	if err != nil {
@@ -63,7 +63,7 @@ func openISO(r io.ReaderAt, name string) (*io.SectionReader, error) {
 	}
 	for at := 0; at < len(dir); {
 		n := int(dir[at])
-		if n == 0 { // no record crosses a sector: the rest of this one is empty
+		if n == 0 { // records do not cross sectors: the rest of this one is empty
 			at += sector - at%sector
 			continue
 		}
@@ -83,16 +83,16 @@ func openISO(r io.ReaderAt, name string) (*io.SectionReader, error) {
 	return nil, fmt.Errorf("%w: it has no %s", ErrNotSeed, name)
 }
 
-// rootDirectory finds the primary volume descriptor (ECMA-119 8.4) and the directory it names.
+// rootDirectory opens the directory that the primary volume descriptor (ECMA-119 8.4) names.
 func rootDirectory(r io.ReaderAt) (*io.SectionReader, error) {
 	buf := make([]byte, sector)
 	for i := range int64(maxVolumes) {
 		if _, err := r.ReadAt(buf, (volumeSector+i)*sector); err != nil && !errors.Is(err, io.EOF) {
 			return nil, fmt.Errorf("read seed: volume descriptor: %w", err)
 		} else if err != nil {
-			return nil, fmt.Errorf("%w: it ends before its volume descriptor", ErrNotSeed)
+			return nil, fmt.Errorf("%w: it has no volume descriptor before its end", ErrNotSeed)
 		}
-		if string(buf[1:6]) != "CD001" || buf[0] == 255 { // no descriptor, or the last
+		if string(buf[1:6]) != "CD001" || buf[0] == 255 { // not a descriptor, or the last one
 			break
 		}
 		if buf[0] != 1 {
@@ -107,7 +107,7 @@ func rootDirectory(r io.ReaderAt) (*io.SectionReader, error) {
 	return nil, fmt.Errorf("%w: it has no ISO 9660 volume descriptor", ErrNotSeed)
 }
 
-// record reads a directory record (ECMA-119 9.1) of at least 34 bytes.
+// record decodes a directory record (ECMA-119 9.1) of at least 34 bytes.
 func record(r io.ReaderAt, b []byte) (string, *io.SectionReader, error) {
 	at := int64(binary.LittleEndian.Uint32(b[2:])) * sector
 	size := int64(binary.LittleEndian.Uint32(b[10:]))

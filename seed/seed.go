@@ -6,8 +6,8 @@ package seed
 
 import "net/netip"
 
-// Seed is what a guest is given for one boot: its identity, its network and who
-// may log in. Its ISO has the volume label "cidata".
+// Seed is what a guest gets for one boot: its identity, its network and its
+// users. The volume label of its ISO is "cidata".
 type Seed struct {
 	InstanceID string   `json:"instance_id"` // a new one makes cloud-init run again
 	Hostname   string   `json:"hostname"`
@@ -17,21 +17,21 @@ type Seed struct {
 	WriteFiles []File     `json:"write_files,omitempty"`
 	RunCmd     [][]string `json:"run_cmd,omitempty"`
 	// Extra holds more files for the root of the ISO, by name. They are not part of the JSON
-	// form (the guest binary would add tens of MB).
+	// form, because the guest binary would add tens of MB to it.
 	Extra map[string][]byte `json:"-"`
 }
 
-// Network is the one interface of a guest: routed, each address its own /32 or
-// /128, the gateway on-link.
+// Network is the guest's only interface. It is routed: each address is a /32 or
+// /128, and the gateway is on-link.
 type Network struct {
 	MAC       string       `json:"mac"`
 	Addresses []netip.Addr `json:"addresses"`
-	Gateways  []netip.Addr `json:"gateways"` // one for each family in Addresses
+	Gateways  []netip.Addr `json:"gateways"` // one per family in Addresses
 	DNS       []netip.Addr `json:"dns"`
 	MTU       int          `json:"mtu"`
 }
 
-// User is an account that may log in with a key and use sudo.
+// User is an account that can log in with a key and use sudo.
 type User struct {
 	Name           string   `json:"name"`
 	AuthorizedKeys []string `json:"authorized_keys,omitempty"`

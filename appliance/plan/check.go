@@ -12,7 +12,7 @@ import (
 	"strings"
 )
 
-// maxFindings bounds what check reports: a plan full of nonsense needs no line for each of it.
+// maxFindings bounds what check reports: a plan full of errors does not need a line for each.
 const maxFindings = 20
 
 // MaxQueues is the most RX/TX pairs of a TAP that a Plan may ask for
@@ -20,15 +20,15 @@ const maxFindings = 20
 const MaxQueues = 256
 
 var (
-	// itemName is what names a pool or an image: it becomes part of a path.
+	// itemName is the name of a pool or an image, which becomes part of a path.
 	itemName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$`)
-	// userName is what useradd(8) takes.
+	// userName is a name that useradd(8) accepts.
 	userName = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
-	// ifName is a link's name without what the kernel (dev_valid_name) or a shell trips over; 15 is IFNAMSIZ-1.
+	// ifName is a link name that both the kernel (dev_valid_name) and a shell accept; 15 is IFNAMSIZ-1.
 	ifName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}$`)
 )
 
-// findings gathers what is wrong, up to maxFindings.
+// findings collects what is wrong, up to maxFindings.
 type findings []error
 
 func (f *findings) add(format string, args ...any) {
@@ -37,27 +37,26 @@ func (f *findings) add(format string, args ...any) {
 	}
 }
 
-// unless adds the finding where ok is false.
+// unless adds the finding if ok is false.
 func (f *findings) unless(ok bool, format string, args ...any) {
 	if !ok {
 		f.add(format, args...)
 	}
 }
 
-// check finds where a Plan contradicts itself, so that who executes it may index
-// and join without asking.
+// check finds contradictions in a Plan, so that executors need not re-check indexes and references.
 func (p *Plan) check() error {
 	var f findings
 	f.unless(p.Host != "" && len(p.Host) <= 253, "host: %q is not a host name", p.Host)
 	f.unless(ifName.MatchString(p.EgressInterface), "egress_interface: %q is not the name of an interface",
 		p.EgressInterface)
 	f.unless(userName.MatchString(p.User), "user: %q is not a user name", p.User)
-	f.unless(p.Refresh >= 0, "refresh: a negative time")
+	f.unless(p.Refresh >= 0, "refresh: must not be negative")
 	p.checkPaths(&f)
 	p.checkHypervisor(&f)
 	p.checkNetwork(&f)
 	p.checkSlots(&f)
-	used := make([]string, len(p.Slots)) // who uses each slot
+	used := make([]string, len(p.Slots)) // by index: the item that uses the slot, or ""
 	p.checkImages(&f, used)
 	p.checkPools(&f, used)
 	p.checkArtifacts(&f)
@@ -78,18 +77,18 @@ func (p *Plan) checkPaths(f *findings) {
 		f.unless(d.below == "" || strings.HasPrefix(d.path, d.below+"/"), "paths.%s: %q is not below %q",
 			d.name, d.path, d.below)
 	}
-	// A socket below it has 108 bytes for its path (sun_path), and its worker's name takes most of them.
+	// Socket paths below it are limited to 108 bytes (sun_path), most of which the worker's name takes.
 	f.unless(len(p.Paths.Run) <= 40, "paths.run: %q is longer than 40 bytes", p.Paths.Run)
 }
 
-// cleanPath reports an absolute path with no "..", no doubled slash and no byte that ends a line or a C string.
+// cleanPath reports whether s is an absolute path without "..", doubled slashes, and bytes that end a line or a C string.
 func cleanPath(s string) bool {
 	return path.IsAbs(s) && path.Clean(s) == s && !strings.ContainsAny(s, "\x00\n")
 }
 
 func (p *Plan) checkHypervisor(f *findings) {
 	f.unless(oneOf(p.Disks.Backing, "auto", "directory", "xfs-image", "tmpfs"), "disks.backing: unknown %q", p.Disks.Backing)
-	f.unless(p.Disks.Size >= 0, "disks.size: negative")
+	f.unless(p.Disks.Size >= 0, "disks.size: must not be negative")
 	p.checkDisks(f)
 	f.unless(oneOf(p.Hypervisor.Driver, "cloud-hypervisor", "qemu"), "hypervisor.driver: unknown %q", p.Hypervisor.Driver)
 	f.unless(p.Hypervisor.Binary != "" && !strings.HasPrefix(p.Hypervisor.Binary, "-"), "hypervisor.binary: %q is not a program",
@@ -97,7 +96,7 @@ func (p *Plan) checkHypervisor(f *findings) {
 	f.unless(oneOf(p.Hypervisor.Accel, "", "auto", "kvm", "tcg"), "hypervisor.accel: unknown %q", p.Hypervisor.Accel)
 }
 
-// mountOptions are options of mount(8) that no shell or unit file reads as anything else.
+// mountOptions matches options of mount(8) that neither a shell nor a unit file misreads.
 var mountOptions = regexp.MustCompile(`^[a-z0-9=,]+$`)
 
 func (p *Plan) checkDisks(f *findings) {
@@ -123,14 +122,14 @@ func (p *Plan) checkNetwork(f *findings) {
 	f.unless(n.Subnet.IsValid() && n.Subnet.Addr().Is4() && n.Subnet == n.Subnet.Masked(),
 		"network.subnet: %q is not an IPv4 network", n.Subnet)
 	f.unless(n.Subnet.Contains(n.Gateway), "network.gateway: %s is not in %s", n.Gateway, n.Subnet)
-	f.unless((n.Subnet6 == nil) == (n.Gateway6 == nil), "network: subnet6 and gateway6 come together")
+	f.unless((n.Subnet6 == nil) == (n.Gateway6 == nil), "network: subnet6 and gateway6 must be set together")
 	if n.Subnet6 != nil && n.Gateway6 != nil {
 		f.unless(n.Subnet6.IsValid() && n.Subnet6.Addr().Is6() && !n.Subnet6.Addr().Is4In6() && *n.Subnet6 == n.Subnet6.Masked(),
 			"network.subnet6: %q is not an IPv6 network", n.Subnet6)
 		f.unless(n.Subnet6.Contains(*n.Gateway6), "network.gateway6: %s is not in %s", n.Gateway6, n.Subnet6)
 	}
-	// RFC 791's and RFC 8200's smallest, and the largest that a link can have.
-	f.unless(n.MTU >= 576 && n.MTU <= 65535 && (n.Subnet6 == nil || n.MTU >= 1280), "network.mtu: %d", n.MTU)
+	// The minimum of RFC 791 and RFC 8200, and the maximum of a link.
+	f.unless(n.MTU >= 576 && n.MTU <= 65535 && (n.Subnet6 == nil || n.MTU >= 1280), "network.mtu: %d is out of range", n.MTU)
 	for _, a := range n.DNS {
 		f.unless(a.IsValid() && a.Zone() == "", "network.dns: %q is not an address", a)
 	}
@@ -149,7 +148,7 @@ func (p *Plan) checkNetwork(f *findings) {
 	}
 }
 
-// unicastMAC reports a 48-bit address without the group bit (IEEE 802), written as Go and the kernel write it.
+// unicastMAC reports whether s is a 48-bit address without the group bit (IEEE 802), in the notation of Go and the kernel.
 func unicastMAC(s string) bool {
 	m, err := net.ParseMAC(s)
 	return err == nil && len(m) == 6 && m[0]&1 == 0 && m.String() == s
@@ -169,66 +168,66 @@ func (p *Plan) checkSlots(f *findings) {
 		f.unless(p.Network.Subnet.Contains(s.Address), "slots[%d]: %s is not in %s", i, s.Address, p.Network.Subnet)
 		f.unless(!addrs[s.Address], "slots[%d]: the address %s is used twice", i, s.Address)
 		addrs[s.Address] = true
-		f.unless((s.Address6 == nil) == (p.Network.Subnet6 == nil), "slots[%d]: address6 without subnet6, or the other way", i)
+		f.unless((s.Address6 == nil) == (p.Network.Subnet6 == nil), "slots[%d]: address6 and subnet6 must be set together", i)
 		if s.Address6 != nil && p.Network.Subnet6 != nil {
 			f.unless(p.Network.Subnet6.Contains(*s.Address6), "slots[%d]: %s is not in %s", i, s.Address6, p.Network.Subnet6)
 			f.unless(!addrs[*s.Address6], "slots[%d]: the address %s is used twice", i, s.Address6)
 			addrs[*s.Address6] = true
 		}
-		f.unless(s.Queues >= 1 && s.Queues <= MaxQueues, "slots[%d]: %d queues", i, s.Queues)
+		f.unless(s.Queues >= 1 && s.Queues <= MaxQueues, "slots[%d]: %d queues are out of range", i, s.Queues)
 	}
 }
 
-// take notes who uses a slot, and finds a slot that is out of range or used twice.
-func take(f *findings, used []string, slot int, who string) {
+// claim records which item uses a slot, and reports a slot that is out of range or used twice.
+func claim(f *findings, used []string, slot int, item string) {
 	if slot < 0 || slot >= len(used) {
-		f.add("%s: there is no slot %d (the plan has %d)", who, slot, len(used))
+		f.add("%s: there is no slot %d (the plan has %d)", item, slot, len(used))
 		return
 	}
-	f.unless(used[slot] == "", "%s: slot %d belongs to %s", who, slot, used[slot])
-	used[slot] = who
+	f.unless(used[slot] == "", "%s: slot %d belongs to %s", item, slot, used[slot])
+	used[slot] = item
 }
 
 func (p *Plan) checkImages(f *findings, used []string) {
 	seen := map[string]bool{}
 	for i := range p.Images {
 		im := &p.Images[i]
-		who := "image." + im.Name
+		item := "image." + im.Name
 		f.unless(itemName.MatchString(im.Name) && !seen[im.Name], "images[%d]: %q is not a valid name, or is used twice", i, im.Name)
 		seen[im.Name] = true
-		f.unless(userName.MatchString(im.User), "%s: %q is not a user name", who, im.User)
-		take(f, used, im.BuildSlot, who)
-		checkSource(f, who, im.Source)
+		f.unless(userName.MatchString(im.User), "%s: %q is not a user name", item, im.User)
+		claim(f, used, im.BuildSlot, item)
+		checkSource(f, item, im.Source)
 		if im.Prebuild == nil {
 			continue
 		}
-		f.unless(im.Prebuild.Timeout > 0, "%s: prebuild.timeout is not above 0", who)
+		f.unless(im.Prebuild.Timeout > 0, "%s: prebuild.timeout must be above 0", item)
 		for n, s := range im.Prebuild.Steps {
 			kinds := count(s.Command != "", len(s.Packages) > 0, s.File != nil)
-			f.unless(s.Name != "" && kinds == 1, "%s: prebuild.steps[%d] needs a name and one of command, packages, file", who, n)
+			f.unless(s.Name != "" && kinds == 1, "%s: prebuild.steps[%d] needs a name and one of command, packages, file", item, n)
 			if s.File != nil {
-				f.unless(cleanPath(s.File.Path), "%s: prebuild.steps[%d]: %q is not a clean absolute path", who, n, s.File.Path)
-				f.unless(s.File.Content == "" || len(s.File.Secret) == 0, "%s: prebuild.steps[%d]: it has two contents", who, n)
-				s.File.Secret.check(f, fmt.Sprintf("%s: prebuild.steps[%d]", who, n))
-				f.unless(octal(s.File.Mode), "%s: prebuild.steps[%d]: the mode %q is not octal", who, n, s.File.Mode)
+				f.unless(cleanPath(s.File.Path), "%s: prebuild.steps[%d]: %q is not a clean absolute path", item, n, s.File.Path)
+				f.unless(s.File.Content == "" || len(s.File.Secret) == 0, "%s: prebuild.steps[%d]: it has both content and a secret", item, n)
+				s.File.Secret.check(f, fmt.Sprintf("%s: prebuild.steps[%d]", item, n))
+				f.unless(octal(s.File.Mode), "%s: prebuild.steps[%d]: the mode %q is not octal", item, n, s.File.Mode)
 			}
 		}
 	}
 }
 
-func checkSource(f *findings, who string, s Source) {
-	f.unless(count(s.File != nil, s.URL != nil, s.Ubuntu != nil, s.Debian != nil) == 1, "%s: it needs exactly one source", who)
+func checkSource(f *findings, item string, s Source) {
+	f.unless(count(s.File != nil, s.URL != nil, s.Ubuntu != nil, s.Debian != nil) == 1, "%s: it needs exactly one source", item)
 	switch {
 	case s.File != nil:
 		f.unless(cleanPath(s.File.Disk) && cleanPath(s.File.Kernel) && (s.File.Initrd == "" || cleanPath(s.File.Initrd)),
-			"%s: the files of its source are not clean absolute paths", who)
+			"%s: the files of its source are not clean absolute paths", item)
 	case s.URL != nil:
-		f.unless(s.URL.Disk != "" && s.URL.Kernel != "", "%s: its source needs a disk and a kernel", who)
+		f.unless(s.URL.Disk != "" && s.URL.Kernel != "", "%s: its source needs a disk and a kernel", item)
 	case s.Ubuntu != nil:
 		f.unless(s.Ubuntu.Release != "" && s.Ubuntu.Mirror != "" && s.Ubuntu.Arch != "",
-			"%s: its source needs a release, a mirror and an arch", who)
+			"%s: its source needs a release, a mirror and an arch", item)
 	case s.Debian != nil:
-		f.unless(s.Debian.Suite != "" && s.Debian.Arch != "", "%s: its source needs a suite and an arch", who)
+		f.unless(s.Debian.Suite != "" && s.Debian.Arch != "", "%s: its source needs a suite and an arch", item)
 	}
 }
 
@@ -236,26 +235,26 @@ func (p *Plan) checkPools(f *findings, used []string) {
 	seen := map[string]bool{}
 	for i := range p.Pools {
 		pool := &p.Pools[i]
-		who := "pool." + pool.Name
+		item := "pool." + pool.Name
 		f.unless(itemName.MatchString(pool.Name) && !seen[pool.Name], "pools[%d]: %q is not a valid name, or is used twice", i, pool.Name)
 		seen[pool.Name] = true
 		if _, err := p.Image(pool.Image); err != nil {
-			f.add("%s: %w", who, err)
+			f.add("%s: %w", item, err)
 		}
-		f.unless(pool.CPUs >= 1 && pool.Memory >= 1 && pool.Disk >= 1, "%s: cpus, memory and disk are above 0", who)
-		f.unless(oneOf(pool.Start, "warm", "cold"), "%s: start is warm or cold, not %q", who, pool.Start)
-		f.unless(pool.StartTimeout > 0, "%s: start_timeout is not above 0", who)
+		f.unless(pool.CPUs >= 1 && pool.Memory >= 1 && pool.Disk >= 1, "%s: cpus, memory and disk must be above 0", item)
+		f.unless(oneOf(pool.Start, "warm", "cold"), `%s: start must be "warm" or "cold"; got %q`, item, pool.Start)
+		f.unless(pool.StartTimeout > 0, "%s: start_timeout must be above 0", item)
 		f.unless(pool.Limits.CPUQuotaPercent >= 0 && pool.Limits.DiskIOPS >= 0 && pool.Limits.NetworkMbps >= 0 && pool.Limits.Connections >= 0,
-			"%s: a negative limit", who)
-		// Compared like this, no sum of theirs can overflow.
+			"%s: limits must not be negative", item)
+		// Subtracting instead of adding keeps this from overflowing.
 		if pool.FirstSlot < 0 || pool.MaxInstances < 1 || pool.FirstSlot > len(used)-1 ||
 			pool.MaxInstances > len(used)-pool.FirstSlot {
-			f.add("%s: there are no slots %d to %d+%d (the plan has %d)", who, pool.FirstSlot, pool.FirstSlot,
+			f.add("%s: there are no slots %d to %d+%d (the plan has %d)", item, pool.FirstSlot, pool.FirstSlot,
 				pool.MaxInstances, len(used))
 			continue
 		}
 		for s := range pool.MaxInstances {
-			take(f, used, pool.FirstSlot+s, who)
+			claim(f, used, pool.FirstSlot+s, item)
 		}
 	}
 	for i, r := range p.Runners {
@@ -291,7 +290,7 @@ func (p *Plan) checkArtifacts(f *findings) {
 	}
 }
 
-// octal reports a file mode as chmod(1) takes it, without a sign: "0644".
+// octal reports whether s is a file mode in octal digits without a sign, such as "0644".
 func octal(s string) bool {
 	n, err := strconv.ParseUint(s, 8, 32)
 	return err == nil && n <= 0o7777

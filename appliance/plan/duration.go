@@ -7,7 +7,7 @@ import (
 )
 
 // Duration is a time.Duration whose JSON is Go's duration string ("30m0s"):
-// a bare integer there would be nanoseconds to some readers and seconds to others.
+// a bare integer could be read as seconds or as nanoseconds.
 type Duration time.Duration
 
 // MarshalJSON writes the duration string.

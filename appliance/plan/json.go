@@ -10,12 +10,12 @@ import (
 	"io"
 )
 
-// MaxSize is the largest plan.json that Parse reads, in bytes. A host with 4,000
-// slots writes less than 1 MB; prebuild files are the rest.
+// MaxSize is the largest plan.json that Parse accepts, in bytes. The plan of 4,000
+// slots takes less than 1 MB; the files of prebuilds take the rest.
 const MaxSize = 64 << 20
 
-// JSON is the Plan's canonical form, as plan.json holds it: indented, in the
-// order of the types' fields, maps by key, no HTML escapes, a newline at the end.
+// JSON returns the Plan's canonical form, as plan.json holds it: indented, fields
+// in the order of the types, maps by key, no HTML escapes, a final newline.
 func (p *Plan) JSON() ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -25,14 +25,14 @@ func (p *Plan) JSON() ([]byte, error) {
 		return nil, fmt.Errorf("write plan of host %q: %w", p.Host, err)
 	}
 	if b.Len() > MaxSize { // Parse would refuse it
-		return nil, fmt.Errorf("write plan of host %q: it has %d bytes, and may have %d: put less into the files of its prebuilds",
+		return nil, fmt.Errorf("write plan of host %q: it has %d bytes, but at most %d are allowed: use smaller files in its prebuilds",
 			p.Host, b.Len(), MaxSize)
 	}
 	return b.Bytes(), nil
 }
 
-// Digest is the SHA-256, in hex, of the canonical JSON without the origins: two
-// Plans with one digest make the same host.
+// Digest returns the SHA-256, in hex, of the canonical JSON without the origins: two
+// Plans with the same digest make the same host.
 func (p *Plan) Digest() (string, error) {
 	bare := *p
 	bare.Origins = nil
@@ -44,11 +44,11 @@ func (p *Plan) Digest() (string, error) {
 	return hex.EncodeToString(sum[:]), nil
 }
 
-// Parse reads a plan.json and checks it: a format of another version, an unknown
-// field and a Plan that contradicts itself are errors. The input may be hostile.
+// Parse reads and checks a plan.json. Another format version, an unknown field
+// and a contradiction are errors. The input may be hostile.
 func Parse(data []byte) (*Plan, error) {
 	if len(data) > MaxSize {
-		return nil, fmt.Errorf("the plan is %d bytes, more than the %d that a plan may have", len(data), MaxSize)
+		return nil, fmt.Errorf("the plan is %d bytes, more than the %d that are allowed", len(data), MaxSize)
 	}
 	var head struct {
 		Version int `json:"version"`
@@ -57,8 +57,8 @@ func Parse(data []byte) (*Plan, error) {
 		return nil, notJSON(data, err)
 	}
 	if head.Version != Version {
-		return nil, fmt.Errorf("the plan has format version %d, and this fleetingd reads and writes version %d: "+
-			"compile the spec again with the fleetingd that is installed here", head.Version, Version)
+		return nil, fmt.Errorf("the plan has format version %d, but this fleetingd reads and writes version %d: "+
+			"compile the spec again with the fleetingd installed here", head.Version, Version)
 	}
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
@@ -67,7 +67,7 @@ func Parse(data []byte) (*Plan, error) {
 		return nil, notJSON(data, err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("the plan has more after its end (byte %d)", d.InputOffset())
+		return nil, fmt.Errorf("the plan is followed by more data (at byte %d)", d.InputOffset())
 	}
 	if err := p.check(); err != nil {
 		return nil, fmt.Errorf("the plan contradicts itself (was it edited by hand? compile it again): %w", err)
@@ -75,7 +75,7 @@ func Parse(data []byte) (*Plan, error) {
 	return &p, nil
 }
 
-// notJSON says at which line a plan stops being one.
+// notJSON adds the line of a decoding error.
 func notJSON(data []byte, err error) error {
 	offset := int64(-1)
 	if e, ok := errors.AsType[*json.SyntaxError](err); ok {

@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// The kinds of item that have an origin. An item's address is kind.name:
+// The kinds of items that have an origin. An item's address is kind.name:
 // "pool.small", "file./etc/gitlab-runner/config.toml".
 const (
 	KindImage  = "image"
@@ -17,14 +17,14 @@ const (
 	KindSysctl = "sysctl"
 )
 
-// Address is the key of an item in Plan.Origins.
+// Address returns the key of an item in Plan.Origins.
 func Address(kind, name string) string { return kind + "." + name }
 
-// Origin is the spec line that an item came from, "host.hcl:12", or "" where the
-// Plan does not know.
+// Origin returns the spec line that an item came from, "host.hcl:12", or "" if
+// the Plan does not know it.
 func (p *Plan) Origin(kind, name string) string { return p.Origins[Address(kind, name)] }
 
-// Pool is the pool of that name.
+// Pool returns the pool with that name, or an error that lists the names of all pools.
 func (p *Plan) Pool(name string) (*Pool, error) {
 	names := make([]string, len(p.Pools))
 	for i := range p.Pools {
@@ -36,7 +36,7 @@ func (p *Plan) Pool(name string) (*Pool, error) {
 	return nil, unknown("pool", name, p.Host, names)
 }
 
-// Image is the image of that name.
+// Image returns the image with that name, or an error that lists the names of all images.
 func (p *Plan) Image(name string) (*Image, error) {
 	names := make([]string, len(p.Images))
 	for i := range p.Images {
@@ -50,15 +50,15 @@ func (p *Plan) Image(name string) (*Image, error) {
 
 func unknown(kind, name, host string, names []string) error {
 	if len(names) == 0 {
-		return fmt.Errorf("host %q has no %s %q: it has none at all", host, kind, name)
+		return fmt.Errorf("host %q has no %s %q: it has none", host, kind, name)
 	}
 	return fmt.Errorf("host %q has no %s %q: it has %s", host, kind, name, strings.Join(names, ", "))
 }
 
-// PoolSlots are the places of a pool's workers. The pool must be one of p's own.
+// PoolSlots returns the slots of a pool's workers. The pool must be one of p's own.
 func (p *Plan) PoolSlots(pool *Pool) []Slot {
 	return p.Slots[pool.FirstSlot : pool.FirstSlot+pool.MaxInstances]
 }
 
-// BuildSlot is the place of an image's prebuild VM. The image must be one of p's own.
+// BuildSlot returns the slot of an image's prebuild VM. The image must be one of p's own.
 func (p *Plan) BuildSlot(im *Image) Slot { return p.Slots[im.BuildSlot] }

@@ -1,4 +1,4 @@
-// Package plan holds the Plan: everything that a host is to be, decided in
+// Package plan holds the Plan: everything a host is to become, decided in
 // advance. It is data with a canonical JSON form and a digest. It never looks
 // at a machine, and it never holds a secret.
 package plan
@@ -14,14 +14,14 @@ import (
 // Version is the format of plan.json. A reader refuses any other.
 const Version = 2
 
-// Plan is one compiled host. The same spec gives the same bytes.
+// Plan is one compiled host. The same spec always gives the same bytes.
 type Plan struct {
 	Version         int      `json:"version"`
 	Host            string   `json:"host"`
 	EgressInterface string   `json:"egress_interface"`
 	User            string   `json:"user"` // runs the runner, the plugin and the VMMs
 	Paths           Paths    `json:"paths"`
-	Refresh         Duration `json:"refresh"` // 0: images are never rebuilt by the clock
+	Refresh         Duration `json:"refresh"` // 0: images are not rebuilt on a schedule
 
 	Disks      Disks      `json:"disks"`
 	Hypervisor Hypervisor `json:"hypervisor"`
@@ -35,41 +35,41 @@ type Plan struct {
 	Units   []Unit   `json:"units"`
 	Sysctls []Sysctl `json:"sysctls"`
 
-	// Origins says which line of the spec an item came from, by the item's
-	// address ("pool.small", "file./etc/…": see Origin). It is outside the digest:
-	// a comment added to the spec restarts nothing.
+	// Origins maps an item's address ("pool.small", "file./etc/…": see Address) to its
+	// spec line, "host.hcl:12". It is outside the digest: adding a comment to the spec
+	// must not restart anything.
 	Origins map[string]string `json:"origins,omitempty"`
 }
 
-// Paths are the absolute paths below which fleetingd keeps what it makes.
+// Paths are the absolute paths below which fleetingd keeps its files.
 type Paths struct {
 	State   string `json:"state"`   // state_dir
 	Disks   string `json:"disks"`   // sealed images and clones, on one file system that can clone
 	Images  string `json:"images"`  // below Disks: base and sealed images
-	Clones  string `json:"clones"`  // below Disks: one folder a worker
-	Workers string `json:"workers"` // below State: worker records, a folder a pool
+	Clones  string `json:"clones"`  // below Disks: one folder per worker
+	Workers string `json:"workers"` // below State: worker records, one folder per pool
 	Cache   string `json:"cache"`   // below State: downloads
 	Run     string `json:"run"`     // sockets and process state, gone at reboot; short, for sun_path's 108 bytes
 }
 
-// RunDir is every plan's Paths.Run. It is short: sockets lie below it, and a socket's path has at most 108 bytes.
+// RunDir is Paths.Run of every plan. It is short because sockets lie below it, whose paths are limited to 108 bytes.
 const RunDir = "/run/fleetingd"
 
 // Disks says where clones live. Backing is "auto", "directory", "xfs-image" or
-// "tmpfs"; Size is bytes, 0 where the backing takes none.
+// "tmpfs"; Size is in bytes, 0 if the backing takes none.
 type Disks struct {
 	Backing string `json:"backing"`
 	Size    int64  `json:"size"`
-	// Image is the XFS image that is mounted on Paths.Disks with MountOptions (mount(8)). Backing "auto" uses it where that folder's own
+	// Image is the XFS image that is mounted on Paths.Disks with MountOptions (mount(8)). Backing "auto" uses it if that folder's own
 	// file system cannot clone; "directory" has none.
 	Image        string `json:"image,omitempty"`
 	MountOptions string `json:"mount_options,omitempty"`
-	// Memory is where a tmpfs with MemoryOptions holds the image of backing "tmpfs".
+	// Memory is the mount point of a tmpfs with MemoryOptions, which holds the image of backing "tmpfs".
 	Memory        string `json:"memory,omitempty"`
 	MemoryOptions string `json:"memory_options,omitempty"`
 }
 
-// NewDisks is how the disks of a state folder are backed.
+// NewDisks returns the Disks below a state folder; size is in bytes.
 func NewDisks(state, backing string, size int64) Disks {
 	d := Disks{Backing: backing, Size: size}
 	if backing == "directory" {
@@ -82,7 +82,7 @@ func NewDisks(state, backing string, size int64) Disks {
 		dir = d.Memory
 	}
 	d.Image = path.Join(dir, "disks.xfs")
-	// discard: what a deleted clone held goes back to the file system below.
+	// discard: the space of a deleted clone returns to the underlying file system.
 	d.MountOptions = "loop,discard,noatime,nodev,nosuid,noexec"
 	return d
 }
@@ -95,10 +95,10 @@ type Hypervisor struct {
 	Accel   string `json:"accel,omitempty"` // qemu: "auto", "kvm" or "tcg"
 }
 
-// Network is what all slots share.
+// Network is what all slots have in common.
 type Network struct {
 	Subnet   netip.Prefix  `json:"subnet"`
-	Subnet6  *netip.Prefix `json:"subnet6,omitempty"` // nil: workers have no IPv6 at all
+	Subnet6  *netip.Prefix `json:"subnet6,omitempty"` // nil: workers have no IPv6
 	Gateway  netip.Addr    `json:"gateway"`           // on the host's loopback, as /32
 	Gateway6 *netip.Addr   `json:"gateway6,omitempty"`
 	DNS      []netip.Addr  `json:"dns"`
@@ -109,8 +109,8 @@ type Network struct {
 	Ruleset  Ruleset       `json:"ruleset"`
 }
 
-// Egress is one rule of the spec's egress list; the first match wins. Empty To
-// or Ports means any.
+// Egress is one rule of the spec's egress list; the first match wins. An empty To
+// or Ports matches any.
 type Egress struct {
 	Name   string         `json:"name"`
 	Action string         `json:"action"` // "allow" or "deny"
@@ -118,34 +118,34 @@ type Egress struct {
 	Ports  []PortRange    `json:"ports"`
 }
 
-// PortRange is "tcp/9000-9001": Protocol "tcp" or "udp", ports inclusive.
+// PortRange is a range such as tcp/9000-9001; Protocol is "tcp" or "udp", First and Last are inclusive.
 type PortRange struct {
 	Protocol string `json:"protocol"`
 	First    uint16 `json:"first"`
 	Last     uint16 `json:"last"`
 }
 
-// Slot is a worker's place: it exists before the worker and outlives it.
+// Slot is a worker's place on the host. It exists before the worker and outlives it.
 type Slot struct {
 	Index    int         `json:"index"` // 0-based, unique on the host
 	TAP      string      `json:"tap"`   // interface name, at most 15 bytes (IFNAMSIZ)
 	Address  netip.Addr  `json:"address"`
 	Address6 *netip.Addr `json:"address6,omitempty"`
-	// Queues is how many RX/TX pairs the TAP has. Above 1 the TAP is made with
-	// IFF_MULTI_QUEUE, and whoever opens it must say the same.
+	// Queues is the number of RX/TX pairs of the TAP. Above 1, the TAP is created with
+	// IFF_MULTI_QUEUE, and must be opened with the same flag.
 	Queues int `json:"queues"`
-	// Connections is how many conntrack entries its worker may have.
+	// Connections is the number of conntrack entries that its worker may have.
 	Connections int `json:"connections"`
 }
 
-// Image is what a pool's workers are cloned from.
+// Image is what the workers of a pool are cloned from.
 type Image struct {
 	Name     string    `json:"name"`
 	Source   Source    `json:"source"`
-	Prebuild *Prebuild `json:"prebuild,omitempty"` // nil: the source is used as it is, found ready over SSH
+	Prebuild *Prebuild `json:"prebuild,omitempty"` // nil: the source is used unchanged, and is ready once SSH answers
 	User     string    `json:"user"`               // the account that jobs run as
-	// BuildSlot is the slot index that prebuilds of this image use, so that
-	// a refresh needs no worker's place.
+	// BuildSlot is the index of the slot that prebuilds of this image use, so that
+	// a refresh does not take a worker's slot.
 	BuildSlot int `json:"build_slot"`
 }
 
@@ -167,7 +167,7 @@ type FileSource struct {
 }
 
 // URLSource is fetched over HTTP(S). SHA256 is the disk's digest in hex, or
-// empty where SHA256SUMS beside the disk names all of the files.
+// empty if a SHA256SUMS file lists all of the files.
 type URLSource struct {
 	Disk       string `json:"disk"`
 	Kernel     string `json:"kernel"`
@@ -177,7 +177,7 @@ type URLSource struct {
 	Cmdline    string `json:"cmdline,omitempty"`
 }
 
-// UbuntuSource is a cloud image of Canonical's, its SHA256SUMS signed.
+// UbuntuSource is one of Canonical's cloud images, whose SHA256SUMS is signed.
 type UbuntuSource struct {
 	Release string `json:"release"`
 	Mirror  string `json:"mirror"` // https://cloud-images.ubuntu.com
@@ -187,36 +187,36 @@ type UbuntuSource struct {
 // DebianSource is built from a package mirror with mmdebstrap.
 type DebianSource struct {
 	Suite  string `json:"suite"`
-	Mirror string `json:"mirror,omitempty"` // empty: what apt on this host is configured with
-	// SecurityMirror has the security updates. Empty: what apt on this host is configured with if Mirror is empty too, or else Mirror
-	// with "-security" appended.
+	Mirror string `json:"mirror,omitempty"` // empty: apt's own configuration on this host
+	// SecurityMirror has the security updates. If empty, it is Mirror with "-security" appended or, if Mirror is empty too, apt's own
+	// configuration on this host.
 	SecurityMirror string   `json:"security_mirror,omitempty"`
 	Packages       []string `json:"packages"`
 	Arch           string   `json:"arch"`
 }
 
-// NoSecurityMirror as a DebianSource's SecurityMirror builds it without security updates.
+// NoSecurityMirror is the SecurityMirror of a DebianSource without security updates.
 const NoSecurityMirror = "none"
 
-// Prebuild is run once in the base image; its result is sealed.
+// Prebuild runs once in the base image; the result is sealed.
 type Prebuild struct {
-	Steps   []Step   `json:"steps"` // files, then packages, then commands: the order they run in
+	Steps   []Step   `json:"steps"` // files, then packages, then commands: the order in which they run
 	Timeout Duration `json:"timeout"`
-	// Seed is the NoCloud seed of the prebuild VM. The guest binary is added to
-	// its ISO when it is built: it is no part of a Plan.
+	// Seed is the NoCloud seed of the prebuild VM. The guest binary is added when its ISO
+	// is made, and is not part of a Plan.
 	Seed seed.Seed `json:"seed"`
 }
 
 // Step is one prebuild step. Exactly one of Command, Packages and File is set.
 type Step struct {
-	Name     string    `json:"name"`              // as the user knows it: `run[0]: curl …`
+	Name     string    `json:"name"`              // as the user sees it: `run[0]: curl …`
 	Command  string    `json:"command,omitempty"` // for /bin/sh -c
 	Packages []string  `json:"packages,omitempty"`
 	File     *StepFile `json:"file,omitempty"`
 }
 
-// StepFile is a file that the prebuild writes into the image. Where its content holds secrets, Secret is that content
-// and Content is empty: it is read when the step runs, and goes to the guest by the channel.
+// StepFile is a file that the prebuild writes into the image. If its content holds secrets, Content is empty and Secret stands for it:
+// it is read when the step runs, and sent to the guest over the channel.
 type StepFile struct {
 	Path    string `json:"path"`
 	Content string `json:"content"`
@@ -224,7 +224,7 @@ type StepFile struct {
 	Mode    string `json:"mode"` // octal, "0644"
 }
 
-// Pool is a number of equal workers. Its slots are FirstSlot … FirstSlot+MaxInstances-1.
+// Pool is a number of identical workers. Its slots are FirstSlot to FirstSlot+MaxInstances-1.
 type Pool struct {
 	Name         string   `json:"name"`
 	Image        string   `json:"image"`
@@ -236,18 +236,18 @@ type Pool struct {
 	FirstSlot    int      `json:"first_slot"`
 	MaxInstances int      `json:"max_instances"`
 	Limits       Limits   `json:"limits"`
-	StartTimeout Duration `json:"start_timeout"` // from its clone to ready, and for waiting for an image that fails
+	StartTimeout Duration `json:"start_timeout"` // from clone to ready; also limits the wait for an image whose build fails
 }
 
-// Limits are per worker; 0 is no limit.
+// Limits apply to each worker; 0 means no limit.
 type Limits struct {
 	CPUQuotaPercent int `json:"cpu_quota_percent,omitempty"` // 400 is four CPUs
 	DiskIOPS        int `json:"disk_iops,omitempty"`
 	NetworkMbps     int `json:"network_mbps,omitempty"` // 10^6 bit/s, each direction
-	Connections     int `json:"connections,omitempty"`  // conntrack entries; the firewall keeps to it
+	Connections     int `json:"connections,omitempty"`  // conntrack entries, enforced by the firewall
 }
 
-// Runner is one [[runners]] section; its whole text is in the File
+// Runner is one [[runners]] section, the text of which is in the File
 // etc/gitlab-runner/config.toml.
 type Runner struct {
 	Name  string `json:"name"`
@@ -256,7 +256,7 @@ type Runner struct {
 }
 
 // File is a file of the host. Content may hold the Placeholder of each of its
-// Secrets; who writes the file puts the values in.
+// Secrets, which are replaced by their values when the file is written.
 type File struct {
 	Path    string       `json:"path"` // absolute
 	Mode    string       `json:"mode"` // octal, "0644"
@@ -266,21 +266,21 @@ type File struct {
 	Secrets []FileSecret `json:"secrets,omitempty"`
 }
 
-// FileSecret is a secret's place in a File.
+// FileSecret is a secret in a File.
 type FileSecret struct {
 	Placeholder string `json:"placeholder"`
 	Secret      Piece  `json:"secret"`
 }
 
-// Unit is a systemd unit whose text is one of the Files (or that the
-// distribution brings); Enable and Start say what apply does with it.
+// Unit is a systemd unit, whose text is one of the Files or comes with the
+// distribution; Enable and Start say what apply does with it.
 type Unit struct {
 	Name   string `json:"name"`
 	Enable bool   `json:"enable"`
 	Start  bool   `json:"start"`
 }
 
-// Sysctl is one kernel setting, "net.ipv4.ip_forward" = "1".
+// Sysctl is one kernel setting, such as "net.ipv4.ip_forward" = "1".
 type Sysctl struct {
 	Key   string `json:"key"`
 	Value string `json:"value"`

@@ -89,7 +89,7 @@ func TestJSONIsCanonical(t *testing.T) {
 func TestTooLargeToRead(t *testing.T) {
 	p := small()
 	p.Images[0].Prebuild.Steps = []Step{{Name: "file[0]: /f", File: &StepFile{Path: "/f", Content: strings.Repeat("x", MaxSize), Mode: "0644"}}}
-	if _, err := p.JSON(); err == nil || !strings.Contains(err.Error(), "put less into the files of its prebuilds") {
+	if _, err := p.JSON(); err == nil || !strings.Contains(err.Error(), "use smaller files in its prebuilds") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -142,8 +142,8 @@ func TestEditedByHand(t *testing.T) {
 		{`10.1.0.1 is not in 10.0.0.0/24`, func(p *Plan) { p.Slots[1].Address = netip.MustParseAddr("10.1.0.1") }},
 		{`invalid IP is not in 10.0.0.0/24`, func(p *Plan) { p.Slots[1].Address = netip.Addr{} }},
 		{`the address fd00::2 is used twice`, func(p *Plan) { p.Slots[1].Address6 = &same6 }},
-		{`address6 without subnet6`, func(p *Plan) { p.Slots[1].Address6 = nil }},
-		{`subnet6 and gateway6 come together`, func(p *Plan) { p.Network.Gateway6 = nil }},
+		{`address6 and subnet6 must be set together`, func(p *Plan) { p.Slots[1].Address6 = nil }},
+		{`subnet6 and gateway6 must be set together`, func(p *Plan) { p.Network.Gateway6 = nil }},
 		{`slots[0]: 0 queues`, func(p *Plan) { p.Slots[0].Queues = 0 }},
 		{`slots[0]: 257 queues`, func(p *Plan) { p.Slots[0].Queues = 257 }},
 		{`"10.0.0.1/24" is not an IPv4 network`, func(p *Plan) { p.Network.Subnet = netip.MustParsePrefix("10.0.0.1/24") }},
@@ -177,11 +177,11 @@ func TestEditedByHand(t *testing.T) {
 			p.Images[0].Source = Source{File: &FileSource{Disk: "disk", Kernel: "/k"}}
 		}},
 		{`prebuild.steps[0] needs a name and one of`, func(p *Plan) { p.Images[0].Prebuild.Steps[0].Packages = []string{"x"} }},
-		{`prebuild.timeout is not above 0`, func(p *Plan) { p.Images[0].Prebuild.Timeout = 0 }},
+		{`prebuild.timeout must be above 0`, func(p *Plan) { p.Images[0].Prebuild.Timeout = 0 }},
 		{`pools[0]: ".." is not a valid name`, func(p *Plan) { p.Pools[0].Name = ".." }},
 		{`pool.p: host "h" has no image "j": it has i`, func(p *Plan) { p.Pools[0].Image = "j" }},
-		{`pool.p: cpus, memory and disk are above 0`, func(p *Plan) { p.Pools[0].Memory = -1 }},
-		{`pool.p: start is warm or cold, not "hot"`, func(p *Plan) { p.Pools[0].Start = "hot" }},
+		{`pool.p: cpus, memory and disk must be above 0`, func(p *Plan) { p.Pools[0].Memory = -1 }},
+		{`pool.p: start must be "warm" or "cold"; got "hot"`, func(p *Plan) { p.Pools[0].Start = "hot" }},
 		{`runners[0]: host "h" has no pool "q": it has p`, func(p *Plan) { p.Runners[0].Pool = "q" }},
 		{`files[0]: "etc/c" is not a clean absolute path`, func(p *Plan) { p.Files[0].Path = "etc/c" }},
 		{`files[1]: "/etc/c" is written twice`, func(p *Plan) { p.Files = append(p.Files, p.Files[0]) }},
@@ -189,8 +189,8 @@ func TestEditedByHand(t *testing.T) {
 		{`/etc/c: root:0 0 is not an owner`, func(p *Plan) { p.Files[0].Group = "0 0" }},
 		{`"rot13" is not a function`, func(p *Plan) { p.Files[0].Secrets[0].Secret = Piece{Op: "rot13", Of: Text{{From: "env:T"}}} }},
 		{`"password" is not the place of a secret`, func(p *Plan) { p.Runners[0].Token = Text{{From: "password"}} }},
-		{`piece 0 needs one of text, from and op`, func(p *Plan) { p.Runners[0].Token = Text{{}} }},
-		{`it has two contents`, func(p *Plan) {
+		{`piece 0 needs exactly one of text, from and op`, func(p *Plan) { p.Runners[0].Token = Text{{}} }},
+		{`it has both content and a secret`, func(p *Plan) {
 			p.Images[0].Prebuild.Steps = []Step{{Name: "f", File: &StepFile{Path: "/f", Mode: "0600", Content: "a", Secret: Text{{From: "env:T"}}}}}
 		}},
 		{`/etc/c: the placeholder "@V@" is not in it`, func(p *Plan) { p.Files[0].Secrets[0].Placeholder = "@V@" }},
@@ -211,13 +211,13 @@ func TestParseRefuses(t *testing.T) {
 	good := string(text(t, small()))
 	for _, c := range []struct{ name, text, want string }{
 		{"empty", "", "not a plan: line 1: unexpected end of JSON input"},
-		{"no plan", "{}", "the plan has format version 0, and this fleetingd reads and writes version 2"},
+		{"no plan", "{}", "the plan has format version 0, but this fleetingd reads and writes version 2"},
 		{"newer", strings.Replace(good, `"version": 2`, `"version": 3, "new": {}`, 1), "compile the spec again with the fleetingd"},
 		{"unknown field", strings.Replace(good, `"host"`, `"hsot"`, 1), `unknown field "hsot"`},
 		{"more after the end", good + "{}", "invalid character '{' after top-level value"},
 		{"wrong type", strings.Replace(good, `"mtu": 1500`, `"mtu": "x"`, 1), "not a plan: line "},
 		{"nanoseconds", strings.Replace(good, `"refresh": "0s"`, `"refresh": 60`, 1), `a duration is a string such as "30m"`},
-		{"too large", strings.Repeat(" ", MaxSize+1), "more than the 67108864 that a plan may have"},
+		{"too large", strings.Repeat(" ", MaxSize+1), "more than the 67108864 that are allowed"},
 		{"deep", strings.Repeat("[", 20000), "not a plan"},
 	} {
 		if _, err := Parse([]byte(c.text)); err == nil || !strings.Contains(err.Error(), c.want) {
@@ -256,7 +256,7 @@ func TestLookUps(t *testing.T) {
 		t.Errorf("an unknown pool: %v", err)
 	}
 	p.Images = nil
-	if _, err := p.Image("x"); err == nil || err.Error() != `host "h" has no image "x": it has none at all` {
+	if _, err := p.Image("x"); err == nil || err.Error() != `host "h" has no image "x": it has none` {
 		t.Errorf("an unknown image: %v", err)
 	}
 	if got := p.Origin(KindPool, "p"); got != "host.hcl:3" {

@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// Ruleset is the firewall as data: what is written as nftables text and what is
-// sent over netlink are both made from it. The number of its rules does not grow
-// with the number of slots: sets do, and those are filled from the slots.
+// Ruleset is the firewall as data, from which both the nftables text and the
+// netlink messages are made. The number of its rules does not grow with the
+// number of slots: only its sets do.
 type Ruleset struct {
 	Tables []Table `json:"tables"`
 }
@@ -22,27 +22,27 @@ type Table struct {
 	Chains []Chain `json:"chains"`
 }
 
-// Set is a named set. Either Elements gives its elements, or Slots says that it has
-// one for each slot.
+// Set is a named set. Its elements are either Elements or, if Slots is true,
+// one per slot.
 type Set struct {
 	Name     string     `json:"name"`
 	Key      []DataType `json:"key"`                // several are a concatenation
 	Interval bool       `json:"interval,omitempty"` // elements may be prefixes and ranges; they must not overlap
 	Slots    bool       `json:"slots,omitempty"`
-	// Connections, above 0, makes it a set of the slots with that many Connections only.
+	// Connections, if above 0, restricts a set of slots to those with that limit.
 	Connections int `json:"connections,omitempty"`
-	// Dynamic: rules add the elements, each with a state of its own (Match.Over).
+	// Dynamic means that rules add the elements, each with its own state (Match.Over).
 	Dynamic  bool     `json:"dynamic,omitempty"`
 	Elements []string `json:"elements,omitempty"` // in order: "10.0.0.0/8", "443", "9000-9001"
 }
 
-// DynamicSize is how many elements a dynamic set may have: more than a host has slots.
+// DynamicSize is the capacity of a dynamic set: more than a host has slots.
 const DynamicSize = 65536
 
 // DataType is nft's name for the type of a set's key.
 type DataType string
 
-// The types that sets here have.
+// The types that sets use.
 const (
 	TypeIFName DataType = "ifname"
 	TypeIPv4   DataType = "ipv4_addr"
@@ -52,7 +52,7 @@ const (
 	TypeICMPv6 DataType = "icmpv6_type"
 )
 
-// Chain is a base chain, whose policy is to accept, or where Hook is empty one that rules jump to.
+// Chain is a base chain with policy accept or, if Hook is empty, a chain that rules jump to.
 type Chain struct {
 	Name     string `json:"name"`
 	Type     string `json:"type,omitempty"` // "filter" or "nat"
@@ -61,7 +61,7 @@ type Chain struct {
 	Rules    []Rule `json:"rules"`
 }
 
-// Rule applies Verdict to what all of Matches match.
+// Rule applies Verdict to packets that match all of Matches.
 type Rule struct {
 	Comment string  `json:"comment"` // at most 128 bytes of letters, digits and " ._:/,'()-": see Comment
 	Matches []Match `json:"matches,omitempty"`
@@ -69,7 +69,7 @@ type Rule struct {
 	Verdict Verdict `json:"verdict"`
 }
 
-// Verdict is what a rule does. Chain is the target of a jump or goto.
+// Verdict is what a rule does. Chain is the target of a goto.
 type Verdict struct {
 	Action Action `json:"action"`
 	Chain  string `json:"chain,omitempty"`
@@ -78,8 +78,8 @@ type Verdict struct {
 // Action is nft's name for a verdict.
 type Action string
 
-// The actions that rules here take. Reject answers with "administratively
-// prohibited", so that a job fails at once instead of waiting.
+// The actions that rules use. Reject answers "administratively prohibited", so
+// that a job fails at once instead of waiting.
 const (
 	Accept     Action = "accept"
 	Drop       Action = "drop"
@@ -94,15 +94,15 @@ type Match struct {
 	Fields []Field `json:"fields"`
 	Not    bool    `json:"not,omitempty"`
 	Set    string  `json:"set,omitempty"`
-	// Over, above 0, matches once the Fields' element of the dynamic Set has more connections than that.
+	// Over, if above 0, matches once the element of the dynamic Set for these Fields has more than that many connections.
 	Over  int    `json:"over,omitempty"`
 	Value string `json:"value,omitempty"` // an interface, address, prefix, port, port range, state or type
 }
 
-// Field is nft's name for a part of a packet or of what the kernel knows of it.
+// Field is nft's name for a part of a packet or of its metadata.
 type Field string
 
-// The fields that rules here look at.
+// The fields that rules match.
 const (
 	IIFKind      Field = "meta iifkind"
 	IIFName      Field = "iifname"
@@ -125,17 +125,17 @@ const (
 
 // textHead begins the file that Text makes.
 const textHead = `#!/usr/sbin/nft -f
-# Written by fleetingd from its plan; a change made here is shown as drift.
-# Each table is made, deleted and made again in one transaction: no packet passes in between.
+# Written by fleetingd from its plan; changes made here are reported as drift.
+# Each table is created, deleted and created again in one transaction, so no packet passes in between.
 `
 
-// commentSymbols may stand in a comment beside letters and digits; maxComment is NFTNL_UDATA_COMMENT_MAXLEN.
+// commentSymbols are allowed in a comment besides letters and digits; maxComment is NFTNL_UDATA_COMMENT_MAXLEN.
 const (
 	commentSymbols = " ._:/,'()-"
 	maxComment     = 128
 )
 
-// Comment makes text fit for a rule's comment: nft has no escapes in its strings.
+// Comment returns text as it can stand in a rule's comment: nft strings have no escapes.
 func Comment(text string) string {
 	text = strings.Map(func(r rune) rune {
 		letter := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9'
@@ -147,7 +147,7 @@ func Comment(text string) string {
 	return text[:min(len(text), maxComment)]
 }
 
-// Values are the set's elements, each with one value for each type of its key.
+// Values returns the set's elements, each with one value per type of its key.
 func (s Set) Values(slots []Slot) [][]string {
 	if len(s.Key) == 0 {
 		return nil
@@ -182,13 +182,13 @@ func (s Set) Values(slots []Slot) [][]string {
 	return values
 }
 
-// Text is the ruleset as `nft -f` reads it. Loading it replaces what an earlier one made, in one transaction,
+// Text returns the ruleset in the syntax of `nft -f`. Loading it replaces an earlier one in one transaction
 // and touches no other table.
 func (r Ruleset) Text(slots []Slot) string {
 	var b strings.Builder
 	b.WriteString(textHead)
 	for _, t := range r.Tables {
-		// Deleting a table that is not there is an error; making one that is there is not.
+		// Deleting a missing table is an error, but adding an existing one is not.
 		fmt.Fprintf(&b, "\ntable %s %s\ndelete table %s %s\n", t.Family, t.Name, t.Family, t.Name)
 		t.text(&b, slots)
 	}
@@ -258,7 +258,7 @@ func (c Chain) text(b *strings.Builder) {
 	b.WriteString("\t}\n")
 }
 
-// String is the rule as nft text.
+// String returns the rule as nft text.
 func (r Rule) String() string {
 	var words []string
 	for _, m := range r.Matches {
@@ -270,7 +270,7 @@ func (r Rule) String() string {
 	return strings.Join(append(words, r.Verdict.String(), "comment "+strconv.Quote(r.Comment)), " ")
 }
 
-// String is the verdict as nft text.
+// String returns the verdict as nft text.
 func (v Verdict) String() string {
 	switch v.Action {
 	case Goto:
@@ -282,7 +282,7 @@ func (v Verdict) String() string {
 	}
 }
 
-// String is the match as nft text.
+// String returns the match as nft text.
 func (m Match) String() string {
 	fields := make([]string, len(m.Fields))
 	for i, f := range m.Fields {

@@ -10,18 +10,18 @@ import (
 	"unicode/utf8"
 )
 
-// Text is text that holds secrets, in pieces. It says where each secret is to be read, never its value.
+// Text is text with secrets in it, in pieces. It holds where to read each secret, never its value.
 type Text []Piece
 
-// Piece is a part of a Text. It is either a Literal, or the secret From, or what the function Op makes of the text Of.
+// Piece is a part of a Text: a Literal, the secret at From, or the result of the function Op on the text Of.
 type Piece struct {
 	Literal string `json:"text,omitempty"`
-	From    string `json:"from,omitempty"` // "file:/run/secrets/x", "env:NAME", "var:name", or "spec:PLACE", which only the spec's reader knows
-	Op      string `json:"op,omitempty"`   // trimspace, chomp, base64encode, or jsonencode for what stands within the quotes of a JSON string
+	From    string `json:"from,omitempty"` // "file:/run/secrets/x", "env:NAME", "var:name", or "spec:PLACE", for the reader of the spec
+	Op      string `json:"op,omitempty"`   // trimspace, chomp, base64encode, or jsonencode (without the quotes around the result)
 	Of      Text   `json:"of,omitempty"`
 }
 
-// Places yields the From of all secrets in the text, in their order.
+// Places yields the From of each secret in the text, in order.
 func (t Text) Places() iter.Seq[string] {
 	return func(yield func(string) bool) { t.each(yield) }
 }
@@ -35,7 +35,7 @@ func (t Text) each(yield func(string) bool) bool {
 	return true
 }
 
-// Read puts the text together; read gives the value of the secret at a place. No error of Read's own holds a value.
+// Read assembles the text; read returns the secret at a place. Its own errors never hold a value.
 func (t Text) Read(read func(from string) (string, error)) (string, error) {
 	var b strings.Builder
 	for _, p := range t {
@@ -67,14 +67,14 @@ var ops = map[string]func(string) string{
 	"chomp":        func(s string) string { return strings.TrimRight(s, "\r\n") },
 	"base64encode": func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) },
 	"jsonencode": func(s string) string {
-		b, _ := json.Marshal(s) // of a string it never fails
+		b, _ := json.Marshal(s) // cannot fail for a string
 		return string(b[1 : len(b)-1])
 	},
 }
 
 func (t Text) check(f *findings, where string) {
 	for i, p := range t {
-		f.unless(count(p.Literal != "", p.From != "", p.Op != "") == 1, "%s: piece %d needs one of text, from and op", where, i)
+		f.unless(count(p.Literal != "", p.From != "", p.Op != "") == 1, "%s: piece %d needs exactly one of text, from and op", where, i)
 		if p.Op != "" {
 			f.unless(ops[p.Op] != nil && len(p.Of) > 0, "%s: piece %d: %q is not a function with a text", where, i, p.Op)
 		}
@@ -87,9 +87,8 @@ func (t Text) check(f *findings, where string) {
 	}
 }
 
-// Fill is the file's content with its secrets in the place of their placeholders; read gives the value of the secret at a place.
-// Every format that has a secret in it has it in a basic string of TOML, between double quotes. No error of
-// Fill's own holds a value.
+// Fill returns the file's content with its secrets in place of their placeholders; read returns the secret at a place.
+// Placeholders are always within a basic string of TOML, between double quotes. Its own errors never hold a value.
 func (f *File) Fill(read func(from string) (string, error)) (string, error) {
 	var pairs []string
 	for _, s := range f.Secrets {
@@ -98,15 +97,15 @@ func (f *File) Fill(read func(from string) (string, error)) (string, error) {
 			return "", fmt.Errorf("%s: secret for %s: %w", f.Path, s.Placeholder, err)
 		}
 		if !utf8.ValidString(value) {
-			return "", fmt.Errorf("%s: secret for %s: it is not text in UTF-8", f.Path, s.Placeholder)
+			return "", fmt.Errorf("%s: secret for %s: it is not UTF-8 text", f.Path, s.Placeholder)
 		}
 		pairs = append(pairs, s.Placeholder, escapeTOML(value))
 	}
-	// One pass: what a secret's value holds is never taken for a placeholder.
+	// One pass, so that a placeholder in a secret's value is not replaced.
 	return strings.NewReplacer(pairs...).Replace(f.Content), nil
 }
 
-// escapeTOML is text as it stands in a basic string (https://toml.io/en/v1.0.0#string).
+// escapeTOML escapes text for a basic string (https://toml.io/en/v1.0.0#string).
 func escapeTOML(s string) string {
 	var b strings.Builder
 	for _, r := range s {

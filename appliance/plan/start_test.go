@@ -14,7 +14,7 @@ func TestCanStart(t *testing.T) {
 		{"qemu", Pool{Start: "cold", Limits: Limits{CPUQuotaPercent: 100, DiskIOPS: 10}}, ""},
 		{"qemu", Pool{Start: "warm"}, `write start = "cold"`},
 		{"cloud-hypervisor", Pool{Start: "warm"}, `write start = "cold"`},
-		{"qemu", Pool{Start: "cold", Limits: Limits{NetworkMbps: 1}}, "take network_mbps out of the pool's limits"},
+		{"qemu", Pool{Start: "cold", Limits: Limits{NetworkMbps: 1}}, "remove network_mbps from the pool's limits"},
 		{"cloud-hypervisor", Pool{Start: "cold", Limits: Limits{NetworkMbps: 1}}, ""},
 	} {
 		c.pool.Name = "p"

@@ -8,25 +8,25 @@ import (
 	"strconv"
 )
 
-// Path is where the Plan lies on its host. It is no File of its own.
+// Path is where the Plan lies on its host. It is not one of the Plan's own Files.
 const Path = "/etc/fleetingd/plan.json"
 
-// TreeFile is one file of a tree as it would lie on the host.
+// TreeFile is one file of a host's tree.
 type TreeFile struct {
 	Path string // absolute on the host
 	Mode os.FileMode
 	Data []byte
 }
 
-// Tree is the host's files: those of the Plan, the Plan itself, and below State/seeds the seeds of its prebuilds and of
-// each pool's first worker (with a key that nobody has) for people to look at. With read the secrets are put in, and a file that holds
-// one can be read by its owner alone; without, the placeholders stay.
+// Tree returns the host's files: those of the Plan, the Plan itself and, for inspection, below State/seeds the seeds of its prebuilds
+// and of each pool's first worker (with a key that has no private half). If read is not nil, it resolves the secrets, and files that hold
+// one get mode 0600; otherwise the placeholders stay.
 func (p *Plan) Tree(read func(from string) (string, error)) ([]TreeFile, error) {
 	own, err := p.JSON()
 	if err != nil {
 		return nil, err
 	}
-	// Prebuilds may hold what not everybody on the host should read.
+	// Prebuild steps may hold text that is not for everybody on the host.
 	tree := []TreeFile{{Path: Path, Mode: 0o640, Data: own}}
 	for i := range p.Files {
 		f := &p.Files[i]
@@ -48,7 +48,7 @@ func (p *Plan) Tree(read func(from string) (string, error)) ([]TreeFile, error) 
 	return append(tree, seeds...), err
 }
 
-// sampleKey is a key in form only: its 32 bytes are zero, and no private key belongs to them.
+// sampleKey is a key in form only: its 32 bytes are zero, and it has no private key.
 const sampleKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA sample"
 
 func (p *Plan) seeds() ([]TreeFile, error) {

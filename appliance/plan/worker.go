@@ -8,22 +8,22 @@ import (
 	"github.com/fleetingd/fleetingd/seed"
 )
 
-// WorkerSeed is what a new worker of a pool is given: its name, its slot's
-// addresses, and the one key (a line of authorized_keys) that the job user takes.
-// The pool and the slot must be p's own; id is never used twice.
+// WorkerSeed returns the seed of a new worker: its name, its slot's addresses,
+// and the one key (a line of authorized_keys) that the job user accepts.
+// The pool and the slot must be p's own; ids must not be reused.
 func (p *Plan) WorkerSeed(pool *Pool, slot Slot, id, authorizedKey string) seed.Seed {
 	s := seed.Seed{
 		InstanceID: id,
 		Hostname:   Label(id, 63),
 		Network:    p.SlotNetwork(slot),
 	}
-	if im, err := p.Image(pool.Image); err == nil { // check() refuses a Plan where it is not
+	if im, err := p.Image(pool.Image); err == nil { // always, since check() passed
 		s.Users = []seed.User{{Name: im.User, AuthorizedKeys: []string{authorizedKey}}}
 	}
 	return s
 }
 
-// SlotNetwork is the network of a guest in the slot.
+// SlotNetwork returns the network configuration of a guest in the slot.
 func (p *Plan) SlotNetwork(slot Slot) *seed.Network {
 	n := &seed.Network{
 		MAC:       p.Network.GuestMAC,
@@ -39,8 +39,8 @@ func (p *Plan) SlotNetwork(slot Slot) *seed.Network {
 	return n
 }
 
-// Label makes a DNS label (RFC 1123: letters, digits and inner dashes) of a name, most bytes long at most. Names of other characters
-// alone become "worker".
+// Label turns a name into a DNS label (RFC 1123: letters, digits and inner dashes) of at most the given number of bytes, or "worker" if
+// nothing is left of it.
 func Label(name string, most int) string {
 	label := strings.Map(func(r rune) rune {
 		switch {

@@ -11,9 +11,9 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// ReadPlan reads and checks the plan in a file. Its errors name the file.
+// ReadPlan reads and checks the plan at path. Its errors name the file.
 func ReadPlan(path string) (*plan.Plan, error) {
-	// Not blocking: what is there may be a pipe.
+	// Non-blocking, in case it is a pipe.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("read the plan: %w", err)

@@ -1,5 +1,5 @@
-// Package state keeps what must survive: files written whole or not at all, and
-// locks. It knows nothing of what is in them.
+// Package state keeps what must survive a crash: files that are written whole or
+// not at all, and locks. It does not know what the files hold.
 package state
 
 import (
@@ -15,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// WriteFile writes a file whole or not at all: temporary file beside it, chmod,
-// fsync, rename, fsync of the folder. Mode is not subject to the umask.
+// WriteFile writes a file whole or not at all: temporary file in the same folder, chmod,
+// fsync, rename, fsync of the folder. The mode is not subject to the umask.
 func WriteFile(path string, data []byte, mode os.FileMode) error {
 	dir := filepath.Dir(path)
-	// With no folder named, renameio takes $TMPDIR where a trial shows that to be on the same file system.
+	// Without WithTempDir, renameio may use $TMPDIR.
 	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode), renameio.WithExistingPermissions())
 	if err != nil {
 		return err
@@ -37,7 +37,7 @@ func WriteFile(path string, data []byte, mode os.FileMode) error {
 	return SyncFolder(dir)
 }
 
-// SyncFolder flushes a folder: without that, a power cut may take back a rename in it.
+// SyncFolder flushes a folder: otherwise a power cut may undo a rename in it.
 func SyncFolder(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
@@ -46,13 +46,13 @@ func SyncFolder(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// ErrLocked is TryLock's answer when another process holds the lock.
+// ErrLocked is TryLock's error if another process holds the lock.
 var ErrLocked = errors.New("locked by another process")
 
-// Lock is an flock(2) on a file: it ends with the process, however that ends.
+// Lock is an flock(2) on a file. The kernel releases it when the process ends.
 type Lock struct{ f *os.File }
 
-// TryLock takes the lock at path, or returns ErrLocked at once.
+// TryLock takes the lock at path, or returns ErrLocked at once. It creates the file if necessary.
 func TryLock(path string) (*Lock, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
 	if err != nil {
@@ -69,7 +69,7 @@ func TryLock(path string) (*Lock, error) {
 }
 
 // WaitLock takes the lock at path, or gives up when ctx ends. flock has no
-// deadline of its own, so it asks again every 50 ms.
+// timeout, so it tries again every 50 ms.
 func WaitLock(ctx context.Context, path string) (*Lock, error) {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -86,11 +86,11 @@ func WaitLock(ctx context.Context, path string) (*Lock, error) {
 	}
 }
 
-// Unlock gives the lock up. The file stays: removing it would let two
-// processes hold two different files of one name.
+// Unlock releases the lock. The file stays: removing it would let two
+// processes lock two different files of the same name.
 func (l *Lock) Unlock() error { return l.f.Close() }
 
-// Tail returns the end of a file, at most n bytes, which somebody may still be writing.
+// Tail returns the end of a file, at most n bytes. The file may be growing.
 func Tail(path string, n int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
