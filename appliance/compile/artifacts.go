@@ -13,7 +13,7 @@ import (
 	"github.com/fleetingd/fleetingd/templates"
 )
 
-// Where the artifacts lie on the host.
+// The paths of the artifacts on the host.
 const (
 	configPath = "/etc/gitlab-runner/config.toml"
 	nftPath    = "/etc/nftables.d/fleetingd.nft"
@@ -23,7 +23,7 @@ const (
 	sysusers   = "/etc/sysusers.d/fleetingd.conf"
 )
 
-// values is what the templates are given.
+// values are the templates' input.
 type values struct {
 	Host, User, Plan, Fleetingd  string
 	Config, ConfigDir, RunnerDir string
@@ -32,22 +32,22 @@ type values struct {
 	Paths                        plan.Paths
 	Sysctls                      []plan.Sysctl
 
-	// The refresh timer. RootPart: some image is built from packages, which takes root.
+	// The refresh timer. RootPart: an image is built from packages, which takes root.
 	RootPart                    bool
 	Every                       string
 	EverySeconds, SpreadSeconds int64
-	RefreshSeconds              int64 // the longest that a refresh may take
+	RefreshSeconds              int64 // the time limit of a refresh
 
 	// The disks' file system.
 	Disks               plan.Disks
 	ImageDir, MountUnit string
 }
 
-// artifacts are the files and units of the host.
+// artifacts compiles the files and units of the host.
 func (c *compiler) artifacts() {
 	p := c.plan
 	if c.opts.BinDir != "" && !plainPath.MatchString(c.opts.BinDir) {
-		c.fail(c.host.Range, "Unusable folder of programs", "fleetingd is to be in %q. systemd units name it, so it must be "+
+		c.fail(c.host.Range, "Invalid folder for programs", "The folder of fleetingd, %q, is named in systemd units, so it must be "+
 			"an absolute path of letters, digits and _ . / + @ : -.", c.opts.BinDir)
 		return
 	}
@@ -79,16 +79,16 @@ func (c *compiler) artifacts() {
 	}
 }
 
-// runnerDir is the runner's home and working directory.
+// runnerDir returns the runner's home and working directory.
 func (c *compiler) runnerDir() string { return path.Join(c.plan.Paths.State, "runner") }
 
-// plainPath is a path that means itself in a unit. hostspec has seen to state_dir.
+// plainPath matches paths without a special meaning in a unit. hostspec checks state_dir.
 var plainPath = regexp.MustCompile(`^/[A-Za-z0-9_./+@:-]*$`)
 
-// file adds a root-owned, world-readable file made from a template.
+// file adds a root-owned, world-readable file from a template.
 func (c *compiler) file(from hcl.Range, name, template string, v values) {
 	text, err := templates.Render(template, v)
-	if err != nil { // a mistake in the template: the tests render them all
+	if err != nil { // a bug in the template: the tests render all of them
 		c.fail(from, "Cannot write "+name, "This is a bug in fleetingd: %s.", err)
 		return
 	}
@@ -100,7 +100,7 @@ func (c *compiler) add(from hcl.Range, f plan.File) {
 	c.from(from, plan.KindFile, f.Path)
 }
 
-// unit adds a unit and its file; how says what apply does with it.
+// unit adds a unit and its file; how says what apply does with the unit.
 func (c *compiler) unit(from hcl.Range, name, template string, v values, how plan.Unit) {
 	c.file(from, path.Join(unitDir, name), template, v)
 	how.Name = name
@@ -108,7 +108,7 @@ func (c *compiler) unit(from hcl.Range, name, template string, v values, how pla
 	c.from(from, plan.KindUnit, name)
 }
 
-// ruleset adds the firewall, and its text for who wants to read it: "network up" sends the rules themselves.
+// ruleset adds the firewall, and its text for people to read: "network up" sends the rules over netlink.
 func (c *compiler) ruleset() {
 	n := &c.plan.Network
 	n.Ruleset = Ruleset(c.plan.EgressInterface, *n, connectionLimits(c.plan.Slots)...)
@@ -117,7 +117,7 @@ func (c *compiler) ruleset() {
 	})
 }
 
-// connectionLimits are the different ones that slots have, sorted.
+// connectionLimits returns the distinct limits of the slots, sorted.
 func connectionLimits(slots []plan.Slot) []int {
 	var limits []int
 	for _, s := range slots {
@@ -127,8 +127,8 @@ func connectionLimits(slots []plan.Slot) []int {
 	return slices.Compact(limits)
 }
 
-// disks adds what mounts the clones' file system. "directory" is a folder of the state_dir's own file system, and "auto"
-// is settled on the host, where it is seen whether that one can clone.
+// disks adds the units that mount the clones' file system. "directory" needs none, and "auto" is resolved on the host,
+// depending on whether the file system of state_dir can clone.
 func (c *compiler) disks(v values) {
 	d := c.plan.Disks
 	if d.Backing != "xfs-image" && d.Backing != "tmpfs" {
@@ -136,7 +136,7 @@ func (c *compiler) disks(v values) {
 	}
 	from := c.host.Disks.Range
 	v.Disks, v.ImageDir = d, path.Dir(d.Image)
-	// A mount unit's name is its path (systemd.mount(5)).
+	// systemd.mount(5) requires that a mount unit is named after its path.
 	v.MountUnit = unit.UnitNamePathEscape(v.Paths.Disks) + ".mount"
 	if d.Backing == "tmpfs" {
 		c.unit(from, unit.UnitNamePathEscape(d.Memory)+".mount", "ram.mount", v, plan.Unit{})
@@ -157,8 +157,8 @@ func (c *compiler) refresh(v values) {
 	c.unit(c.host.Range, "fleetingd-refresh.timer", "refresh.timer", v, plan.Unit{Enable: true, Start: true})
 }
 
-// refreshLimit is how long a refresh of all images may take: each one's prebuild has a limit of its own, and two hours are far more
-// than its source needs on a slow line.
+// refreshLimit returns the time limit for refreshing all images: the time limits of their prebuilds plus two hours each for the
+// sources, which is plenty even on a slow line.
 func refreshLimit(images []plan.Image) time.Duration {
 	var limit time.Duration
 	for _, im := range images {
@@ -170,9 +170,9 @@ func refreshLimit(images []plan.Image) time.Duration {
 	return limit
 }
 
-// sysctls are the kernel settings of the host. What concerns only our TAPs is set on the TAPs, and IPv6 forwarding by
-// "network up": the switch for all interfaces turns router advertisements off on each of them, and a line in
-// sysctl.d cannot give the neighbours theirs back.
+// sysctls returns the kernel settings of the host. Settings of the TAPs are made on the TAPs themselves, and IPv6 forwarding is enabled
+// by "network up": the switch for all interfaces disables router advertisements on each, and a line in
+// sysctl.d cannot restore them for the other interfaces.
 func (c *compiler) sysctls() []plan.Sysctl {
 	const forward = "net.ipv4.ip_forward"
 	c.from(c.host.Network.Range, plan.KindSysctl, forward)

@@ -1,6 +1,6 @@
-// Package compile makes a Plan of a Host: every file, unit and setting of the
+// Package compile turns a Host into a Plan: every file, unit and setting of the
 // host, and every worker's place, decided in advance. It is pure: it reads no
-// file, no clock and no machine, and the same Host gives the same Plan.
+// file, no clock and no machine, and the same Host always gives the same Plan.
 package compile
 
 import (
@@ -15,25 +15,25 @@ import (
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
-// User runs the runner, the plugin and the VMMs. It has no capabilities.
+// User is the account that runs the runner, the plugin and the VMMs. It has no capabilities.
 const User = "fleetingd"
 
-// The host's end of every TAP has one MAC and every worker another, both locally
-// administered (the 02 bit of IEEE 802). The TAP is a worker's identity; with equal
-// MACs a restored clone's neighbour cache is as true as in the VM it was sealed in.
+// The host's ends of all TAPs share one MAC, and all workers another; both are locally
+// administered (the 02 bit of IEEE 802). The TAP is a worker's identity, and with the same
+// MACs everywhere the neighbour cache of a restored clone stays valid.
 const (
 	HostMAC  = "02:fd:00:00:00:01"
 	GuestMAC = "02:fd:00:00:00:02"
 )
 
 // startTimeout is how long a worker may take from Increase to ready. A cold boot under
-// software emulation on a busy machine takes some minutes; one that has taken ten never comes.
+// software emulation on a busy machine takes some minutes; after ten it will never succeed.
 const startTimeout = 10 * time.Minute
 
-// Options of Compile; the zero value is what the packages install.
+// Options are the options of Compile; the zero value matches the distribution packages.
 type Options struct {
 	// BinDir is where fleetingd and fleeting-plugin-fleetingd are installed on the
-	// host: /usr/bin where it is empty.
+	// host; /usr/bin if empty.
 	BinDir string
 }
 
@@ -44,8 +44,8 @@ func (o Options) bin(name string) string {
 	return path.Join(o.BinDir, name)
 }
 
-// Compile makes the Plan of a host that hostspec has validated. Its diagnostics are what only
-// the compiled whole shows; with an error among them there is no Plan.
+// Compile returns the Plan of a host that hostspec has validated. Its diagnostics are those that only
+// the compiled whole shows; if there is an error among them, the Plan is nil.
 func Compile(h *hostspec.Host, o Options) (*plan.Plan, hcl.Diagnostics) {
 	p := &plan.Plan{
 		Version:         plan.Version,
@@ -85,15 +85,15 @@ type compiler struct {
 	diags   hcl.Diagnostics
 }
 
-// from notes the spec line that an item came from. The file's folder is left out: the
-// same spec gives the same plan.json wherever it lies.
+// from records the spec line that an item came from, without the file's folder: the same
+// spec must give the same plan.json wherever it lies.
 func (c *compiler) from(r hcl.Range, kind, name string) {
 	if r.Filename != "" {
 		c.origins[plan.Address(kind, name)] = fmt.Sprintf("%s:%d", filepath.Base(r.Filename), r.Start.Line)
 	}
 }
 
-// fail reports an error at a place of the spec.
+// fail reports an error at a place in the spec.
 func (c *compiler) fail(r hcl.Range, summary, detail string, args ...any) {
 	c.diags = append(c.diags, &hcl.Diagnostic{
 		Severity: hcl.DiagError, Summary: summary, Detail: fmt.Sprintf(detail, args...), Subject: r.Ptr(),

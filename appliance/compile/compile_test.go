@@ -233,8 +233,8 @@ func TestSubnetIsFull(t *testing.T) {
 	}
 	h.Pools[0].MaxInstances++
 	_, diags := compile.Compile(h, compile.Options{})
-	want := "172.16.120.0/22 has 1022 addresses for workers, and 1023 are needed: 1022 for the pools' max_instances and one " +
-		"for the prebuild of each of 1 images. Take a larger subnet, or fewer instances."
+	want := "172.16.120.0/22 has 1022 addresses for workers, but 1023 are needed: 1022 for the pools' max_instances and one " +
+		"for the prebuild of each of 1 images. Use a larger subnet, or fewer instances."
 	if len(diags) != 1 || diags[0].Detail != want {
 		t.Errorf("got %v, want %s", diags, want)
 	}

@@ -11,19 +11,19 @@ import (
 	"github.com/fleetingd/fleetingd/seed"
 )
 
-// guestPath is where the guest part lies inside of an image.
+// guestPath is the path of the guest part in an image.
 const guestPath = "/usr/lib/fleetingd/fleetingd"
 
-// prebuildTimeout is for an image that is prebuilt with no prebuild block: the block's own default.
+// prebuildTimeout applies to an image that is prebuilt without a prebuild block. It is the block's default.
 const prebuildTimeout = 30 * time.Minute
 
-// images compiles the image blocks; image i has the i-th slot after the pools'.
+// images compiles the image blocks. Image i has the i-th slot after those of the pools.
 func (c *compiler) images() {
 	first := len(c.plan.Slots) - len(c.host.Images)
 	for i, s := range c.host.Images {
 		im := plan.Image{Name: s.Name, Source: source(s), User: s.User, BuildSlot: first + i}
-		// A distribution's image has no guest part in it and often not even the user: it is always prebuilt. A disk that
-		// somebody made is theirs: without a prebuild block it is used as it is.
+		// A distribution's image lacks the guest part and often even the user, so it is always prebuilt. A user's own disk
+		// without a prebuild block is used unchanged.
 		if s.Prebuild != nil || s.Ubuntu != nil || s.Debian != nil {
 			im.Prebuild = c.prebuild(s, c.plan.Slots[im.BuildSlot])
 		}
@@ -84,7 +84,7 @@ func (c *compiler) prebuild(s *hostspec.Image, slot plan.Slot) *plan.Prebuild {
 	return p
 }
 
-// body is a script without its "#!" line, unless there is nothing else.
+// body returns a script without its "#!" line, unless there is nothing else.
 func body(run string) string {
 	if line, rest, _ := strings.Cut(run, "\n"); strings.HasPrefix(line, "#!") && strings.TrimSpace(rest) != "" {
 		return rest
@@ -92,7 +92,7 @@ func body(run string) string {
 	return run
 }
 
-// short is a step's text as one line of a log: control characters are spaces, and no more than 60 characters.
+// short returns a step's text as one line for a log: control characters become spaces, and it has at most 60 characters.
 func short(s string) string {
 	line := strings.Join(strings.FieldsFunc(s, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) }), " ")
 	if r := []rune(line); len(r) > 60 {
@@ -101,8 +101,8 @@ func short(s string) string {
 	return line
 }
 
-// prebuildSeed boots the VM in which an image is prebuilt. It makes the job user, takes the guest part off the
-// seed's own ISO and starts it; from there on the host leads.
+// prebuildSeed returns the seed that boots an image's prebuild VM. It creates the job user, copies the guest part from the
+// seed's ISO and starts it; from then on the host is in control.
 func prebuildSeed(s *hostspec.Image, n *seed.Network) seed.Seed {
 	return seed.Seed{
 		InstanceID: "prebuild-" + s.Name,
@@ -114,15 +114,15 @@ func prebuildSeed(s *hostspec.Image, n *seed.Network) seed.Seed {
 			{"mount", "-o", "ro", "LABEL=" + seed.Label, "/run/fleetingd-seed"},
 			{"install", "-m", "0755", "/run/fleetingd-seed/fleetingd", guestPath},
 			{"umount", "/run/fleetingd-seed"},
-			// As a unit of its own: then cloud-init ends, and steps that wait for it do not wait for themselves. When the kernel kills
-			// a step because memory ran out, systemd must not end the guest part with it. systemd before 243 never does, and knows no OOMPolicy.
+			// It runs as a unit of its own: cloud-init can then finish, so that steps can wait for cloud-init. If the kernel kills a step
+			// because memory ran out, systemd must not stop the guest part with it. systemd before 243 never does, and rejects OOMPolicy.
 			{"sh", "-c", `systemd-run -p OOMPolicy=continue "$@" || systemd-run "$@"`, "sh",
 				"--unit=fleetingd-prebuild", "--no-block", guestPath, "guest", "--prebuild"},
 		},
 	}
 }
 
-// notNil makes of no list an empty one: JSON writes it as [] and not as null.
+// notNil turns nil into an empty list, which JSON writes as [] instead of null.
 func notNil[T any](s []T) []T {
 	if s == nil {
 		return []T{}

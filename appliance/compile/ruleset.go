@@ -13,11 +13,11 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// tableName is the name of both tables: `inet fleetingd` judges IP, `arp fleetingd` ARP.
+// tableName names both tables: `inet fleetingd` filters IP, `arp fleetingd` ARP.
 const tableName = "fleetingd"
 
-// The hooks' places among others' (netfilter_ipv4.h). Raw comes before connection tracking: what is
-// forged leaves no entry there.
+// The hooks' priorities (netfilter_ipv4.h). Raw comes before connection tracking, so that forged packets leave
+// no entry there.
 const (
 	priorityRaw     = -300
 	priorityFilter  = 0
@@ -35,28 +35,28 @@ const (
 	chainToHost     = "to_host"
 )
 
-// Ruleset is the firewall of a host: it judges what comes from and goes to the slots' TAPs and nothing else. A packet
-// that it accepts, another table may still drop (nftables asks every table).
+// Ruleset returns the firewall of a host. It only concerns packets from and to the slots' TAPs. Another table may still drop a
+// packet that it accepts: nftables asks every table.
 //
 // ARP senders are checked in a table of the arp family. A netdev chain on the TAPs would see the same frames a little earlier,
-// but it is bound to its devices: they must exist before the rules do, and one chain takes 256 of
-// them at most (the kernel's NFT_NETDEVICE_MAX), so that chains and rules would grow with the slots.
+// but it is bound to devices, which must exist before the rules do, and a chain takes at most 256 of
+// them (the kernel's NFT_NETDEVICE_MAX), so chains and rules would grow with the number of slots.
 //
-// limits are the different numbers of connections that slots may have, sorted.
+// limits are the distinct connection limits of the slots, sorted.
 func Ruleset(egressInterface string, n plan.Network, limits ...int) plan.Ruleset {
-	r := ruler{egress: egressInterface, net: n, limits: limits, six: n.Subnet6 != nil}
+	r := builder{egress: egressInterface, net: n, limits: limits, six: n.Subnet6 != nil}
 	return plan.Ruleset{Tables: []plan.Table{r.inet(), r.arp()}}
 }
 
-// ruler makes the tables of one network.
-type ruler struct {
+// builder makes the tables of one network.
+type builder struct {
 	egress string
 	net    plan.Network
-	limits []int // of connections
+	limits []int // on connections
 	six    bool  // the workers have IPv6
 }
 
-func (r *ruler) inet() plan.Table {
+func (r *builder) inet() plan.Table {
 	forward, toHost, sets := r.egressRules()
 	return plan.Table{
 		Family: "inet", Name: tableName,
@@ -77,13 +77,13 @@ func (r *ruler) inet() plan.Table {
 	}
 }
 
-// sets are those that every host has; the egress blocks bring their own.
-func (r *ruler) sets() []plan.Set {
+// sets returns the sets that every host has; the egress blocks add their own.
+func (r *builder) sets() []plan.Set {
 	sets := []plan.Set{
 		{Name: setTAPs, Key: []plan.DataType{plan.TypeIFName}, Slots: true},
 		{Name: setWorkers, Key: []plan.DataType{plan.TypeIFName, plan.TypeIPv4}, Slots: true},
 		{Name: setPrivate, Key: []plan.DataType{plan.TypeIPv4}, Interval: true, Elements: texts(netrange.Private4)},
-		// Unreachable, time exceeded, parameter problem. No redirect: connection tracking calls that one related too.
+		// Unreachable, time exceeded, parameter problem. Not redirect, which connection tracking calls related, too.
 		{Name: setICMPErrors, Key: []plan.DataType{plan.TypeICMP}, Elements: []string{"3", "11", "12"}},
 	}
 	if res := r.resolvers(netip.Addr.Is4); len(res) > 0 {
@@ -111,14 +111,14 @@ func texts(prefixes []netip.Prefix) []string {
 	return all
 }
 
-// resolvers are the DNS servers of one family that lie where workers are not let by default.
-func (r *ruler) resolvers(family func(netip.Addr) bool) []string {
+// resolvers returns the DNS servers of one family whose addresses are closed to workers by default.
+func (r *builder) resolvers(family func(netip.Addr) bool) []string {
 	var found []string
 	for _, a := range r.net.DNS {
 		if !family(a) {
 			continue
 		}
-		own := r.net.Subnet.Contains(a) || r.six && r.net.Subnet6.Contains(a) // the host's own, on the gateway's address
+		own := r.net.Subnet.Contains(a) || r.six && r.net.Subnet6.Contains(a) // the host's own resolver, on the gateway's address
 		if (own || netrange.Private(a)) && !slices.Contains(found, a.String()) {
 			found = append(found, a.String())
 		}
@@ -126,9 +126,9 @@ func (r *ruler) resolvers(family func(netip.Addr) bool) []string {
 	return found
 }
 
-// senders drops what does not carry the slot's addresses. A right packet costs one look-up in
-// a set, and what came in on no TAP at all only the comparison of its interface's kind.
-func (r *ruler) senders() []plan.Rule {
+// senders drops packets without the slot's own addresses. A correct packet costs one set look-up, and a packet from
+// another interface only the comparison of that interface's kind.
+func (r *builder) senders() []plan.Rule {
 	tun := is(plan.IIFKind, "tun")
 	mac := is(plan.EtherSource, r.net.GuestMAC)
 	rules := []plan.Rule{
@@ -144,23 +144,23 @@ func (r *ruler) senders() []plan.Rule {
 		counted("a worker with an address that is not its own", plan.Drop, tun, in(plan.IIFName, setTAPs)))
 }
 
-// neighbours is a neighbour solicitation or advertisement (RFC 4861).
+// neighbours matches neighbour solicitations and advertisements (RFC 4861).
 var neighbours = is(plan.ICMPv6Kind, "135-136")
 
-// linkLocal is the address that a kernel makes of its MAC (RFC 4291, appendix A).
+// linkLocal returns the address that a kernel derives from its MAC (RFC 4291, appendix A).
 func linkLocal(mac string) string {
 	m, err := net.ParseMAC(mac)
 	if err != nil || len(m) != 6 {
-		return "fe80::" // unreachable with a checked plan; and no guest has it
+		return "fe80::" // not reached with a checked plan; and no guest has this address
 	}
 	return netip.AddrFrom16([16]byte{
 		0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5],
 	}).String()
 }
 
-// replies come first in their chains: most packets are one, whoever's they are, and no look-up is needed.
-// Related is taken for ICMP errors only, or a helper on the host (FTP, SIP) could open a way in.
-func (r *ruler) replies() []plan.Rule {
+// replies come first in their chains: most packets on the host are replies, and these rules need no look-up.
+// Only ICMP errors are accepted as related: otherwise a helper on the host (FTP, SIP) could open a way in.
+func (r *builder) replies() []plan.Rule {
 	related := is(plan.CTState, "related")
 	rules := []plan.Rule{
 		rule("judged when the connection began", verdict(plan.Accept), is(plan.CTState, "established")),
@@ -173,8 +173,8 @@ func (r *ruler) replies() []plan.Rule {
 	return rules
 }
 
-// counts are the sets that count each worker's connections, and where pools have different limits those of their TAPs.
-func (r *ruler) counts() []plan.Set {
+// counts returns the sets that count each worker's connections and, if pools have different limits, the sets of their TAPs.
+func (r *builder) counts() []plan.Set {
 	var sets []plan.Set
 	for _, limit := range r.limits {
 		if len(r.limits) > 1 {
@@ -188,9 +188,9 @@ func (r *ruler) counts() []plan.Set {
 func limitedSet(limit int) string { return "limited_" + strconv.Itoa(limit) }
 func countSet(limit int) string   { return "connections_" + strconv.Itoa(limit) }
 
-// tooMany refuses a worker's connection beyond its limit: the kernel's table of connections is the host's, and one job that fills it
-// would cut off all others. The number of rules grows with the number of different limits.
-func (r *ruler) tooMany() []plan.Rule {
+// tooMany rejects a worker's connections beyond its limit: workers share the host's connection table, so a job that fills it
+// would cut off all others. The number of rules grows with the number of distinct limits.
+func (r *builder) tooMany() []plan.Rule {
 	var rules []plan.Rule
 	for _, limit := range r.limits {
 		over := plan.Match{Fields: []plan.Field{plan.IIFName}, Set: countSet(limit), Over: limit}
@@ -203,10 +203,10 @@ func (r *ruler) tooMany() []plan.Rule {
 	return rules
 }
 
-// fromWorker judges a connection that a worker begins, through the host.
-func (r *ruler) fromWorker(egress []plan.Rule) []plan.Rule {
+// fromWorker handles a connection that a worker opens through the host.
+func (r *builder) fromWorker(egress []plan.Rule) []plan.Rule {
 	rules := []plan.Rule{
-		counted("no part of a connection", plan.Drop, is(plan.CTState, "invalid")),
+		counted("not part of a connection", plan.Drop, is(plan.CTState, "invalid")),
 	}
 	rules = append(append(rules, r.tooMany()...), counted("another worker", plan.Reject, is(plan.IPDest, r.net.Subnet.String())))
 	if r.six {
@@ -218,12 +218,12 @@ func (r *ruler) fromWorker(egress []plan.Rule) []plan.Rule {
 		rules = append(rules, counted("all but global unicast", plan.Reject, in(plan.IP6Dest, setPrivate6)))
 	}
 	return append(rules,
-		counted("out of another interface", plan.Reject, isNot(plan.OIFName, r.egress)),
+		counted("through another interface", plan.Reject, isNot(plan.OIFName, r.egress)),
 		rule("the internet", verdict(plan.Accept)))
 }
 
-// toHost judges a connection that a worker begins to the host itself.
-func (r *ruler) toHost(egress []plan.Rule) []plan.Rule {
+// toHost handles a connection that a worker opens to the host itself.
+func (r *builder) toHost(egress []plan.Rule) []plan.Rule {
 	var rules []plan.Rule
 	if r.six {
 		rules = append(rules, rule("neighbour discovery", verdict(plan.Accept), neighbours))
@@ -232,8 +232,8 @@ func (r *ruler) toHost(egress []plan.Rule) []plan.Rule {
 	return append(rules, counted("the host itself", plan.Reject))
 }
 
-// dns lets workers to the spec's resolvers where those are private.
-func (r *ruler) dns() []plan.Rule {
+// dns opens the spec's resolvers to workers if they are at private addresses.
+func (r *builder) dns() []plan.Rule {
 	var rules []plan.Rule
 	add := func(dest plan.Field, set string) {
 		for _, port := range []plan.Field{plan.UDPDest, plan.TCPDest} {
@@ -249,13 +249,13 @@ func (r *ruler) dns() []plan.Rule {
 	return rules
 }
 
-// egressRules are the egress blocks in their order: for what is forwarded, for what goes to the host itself, and
-// the sets that both use. Where a block names no destination (or a /0), it means what lies outside: an "allow https"
-// opens neither the LAN nor the metadata service. The host itself is opened only by its very address (a /32 or /128): an
-// allowed LAN does not open the host's own address in it.
-func (r *ruler) egressRules() (forward, toHost []plan.Rule, sets []plan.Set) {
+// egressRules returns the egress blocks in order, as rules for forwarded packets and for packets to the host itself, and
+// the sets that both use. A block without a destination (or with a /0) means public addresses: an "allow https"
+// does not open the LAN or the metadata service. The host itself is opened only by its exact address (a /32 or /128):
+// allowing a LAN does not open the host's own address in it.
+func (r *builder) egressRules() (forward, toHost []plan.Rule, sets []plan.Set) {
 	for i, e := range r.net.Egress {
-		b := block{ruler: r, Egress: e, prefix: "egress" + strconv.Itoa(i)}
+		b := block{builder: r, Egress: e, prefix: "egress" + strconv.Itoa(i)}
 		forward = append(forward, b.rules(false)...)
 		toHost = append(toHost, b.rules(true)...)
 		sets = append(sets, b.sets...)
@@ -264,15 +264,15 @@ func (r *ruler) egressRules() (forward, toHost []plan.Rule, sets []plan.Set) {
 	return forward, toHost, slices.CompactFunc(sets, func(a, b plan.Set) bool { return a.Name == b.Name })
 }
 
-// block is one egress block while its rules are made.
+// block is one egress block while its rules are built.
 type block struct {
-	*ruler
+	*builder
 	plan.Egress
 	prefix string // of its sets' names
 	sets   []plan.Set
 }
 
-// rules are the block's: one for each family and protocol that it names.
+// rules returns the block's rules: one for each family and protocol that it names.
 func (b *block) rules(toHost bool) []plan.Rule {
 	var rules []plan.Rule
 	for _, dest := range b.destinations(toHost) {
@@ -291,7 +291,7 @@ func (b *block) rule(matches []plan.Match) plan.Rule {
 	return counted(comment, plan.Reject, matches...)
 }
 
-// destinations are the alternatives that the block's `to` stands for, each as the matches that it takes.
+// destinations returns the alternatives that the block's `to` stands for, each as the matches that it takes.
 func (b *block) destinations(toHost bool) [][]plan.Match {
 	if len(b.To) == 0 && b.Action == "deny" {
 		return [][]plan.Match{nil}
@@ -303,7 +303,7 @@ func (b *block) destinations(toHost bool) [][]plan.Match {
 	return dests
 }
 
-// family are the destinations of one address family.
+// family returns the destinations of one address family.
 func (b *block) family(toHost bool, of func(netip.Addr) bool, dest plan.Field, t plan.DataType, private, suffix string) [][]plan.Match {
 	allow := b.Action == "allow"
 	var to []netip.Prefix
@@ -325,7 +325,7 @@ func (b *block) family(toHost bool, of func(netip.Addr) bool, dest plan.Field, t
 	}
 }
 
-// ports are the alternatives that the block's `ports` stands for.
+// ports returns the alternatives that the block's `ports` stands for.
 func (b *block) ports() [][]plan.Match {
 	if len(b.Ports) == 0 {
 		return [][]plan.Match{nil}
@@ -342,7 +342,7 @@ func (b *block) ports() [][]plan.Match {
 	return alternatives
 }
 
-// oneOf matches any of the values: a literal for one, a set for more, and for all addresses, which is no literal to nft.
+// oneOf matches any of the values: with a literal for one, and with a set for several or for "all addresses", which has no literal in nft.
 func (b *block) oneOf(f plan.Field, t plan.DataType, suffix string, values []string) plan.Match {
 	if len(values) == 1 && !strings.HasSuffix(values[0], "/0") {
 		return is(f, values[0])
@@ -352,7 +352,7 @@ func (b *block) oneOf(f plan.Field, t plan.DataType, suffix string, values []str
 	return in(f, name)
 }
 
-// prefixes are the networks in order, as nft writes them, without those inside another: an interval set refuses overlaps.
+// prefixes returns the networks sorted, as nft prints them, without those inside another: an interval set refuses overlaps.
 func prefixes(nets []netip.Prefix) []string {
 	sorted := slices.Clone(nets)
 	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
@@ -374,7 +374,7 @@ func prefixes(nets []netip.Prefix) []string {
 	return out
 }
 
-// ranges are a protocol's ports in order, those that overlap or touch made one.
+// ranges returns the ports of a protocol sorted; ranges that overlap or touch are merged.
 func ranges(ports []plan.PortRange, protocol string) []string {
 	var own []plan.PortRange
 	for _, p := range ports {
@@ -400,9 +400,9 @@ func ranges(ports []plan.PortRange, protocol string) []string {
 	return out
 }
 
-// arp lets a worker ask for the gateway, as itself, and nothing else: no answer that could be
-// a lie, and no question about the host's other addresses.
-func (r *ruler) arp() plan.Table {
+// arp lets a worker ask for the gateway's MAC with its own addresses, and nothing else: it cannot send forged
+// answers or ask for the host's other addresses.
+func (r *builder) arp() plan.Table {
 	return plan.Table{
 		Family: "arp", Name: tableName,
 		Sets: []plan.Set{
@@ -410,22 +410,22 @@ func (r *ruler) arp() plan.Table {
 			{Name: setWorkers, Key: []plan.DataType{plan.TypeIFName, plan.TypeIPv4}, Slots: true},
 		},
 		Chains: []plan.Chain{{Name: "input", Type: "filter", Hook: "input", Priority: priorityFilter, Rules: []plan.Rule{
-			counted("fleetingd: a worker may ask, not answer", plan.Drop,
+			counted("fleetingd: workers may ask, not answer", plan.Drop,
 				in(plan.IIFName, setTAPs), isNot(plan.ARPOperation, "request")),
 			rule("a worker asks for the gateway", verdict(plan.Accept),
 				slot(plan.ARPSourceIP, setWorkers), is(plan.ARPSourceMAC, r.net.GuestMAC), is(plan.ARPTargetIP, r.net.Gateway.String())),
-			counted("any other ARP of a worker", plan.Drop, in(plan.IIFName, setTAPs)),
+			counted("any other ARP from a worker", plan.Drop, in(plan.IIFName, setTAPs)),
 		}}},
 	}
 }
 
-// rule takes matches of which no two ask for equal bytes that touch: nft makes one of such, and the rule that was
-// loaded from its text would not be the one that is sent.
+// rule makes a rule. No two of its matches may compare adjacent bytes for equality: nft merges such matches, so the rule
+// loaded from text would differ from the one sent over netlink.
 func rule(comment string, v plan.Verdict, m ...plan.Match) plan.Rule {
 	return plan.Rule{Comment: plan.Comment(comment), Matches: m, Verdict: v}
 }
 
-// counted is a rule that refuses. Its counter tells an operator which one it was.
+// counted returns a rule with a counter, which tells an operator what was refused.
 func counted(comment string, a plan.Action, m ...plan.Match) plan.Rule {
 	return plan.Rule{Comment: plan.Comment(comment), Matches: m, Counter: true, Verdict: verdict(a)}
 }
@@ -449,7 +449,7 @@ func notIn(f plan.Field, set string) plan.Match {
 	return plan.Match{Fields: []plan.Field{f}, Not: true, Set: set}
 }
 
-// slot looks up the pair of TAP and address.
+// slot matches the pair of TAP and address.
 func slot(f plan.Field, set string) plan.Match {
 	return plan.Match{Fields: []plan.Field{plan.IIFName, f}, Set: set}
 }

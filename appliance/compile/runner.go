@@ -14,25 +14,25 @@ import (
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
-// How often the runner asks the plugin what has become of its instances. Its defaults are 1 min and 2 s, made for cloud
-// APIs; our Update costs microseconds, and the interval is a part of every job's wait.
+// How often the runner polls the plugin for its instances. Its defaults, 1 min and 2 s, are made for cloud
+// APIs; Update takes microseconds, and every job waits for a part of the interval.
 const (
 	updateInterval              = time.Second
 	updateIntervalWhenExpecting = 100 * time.Millisecond
 )
 
-// maxRequests caps a runner's job requests under way. With one (the runner's default) a request that GitLab
-// holds open for its long poll of 50 s keeps the next job waiting.
+// maxRequests caps a runner's concurrent job requests. With the runner's default of one, the next job waits while
+// GitLab holds a request open for its long poll of 50 s.
 const maxRequests = 4
 
-// readyCommand is for an image with no guest part, which is called running when it answers over SSH. Exit
+// readyCommand is for an image without the guest part, whose workers count as running once SSH answers. Exit
 // code 2 is cloud-init's "degraded": done, with warnings.
 const readyCommand = "cloud-init status --wait || test $? -eq 2"
 
 // table is a TOML table.
 type table = map[string]any
 
-// config adds config.toml. Its tables are maps: the encoder sorts their keys, and a runner's settings are merged in.
+// config adds config.toml. Its tables are maps, so that a runner's settings can be merged in; the encoder sorts the keys.
 func (c *compiler) config() {
 	jobs := 0
 	file := plan.File{Path: configPath, Mode: "0600", Owner: c.plan.User, Group: c.plan.User}
@@ -61,17 +61,17 @@ func (c *compiler) config() {
 	}
 	for _, s := range file.Secrets {
 		if strings.Count(text, s.Placeholder) != 1 {
-			c.fail(c.host.Range, "Cannot write config.toml", "The settings of GitLab Runner hold the text %q, which stands for a secret there. Write something else.",
+			c.fail(c.host.Range, "Cannot write config.toml", "The settings of GitLab Runner contain the text %q, which is the placeholder of a secret. Use another text.",
 				s.Placeholder)
 			return
 		}
 	}
-	file.Content = fmt.Sprintf("# Written by fleetingd for host %q. Change the spec and apply it again: changes made here are drift.\n\n%s",
+	file.Content = fmt.Sprintf("# Written by fleetingd for host %q. Change the spec and apply it again: changes made here are reported as drift.\n\n%s",
 		c.host.Name, text)
 	c.add(c.host.Range, file)
 }
 
-// planText is a text of the spec as the Plan has it.
+// planText converts a text of the spec to the Plan's type.
 func planText(t hostspec.Text) plan.Text {
 	var text plan.Text
 	for _, p := range t {
@@ -80,9 +80,9 @@ func planText(t hostspec.Text) plan.Text {
 	return text
 }
 
-// hold is a text with placeholders for its secrets, which the file then has. Place is where it stands: "runner.small.token".
+// hold returns a text with placeholders for its secrets, which it adds to the file. place identifies the text, such as "runner.small.token".
 func hold(file *plan.File, place string, t hostspec.Text) string {
-	// Whatever a key of the settings is called, the placeholder is a plain word in TOML.
+	// The placeholder must be a plain word in TOML, whatever a key of the settings is called.
 	place = strings.Map(func(r rune) rune {
 		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._-", r) {
 			return r
@@ -105,7 +105,7 @@ func hold(file *plan.File, place string, t hostspec.Text) string {
 	return b.String()
 }
 
-// withPlaceholders is a copy of a settings value, in which text that holds secrets has placeholders.
+// withPlaceholders returns a copy of a settings value in which secrets are replaced by placeholders.
 func withPlaceholders(file *plan.File, place string, v any) any {
 	switch v := v.(type) {
 	case hostspec.Text:
@@ -134,7 +134,7 @@ func encode(t table) (string, error) {
 	return b.String(), nil
 }
 
-// runner is one [[runners]] section.
+// runner returns one [[runners]] section.
 func (c *compiler) runner(r *hostspec.Runner, pool *plan.Pool, token string) table {
 	jobs := pool.MaxInstances * r.CapacityPerInstance
 	t := table{
@@ -144,7 +144,7 @@ func (c *compiler) runner(r *hostspec.Runner, pool *plan.Pool, token string) tab
 		"autoscaler":          c.autoscaler(r, pool),
 	}
 	if r.Executor == "docker-autoscaler" {
-		// The section must be there, and a job without an image needs one.
+		// The section is required, and so is an image for jobs that do not name one.
 		t["docker"] = table{"image": "debian:stable-slim"}
 	}
 	return t
@@ -161,11 +161,11 @@ func (c *compiler) autoscaler(r *hostspec.Runner, pool *plan.Pool) table {
 		"max_instances":                  pool.MaxInstances,
 		"update_interval":                updateInterval.String(),
 		"update_interval_when_expecting": updateIntervalWhenExpecting.String(),
-		// A restarted runner finds its idle workers again. One that had a job is not used again: that job is gone.
+		// A restarted runner finds its idle workers again. It does not reuse a worker that had a job, because that job is lost.
 		"state_storage": table{
 			"enabled": true, "dir": path.Join(c.runnerDir(), "state"), "keep_instance_with_acquisitions": false,
 		},
-		// A restart of the runner, for a new version of it, ends no worker that waits for a job.
+		// Restarting the runner, for example for an upgrade, keeps idle workers.
 		"delete_instances_on_shutdown": false,
 		"policy":                       policies(r.Policies),
 	}
@@ -181,7 +181,7 @@ func connector(image *plan.Image) table {
 		return t
 	}
 	t["username"] = image.User
-	switch { // a disk that somebody made does not say what it is for: the plugin does, in ConnectInfo
+	switch { // the system in a user's own disk is unknown: ConnectInfo tells the runner
 	case image.Source.Ubuntu != nil:
 		t["arch"] = image.Source.Ubuntu.Arch
 	case image.Source.Debian != nil:
@@ -190,8 +190,8 @@ func connector(image *plan.Image) table {
 	return t
 }
 
-// policies are the policy blocks; with none there is one that keeps nothing idle, which is what the
-// runner would do, written out.
+// policies returns the policy blocks or, without any, the runner's default written out, which keeps no worker
+// idle.
 func policies(blocks []*hostspec.Policy) []table {
 	if len(blocks) == 0 {
 		blocks = []*hostspec.Policy{{}}
@@ -201,7 +201,7 @@ func policies(blocks []*hostspec.Policy) []table {
 		t := table{
 			"periods":    []string{"* * * * *"},
 			"idle_count": b.IdleCount,
-			// Left out, the runner takes it for idle_count > 0 and its schema check complains.
+			// If it is omitted, the runner assumes true for idle_count > 0 but its schema check complains.
 			"preemptive_mode": b.IdleCount > 0,
 		}
 		if len(b.Periods) > 0 {
@@ -227,9 +227,9 @@ func policies(blocks []*hostspec.Policy) []table {
 	return all
 }
 
-// merge puts the spec's settings into a table, each by its own name and at its own place; a value of ours (an
-// interval, the docker executor's image) gives way. hostspec has refused those that the spec says elsewhere, and
-// whatever is a table in one and a value in the other.
+// merge puts the spec's settings into a table, by name and place; they replace values of this package (an
+// interval, the docker executor's image). hostspec has refused settings that the spec has attributes for, and
+// settings that are a table here and a value there.
 func merge(into, settings table) {
 	for key, value := range settings {
 		ours, haveTable := into[key].(table)
@@ -238,7 +238,7 @@ func merge(into, settings table) {
 		case haveTable && isTable:
 			merge(ours, theirs)
 		case isTable:
-			own := table{} // the spec's own map stays as it is
+			own := table{} // the spec's own map must not change
 			into[key] = own
 			merge(own, theirs)
 		default:

@@ -9,12 +9,12 @@ import (
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
-// maxQueues caps a TAP's RX/TX pairs. A pair a vCPU is what lets a guest use all of them, but each costs the host
-// an open descriptor and a kernel ring, and past eight CI traffic gets no faster.
+// maxQueues caps a TAP's RX/TX pairs. One pair per vCPU lets a guest use all of them, but each costs the host
+// an open descriptor and a kernel ring, and past eight, CI traffic gets no faster.
 const maxQueues = 8
 
-// slots lays out the network: the gateway on the subnet's first address, then a slot for each worker in
-// the order of the pools, then one for each image's prebuild.
+// slots lays out the network: the gateway at the subnet's first address, then one slot per worker in
+// the order of the pools, then one per image for its prebuild.
 func (c *compiler) slots() {
 	h, p := c.host, c.plan
 	p.Network = plan.Network{
@@ -40,7 +40,7 @@ func (c *compiler) slots() {
 		p.Network.Subnet6, p.Network.Gateway6 = &h.Network.Subnet6, &gw6
 		addr6 = gw6
 	}
-	// The host numbers of a slot's two addresses are equal: whoever reads one log line knows the other.
+	// A slot's two addresses have the same host number, so that one can be told from the other in a log.
 	addr := p.Network.Gateway
 	p.Slots = make([]plan.Slot, 0, total)
 	add := func(queues, connections int) {
@@ -62,12 +62,12 @@ func (c *compiler) slots() {
 		}
 	}
 	for range h.Images {
-		add(1, hostspec.DefaultConnections) // a prebuild VM downloads and waits: one queue is enough
+		add(1, hostspec.DefaultConnections) // one queue is enough: a prebuild VM mostly downloads and waits
 	}
 }
 
-// fits reports whether the subnets hold the gateway and all slots. Each address is a host route of its own, so only
-// the network's own address is lost, and not the last: there is no broadcast.
+// fits reports whether the subnets hold the gateway and all slots. Each address is a host route of its own, so the last
+// one can be used: there is no broadcast. Only the network's own address is lost.
 func (c *compiler) fits(workers, total int) bool {
 	for _, subnet := range []netip.Prefix{c.host.Network.Subnet, c.host.Network.Subnet6} {
 		if !subnet.IsValid() {
@@ -77,8 +77,8 @@ func (c *compiler) fits(workers, total int) bool {
 		room.Sub(room, big.NewInt(2)) // the network's own address and the gateway
 		if room.Cmp(big.NewInt(int64(total))) < 0 {
 			c.fail(c.host.Network.Range, "Subnet too small",
-				"%s has %s addresses for workers, and %d are needed: %d for the pools' max_instances and one for the "+
-					"prebuild of each of %d images. Take a larger subnet, or fewer instances.",
+				"%s has %s addresses for workers, but %d are needed: %d for the pools' max_instances and one for the "+
+					"prebuild of each of %d images. Use a larger subnet, or fewer instances.",
 				subnet, room, total, workers, len(c.host.Images))
 			return false
 		}

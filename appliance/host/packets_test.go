@@ -20,10 +20,10 @@ const (
 	byPrivate = "private, link-local, metadata, multicast"
 	byHost    = "the host itself"
 	bySender  = "a worker with an address that is not its own"
-	byARP     = "any other ARP of a worker"
-	byAnswer  = "fleetingd: a worker may ask, not answer"
+	byARP     = "any other ARP from a worker"
+	byAnswer  = "fleetingd: workers may ask, not answer"
 	byInbound = "from elsewhere to a worker: only answers"
-	byOther   = "out of another interface"
+	byOther   = "through another interface"
 	byGlobal  = "all but global unicast"
 )
 
