@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
 // Disks is the file system that DisksUp made or found.
@@ -151,7 +152,7 @@ func makeXFS(ctx context.Context, path string, size int64) error {
 	if size < minXFS {
 		return fmt.Errorf("%s would have %d MiB, but XFS needs 300; free some space, or set another state_dir", path, size>>20)
 	}
-	part := path + ".new"
+	part := newImage(path)
 	f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
@@ -161,12 +162,23 @@ func makeXFS(ctx context.Context, path string, size int64) error {
 		err = command(ctx, "mkfs.xfs", "-q", "-m", "reflink=1", "-L", "fleetingd", part)
 	}
 	if err == nil {
+		err = flushFile(part)
+	}
+	if err == nil {
 		err = os.Rename(part, path)
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(part))
 	}
-	return nil
+	return state.SyncFolder(filepath.Dir(path))
+}
+
+func flushFile(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 func imageSize(d *Disks) error {
