@@ -98,6 +98,7 @@ var leftOut = []rule{
 	{"runners/*/machine/OffPeakIdleCount", "without periods it says nothing"},
 	{"runners/*/machine/autoscaling/*/*", "the policy's periods or timezone cannot be read"},
 	{"runners/*/autoscaler/instance_ready_command", "a worker is running only once it is ready"},
+	{"runners/*/autoscaler/connector_config/key_path", "each worker has a key of its own"},
 	{"runners/*/autoscaler/policy/*/preemtive_mode", "GitLab Runner does not know it"},
 	{"runners/*/autoscaler/plugin_config/*", "it is another plugin's"},
 }
@@ -226,7 +227,7 @@ func moveKeys(m map[string]any, prefix string, runner map[string]any) {
 		}
 	}
 	machine, ok := runner["machine"].(map[string]any)
-	if !ok {
+	if !ok || runner["executor"] != "docker+machine" {
 		return
 	}
 	sections := []map[string]any{machine}
@@ -303,7 +304,7 @@ func sameNumbers(t *testing.T, config, before, after map[string]any) {
 	scaler := after["autoscaler"].(map[string]any)
 	number := func(m map[string]any, key string) int64 { n, _ := m[key].(int64); return n }
 	machine, ok := before["machine"].(map[string]any)
-	if !ok {
+	if !ok || before["executor"] != "docker+machine" {
 		return // the source has the same keys
 	}
 	idle := number(machine, "IdleCount")
@@ -370,6 +371,18 @@ func flatten(prefix string, v any, into map[string]any) {
 			flatten(path.Join(prefix, strings.ReplaceAll(key, "/", "|")), e, into)
 		}
 	case []map[string]any:
+		for i, e := range v {
+			flatten(path.Join(prefix, fmt.Sprint(i)), e, into)
+		}
+	case []any:
+		if len(v) == 0 {
+			into[prefix] = v
+			return
+		}
+		if _, inline := v[0].(map[string]any); !inline {
+			into[prefix] = v
+			return
+		}
 		for i, e := range v {
 			flatten(path.Join(prefix, fmt.Sprint(i)), e, into)
 		}

@@ -105,6 +105,14 @@ func (t *table) texts(key string) []string {
 // tables takes an array of tables. A value of another type stays in the table.
 func (t *table) tables(key string) []*table {
 	list, ok := t.rest[key].([]map[string]any)
+	if inline, isList := t.rest[key].([]any); isList { // [{ … }, { … }]
+		ok = true
+		for _, v := range inline {
+			m, isTable := v.(map[string]any)
+			ok = ok && isTable
+			list = append(list, m)
+		}
+	}
 	if !ok {
 		return nil
 	}

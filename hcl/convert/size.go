@@ -41,10 +41,10 @@ func sizeOf(options []string) size {
 			s.cpus, s.from = n, "the driver's options"
 		case key == "virtualbox-memory" || strings.HasSuffix(key, "-memory-size"):
 			s.memory, s.from = n, "the driver's options"
-		case key == "amazonec2-root-size" || key == "google-disk-size" || strings.HasSuffix(key, "-volume-size"):
-			s.disk, s.diskFrom = n, key+"="+value
 		case key == "virtualbox-disk-size" || key == "vmwarevsphere-disk-size": // in MB
 			s.disk, s.diskFrom = (n+1023)/1024, key+"="+value
+		case key == "amazonec2-root-size" || strings.HasSuffix(key, "-disk-size") || strings.HasSuffix(key, "-volume-size"):
+			s.disk, s.diskFrom = n, key+"="+value
 		}
 	}
 	return s
