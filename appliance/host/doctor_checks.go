@@ -441,17 +441,21 @@ func (d *doctor) onlyIPv6(h *have) bool {
 
 // freeSubnet is a network of the plan's size that nobody takes by default and no route overlaps.
 func (d *doctor) freeSubnet() (netip.Prefix, bool) {
-	try := *d.plan
+	return d.machine.freeSubnet(*d.plan, d.plan.Network.Subnet.Bits())
+}
+
+// freeSubnet is a network of a size for the workers of a plan.
+func (m machine) freeSubnet(try plan.Plan, bits int) (netip.Prefix, bool) {
 	try.Network.Subnet6 = nil
 	// One look at the host is enough for each private range (RFC 1918): which routes it returns depends on the subnet.
 	seen := map[netip.Prefix]*have{}
-	return netrange.Free(d.plan.Network.Subnet.Bits(), func(p netip.Prefix) bool {
+	return netrange.Free(bits, func(p netip.Prefix) bool {
 		wide := netip.PrefixFrom(p.Addr(), 8).Masked()
 		h := seen[wide]
 		if h == nil {
 			try.Network.Subnet = wide
 			var err error
-			if h, err = d.machine.network(&try); err != nil {
+			if h, err = m.network(&try); err != nil {
 				return true
 			}
 			seen[wide] = h
@@ -608,23 +612,28 @@ func (d *doctor) space() {
 // memTotal is a line of /proc/meminfo, in KiB (proc_meminfo(5)).
 var memTotal = regexp.MustCompile(`(?m)^MemTotal:\s+(\d+) kB$`)
 
+// memory is the machine's, in bytes.
+func (m machine) memory() (int64, error) {
+	b, err := m.readFile("/proc/meminfo")
+	if err != nil {
+		return 0, err
+	}
+	found := memTotal.FindSubmatch(b)
+	if found == nil {
+		return 0, errors.New("/proc/meminfo has no line MemTotal")
+	}
+	kib, err := strconv.ParseInt(string(found[1]), 10, 53)
+	return kib << 10, err
+}
+
 func (d *doctor) memory() {
 	const check = "memory"
-	b, err := d.machine.readFile("/proc/meminfo")
-	m := memTotal.FindSubmatch(b)
-	if err != nil || m == nil {
-		if err == nil {
-			err = errors.New("no line MemTotal")
-		}
-		d.fail(check, "mount -t proc proc /proc", "/proc/meminfo: %v", err)
-		return
-	}
-	kib, err := strconv.ParseInt(string(m[1]), 10, 64)
+	total, err := d.machine.memory()
 	if err != nil {
-		d.fail(check, "cat /proc/meminfo", "%v", err)
+		d.fail(check, "mount -t proc proc /proc", "%v", err)
 		return
 	}
-	have, need := float64(kib)*1024, 0.0
+	have, need := float64(total), 0.0
 	for _, p := range d.plan.Pools {
 		need += float64(p.Memory) * float64(p.MaxInstances)
 	}

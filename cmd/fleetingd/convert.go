@@ -11,6 +11,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/fleetingd/fleetingd/appliance/host"
 	"github.com/fleetingd/fleetingd/appliance/state"
 	"github.com/fleetingd/fleetingd/hcl/convert"
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
@@ -23,11 +24,11 @@ func convertCommand() *cli.Command {
 		ArgsUsage: "CONFIG",
 		Description: "Reads CONFIG (/etc/gitlab-runner/config.toml, or - for standard input): of runners with the executors docker+machine, docker, shell,\n" +
 			"docker-autoscaler or instance, or of the predecessor's plugin. The spec is valid. What has no place in it stands in its comments.\n" +
-			"Tokens and keys are not in the spec: it reads each from a file, which --secrets-dir writes. Nothing else on the host is read or changed.",
+			"Tokens and keys are not in the spec: it reads each from a file, which --secrets-dir writes. Nothing on the host is changed.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the spec to `FILE`, or to standard output with -", Value: "-"},
 			&cli.StringFlag{Name: "secrets-dir", Usage: "write each secret to a file of mode 0600 in `DIR`, from which the spec reads it"},
-			&cli.StringFlag{Name: "egress-interface", Usage: "where the workers' traffic leaves the host: `NAME` (the predecessor's plugin_config has it)"},
+			&cli.StringFlag{Name: "egress-interface", Usage: "where the workers' traffic leaves the host: `NAME` (default: what the predecessor's plugin_config says, or this machine's default route)"},
 			&cli.BoolFlag{Name: "force", Usage: "overwrite the spec and the secrets if they exist"},
 		},
 		Action: convertConfig,
@@ -48,6 +49,10 @@ func convertConfig(c *cli.Context) error {
 	}
 	if name, err := os.Hostname(); err == nil {
 		o.Machine = name
+	}
+	if o.EgressInterface == "" {
+		// Without an answer the spec says that it has none.
+		o.EgressInterface, _ = host.DefaultInterface()
 	}
 	if dir := c.String("secrets-dir"); dir != "" {
 		var err error

@@ -65,6 +65,7 @@ func commands() []*cli.Command {
 		compileCommand(),
 		validateCommand(),
 		fmtCommand(),
+		initCommand(),
 		convertCommand(),
 		doctorCommand(),
 		networkCommand(),

@@ -121,3 +121,19 @@ func TestReadmeConvert(t *testing.T) {
 		}
 	}
 }
+
+// TestReadmeInit runs README's example of init on this machine.
+func TestReadmeInit(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "host.hcl")
+	line := strings.Replace(strings.TrimSpace(readmeBlock(t, "fleetingd init")), "host.hcl", file, 1)
+	if code := run(strings.Fields(line)); code != 0 {
+		t.Fatalf("%s: exit code %d", line, code)
+	}
+	res, diags := hostspec.Load(hostspec.Options{Path: file})
+	if len(diags) > 0 {
+		t.Fatal(diags)
+	}
+	if got := res.Host.Pools[0].MaxInstances; got != 2 {
+		t.Errorf("%d workers", got)
+	}
+}

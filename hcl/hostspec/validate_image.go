@@ -2,6 +2,7 @@ package hostspec
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"net/url"
 	"path"
@@ -117,6 +118,20 @@ func (l *loader) validateURLSource(u *URLSource) {
 		l.warnf(l.at(u, "disk"), "Checksums without protection", "SHA256SUMS comes from %s over http, so anyone who can change the image on its way can change the checksums too. "+
 			"Write https, or the disk's sha256 here.", sums.Hostname())
 	}
+}
+
+// CheckURL returns what is wrong with the URL of a server, or nil.
+func CheckURL(text string) error {
+	_, err := parseURL(text)
+	return err
+}
+
+// CheckPackage returns what is wrong with the name of a package, or nil. Whether there is such a package, only its archive knows.
+func CheckPackage(name string) error {
+	if !packageSyntax.MatchString(name) {
+		return fmt.Errorf("%s is not the name of a Debian package", quote(name))
+	}
+	return nil
 }
 
 func loopback(host string) bool {
