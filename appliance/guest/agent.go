@@ -14,7 +14,7 @@ import (
 
 const (
 	beatEvery = 10 * time.Second
-	// hostGone is how long a command goes on while the host reads nothing. Then it is ended: whoever asked for it has gone.
+	// hostGone is how long a command may run while the host reads nothing. Then it is ended, because the host has gone.
 	hostGone = 2 * time.Minute
 	// keepSaid is how much is kept to be sent again on the next stream: more than the buffers between the two
 	// ends hold. Unsent output is queued up to the same size; then the command waits.
@@ -23,10 +23,10 @@ const (
 
 var errSessionOver = errors.New("the host's session is over")
 
-// command is a request of the host: to run a step, or to seal.
+// command is a request of the host: to run a step or, if step is nil, to seal.
 type command struct {
 	id   uint64
-	step *Step // nil: seal
+	step *Step // nil for sealing
 }
 
 // result is the outcome of a command.
@@ -36,7 +36,7 @@ type result struct {
 	export Export
 }
 
-// problem is the error of a result that is not a success.
+// problem returns the error of a failed result, or nil.
 func (r result) problem() error {
 	if r.err == nil {
 		return fmt.Errorf("exit code %d", r.code)
@@ -53,7 +53,8 @@ type agent struct {
 	boot    string
 	version string
 	log     *slog.Logger
-	// do runs one command of the host; nil if the host cannot give any. line sends a line of output and blocks while the host does not read.
+	// do runs one command of the host; nil if the host cannot send commands. line sends a line of output, and blocks while the host does
+	// not read.
 	do       func(ctx context.Context, c command, line func(string)) result
 	poweroff func()
 
@@ -85,7 +86,7 @@ func newAgent(mode, boot, version string, log *slog.Logger) *agent {
 	return a
 }
 
-// serve speaks on the streams that open returns, until ctx ends.
+// serve uses the streams that open returns, one after another, until ctx ends.
 func (a *agent) serve(ctx context.Context, open func(context.Context) (io.ReadWriteCloser, error)) error {
 	wait := 10 * time.Millisecond
 	for {
@@ -119,7 +120,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// talk speaks on one stream until it breaks.
+// talk uses one stream until it breaks.
 func (a *agent) talk(ctx context.Context, conn io.ReadWriteCloser) error {
 	ctx, cancel := context.WithCancel(ctx)
 	closed := context.AfterFunc(ctx, func() { conn.Close() })
@@ -152,7 +153,7 @@ func (a *agent) talk(ctx context.Context, conn io.ReadWriteCloser) error {
 	}()
 	out <- message{}
 	a.mu.Lock()
-	a.next, a.unsaid = len(a.said), 0 // until the host reports what it has
+	a.next, a.unsaid = len(a.said), 0 // until the host says what it has received
 	a.data, a.dataID = nil, 0
 	a.changed.Broadcast()
 	a.mu.Unlock()
@@ -233,7 +234,7 @@ func (a *agent) hear(m message, hellos chan message) {
 		a.rewind(m.Have)
 		a.data, a.dataID = nil, 0
 		select {
-		case <-hellos: // one not sent yet is out of date
+		case <-hellos: // an unsent one is out of date
 		default:
 		}
 		hellos <- message{Session: m.Session}
@@ -263,8 +264,8 @@ func (a *agent) hear(m message, hellos chan message) {
 
 // begin ends the previous session and its commands, and starts another. a.mu is held.
 //
-// have is the last seq the host has seen in this session. Since the session is new to us, that was from an earlier boot, or from a
-// guest part that has been restarted. Counting continues from there: the host would drop anything lower as a repetition.
+// have is the last seq the host has seen in this session. As the session is new to this program, that was in an earlier boot, or before
+// the guest part was restarted. Counting continues from there: the host would drop lower numbers as repetitions.
 func (a *agent) begin(session string, have uint64) {
 	if a.over != nil {
 		a.over(errSessionOver)
@@ -370,8 +371,8 @@ func (a *agent) enqueue(m message) {
 	m.Seq = a.seq
 	text, err := encode(m)
 	if err != nil {
-		// Each text in m was cut to its bound, far below a line's.
-		a.log.Error("cannot say", "type", m.Type, "error", err)
+		// Every text in m was cut to its limit, which is far below a line's.
+		a.log.Error("cannot send a message", "type", m.Type, "error", err)
 		return
 	}
 	a.said = append(a.said, line{m.Seq, text})
@@ -380,7 +381,7 @@ func (a *agent) enqueue(m message) {
 	a.changed.Broadcast()
 }
 
-// report sets what every host of this boot is told: ready, or failed.
+// report sets what every host of this boot is told: that the worker is ready, or that it failed.
 func (a *agent) report(m message) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

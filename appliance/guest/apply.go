@@ -30,7 +30,7 @@ import (
 // seedPatience is how long the seed's disk may take to appear.
 const seedPatience = 30 * time.Second
 
-// applySeed replaces cloud-init: it applies the same seed, without Python, in some tens of
+// applySeed replaces cloud-init: it applies the same seed, without Python, in tens of
 // milliseconds, before sshd and the resolver start. An image may keep cloud-init instead (keepCloudInit).
 func applySeed(ctx context.Context, log *slog.Logger) error {
 	if err := writableRoot(); err != nil {
@@ -41,7 +41,8 @@ func applySeed(ctx context.Context, log *slog.Logger) error {
 		return err
 	}
 	log.Info("seed found", "disk", disk, "instance", s.InstanceID)
-	// Makes this worker's keys unique even if all the entropy the kernel has yet is shared by all clones. It is not credited: it is not secret.
+	// This makes the worker's keys unique even if the kernel's entropy so far is the same in all clones. It is not credited, because it is
+	// not secret.
 	sum := sha512.Sum512([]byte(s.InstanceID + s.Hostname))
 	if err := os.WriteFile("/dev/urandom", sum[:], 0); err != nil {
 		return fmt.Errorf("mix the seed into the kernel's entropy: %w", err)
@@ -65,7 +66,7 @@ func applySeed(ctx context.Context, log *slog.Logger) error {
 	return nil
 }
 
-// writableRoot remounts the root writable if an image's kernel command line says "ro". systemd-remount-fs.service does the
+// writableRoot remounts the root writable if the kernel command line of the image says "ro". systemd-remount-fs.service does the
 // same, but waiting for it would cost half a second.
 func writableRoot() error {
 	var st unix.Statfs_t
@@ -159,8 +160,8 @@ func (id identity) apply(s seed.Seed) error {
 	return nil
 }
 
-// hostname writes the name where it is found without DNS, as cloud-init's
-// manage_etc_hosts "localhost" does: otherwise sudo and others wait for a name server that does not know it.
+// hostname writes the name to where it is found without DNS, like cloud-init's
+// manage_etc_hosts "localhost": otherwise sudo and others wait for a name server that does not know the name.
 func (id identity) hostname(name string) error {
 	if name == "" {
 		return nil
@@ -186,8 +187,8 @@ func (id identity) hostname(name string) error {
 	return writeFile(hosts, []byte(b.String()), 0o644)
 }
 
-// hostKeys makes the missing SSH host keys: seal removed those of the image. Every client of this decade supports
-// Ed25519, whose keys take no time to make; other keys are made only if the image's sshd_config names them.
+// hostKeys creates the missing SSH host keys: seal removed those of the image. Every client of this decade supports
+// Ed25519, whose keys take no time to generate; other keys are created only if the image's sshd_config names them.
 func (id identity) hostKeys(random interface{ Read([]byte) (int, error) }) error {
 	paths := sshdSetting(id.root, "hostkey")
 	if len(paths) == 0 {
@@ -234,7 +235,7 @@ func writeHostKey(path string, key any) error {
 		writeFile(path+".pub", ssh.MarshalAuthorizedKey(signer.PublicKey()), 0o644))
 }
 
-// user creates the account if the image does not have it, and admits it only with the seed's keys.
+// user creates the account unless the image has it, and lets it log in only with the seed's keys.
 func (id identity) user(u seed.User) error {
 	home, uid, gid, err := id.lookup(u.Name)
 	if errors.Is(err, errNoUser) {
@@ -280,7 +281,7 @@ func (id identity) user(u seed.User) error {
 
 var errNoUser = errors.New("no such user in /etc/passwd")
 
-// lookup reads passwd(5) itself: the C library may ask the network, which is not up yet.
+// lookup reads passwd(5) itself: the C library might use the network, which is not up yet.
 func (id identity) lookup(name string) (home string, uid, gid int, err error) {
 	f, err := os.Open(id.path("etc/passwd"))
 	if err != nil {
@@ -328,11 +329,11 @@ func (id identity) resolvedConf(n *seed.Network) error {
 	for _, a := range n.DNS {
 		dns = append(dns, a.String())
 	}
-	dir := id.path("run/systemd/resolved.conf.d") // gone at reboot, as the address is
+	dir := id.path("run/systemd/resolved.conf.d") // gone at reboot, like the address
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	// Nobody on a worker's link answers multicast queries, and a worker has no open port but sshd's.
+	// Nobody on a worker's link answers multicast queries, and no port of a worker except sshd's is open.
 	text := "# by fleetingd guest, from the worker's seed\n[Resolve]\nDNS=" + strings.Join(dns, " ") +
 		"\nLLMNR=no\nMulticastDNS=no\n"
 	return writeFile(filepath.Join(dir, "50-fleetingd.conf"), []byte(text), 0o644)

@@ -13,7 +13,7 @@ import (
 // for. They are disabled, not masked or removed, so a job can start them. Only units that the base
 // image enabled are disabled; those that a prebuild step enables stay enabled.
 var notForWorkers = map[string]string{
-	// A worker has its address before any of these starts, and no other link comes up later.
+	// A worker has its address before any of these starts, and no other link comes up afterwards.
 	"systemd-networkd-wait-online.service": "waits for links that networkd does not manage, two minutes long",
 	"NetworkManager-wait-online.service":   "the same for NetworkManager",
 	"ifupdown-wait-online.service":         "the same for ifupdown",
@@ -22,7 +22,7 @@ var notForWorkers = map[string]string{
 	"apt-daily.timer":                        "updates package lists, and holds apt's lock while a job wants it",
 	"apt-daily-upgrade.timer":                "upgrades packages under the job",
 	"unattended-upgrades.service":            "waits for shutdown to upgrade packages",
-	"dnf-makecache.timer":                    "dnf's apt-daily",
+	"dnf-makecache.timer":                    "updates dnf's package lists",
 	"man-db.timer":                           "indexes manual pages",
 	"dpkg-db-backup.timer":                   "copies dpkg's database",
 	"e2scrub_all.timer":                      "checks LVM snapshots of ext4",
@@ -76,7 +76,7 @@ var notForWorkers = map[string]string{
 	"networkd-dispatcher.service":  "runs hooks when networkd's links change",
 }
 
-// slowStatics are not started by an [Install] section, so only masking keeps them from starting. A worker needs none of them.
+// slowStatics have no [Install] section, so only masking keeps them from starting. A worker needs none of them.
 var slowStatics = map[string]string{
 	"sshd-keygen.service":              "makes RSA keys at boot; a worker's host keys come from the guest part, before sshd",
 	"regenerate_ssh_host_keys.service": "the same, elsewhere",
@@ -87,7 +87,7 @@ var slowStatics = map[string]string{
 	"cloud-init-hotplugd.socket":       "listens for cloud-init, which does not run",
 
 	"systemd-udev-load-credentials.service": "reads udev rules from credentials, which a worker does not get",
-	"systemd-random-seed.service":           "keeps entropy from one boot to the next; a worker's comes from virtio-rng, and its first boot is its last",
+	"systemd-random-seed.service":           "keeps entropy between boots; a worker boots once and gets its entropy from virtio-rng",
 }
 
 // idleGenerators are programs that systemd runs before its first unit (systemd.generator(7)) and that have nothing to do in a
@@ -99,7 +99,7 @@ var idleGenerators = map[string]string{
 	"systemd-hibernate-resume-generator": "",             // hibernation
 	"systemd-integritysetup-generator":   "etc/integritytab",
 	"systemd-rc-local-generator":         "etc/rc.local",
-	"systemd-ssh-generator":              "",              // SSH by vsock: a worker's sshd is there for its one address
+	"systemd-ssh-generator":              "",              // SSH over vsock: a worker's sshd serves only its address
 	"systemd-system-update-generator":    "system-update", // offline updates
 	"systemd-tpm2-generator":             "",              // a TPM
 	"systemd-veritysetup-generator":      "etc/veritytab",
@@ -114,8 +114,8 @@ func (s *sealer) shortenBoot() error {
 		}
 	}
 	if !keepsCloudInit(s.root) {
-		// Python, four times in a row before sshd: more than half of a plain boot. The file is cloud-init's own
-		// switch (https://docs.cloud-init.io/en/latest/howto/disable_cloud_init.html).
+		// Python, four times in a row before sshd: more than half the time of a plain boot. The file is documented in
+		// https://docs.cloud-init.io/en/latest/howto/disable_cloud_init.html.
 		errs = append(errs, s.write("etc/cloud/cloud-init.disabled", "by fleetingd: the guest part applies a worker's seed\n"))
 		errs = append(errs, s.answerCloudInit())
 		for unit := range slowStatics {
@@ -146,20 +146,20 @@ func (s *sealer) shortenBoot() error {
 	return errors.Join(append(errs, s.updateDone())...)
 }
 
-// cloudInitAnswer stands before cloud-init in PATH.
+// cloudInitAnswer comes before cloud-init in PATH.
 //
 //go:embed cloud-init.sh
 var cloudInitAnswer []byte
 
-// answerCloudInit lets `cloud-init status --wait` answer at once: it is GitLab's own recommendation for instance_ready_command, and loads
-// most of cloud-init's Python only to say that it is disabled.
+// answerCloudInit makes `cloud-init status --wait` answer at once: GitLab recommends it for instance_ready_command, and it loads
+// most of cloud-init's Python only to report that it is disabled.
 func (s *sealer) answerCloudInit() error {
 	const path = "usr/local/bin/cloud-init"
 	if _, err := os.Stat(s.path("usr/bin/cloud-init")); err != nil {
-		return nil // the image has none, or has it elsewhere
+		return nil // not there, or elsewhere
 	}
 	if old, err := os.ReadFile(s.path(path)); err == nil && !bytes.Equal(old, cloudInitAnswer) {
-		return nil // the image's owner has their own
+		return nil // the image has its own program there
 	}
 	if err := os.MkdirAll(filepath.Dir(s.path(path)), 0o755); err != nil {
 		return err

@@ -16,7 +16,7 @@ func IsCommand(args []string) bool {
 
 func isInit(args []string) bool { return os.Getpid() == 1 && len(args) > 0 && args[0] == "/init" }
 
-// Command is `fleetingd guest [--prebuild]`, and returns the exit code. It is not for people, so no help text mentions it.
+// Command runs `fleetingd guest [--prebuild]` and returns the exit code. It is not for people, so no help text mentions it.
 func Command(args []string, version string) int {
 	if isInit(args) {
 		Init(args[1:])

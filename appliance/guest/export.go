@@ -11,13 +11,13 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// Bounds of an export. A distribution's kernel is 15 MB, its full initrd below 100.
+// Limits of an export. A distribution's kernel has 15 MB, its full initrd less than 100.
 const (
 	maxExportFile = 256 << 20
 	maxExport     = 2*maxExportFile + 1<<20
 )
 
-// The names in an export, and of the files that ReadExport makes.
+// The names in an export, and of the files that ReadExport writes.
 const (
 	ExportKernel = "vmlinuz"
 	ExportInitrd = "initrd"
@@ -25,7 +25,7 @@ const (
 
 // ReadExport unpacks what Seal wrote, from the start of the ExportSerial disk, into dst: the files ExportKernel and ExportInitrd, mode 0644.
 // The stream comes from the guest and is not trusted: anything but these two
-// regular files, once each and within their bounds, is an error, and then neither file exists.
+// regular files, once each and within their limits, is an error, and then neither file is left.
 func ReadExport(r io.Reader, dst string, e Export) (err error) {
 	if e.Bytes <= 0 || e.Bytes > maxExport {
 		return fmt.Errorf("read the guest's export: its length is %d", e.Bytes)

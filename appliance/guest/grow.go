@@ -16,7 +16,7 @@ import (
 )
 
 // growRoot makes the root file system as large as its disk: a pool's disk may be larger than the image's.
-// If they are the same size, it costs a stat and a read. It supports ext4; other file systems grow if cloud-init is kept.
+// If they are the same size, it costs a stat and a read. It supports ext4; other file systems only grow if cloud-init is kept.
 func growRoot(ctx context.Context) error {
 	var st unix.Stat_t
 	if err := unix.Stat("/", &st); err != nil {
@@ -24,7 +24,7 @@ func growRoot(ctx context.Context) error {
 	}
 	sys, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil // no disk of its own: btrfs, overlayfs
+		return nil // not on a disk of its own: btrfs, overlayfs
 	}
 	if err != nil {
 		return err
@@ -36,14 +36,14 @@ func growRoot(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return growExt4("/", "/dev/"+filepath.Base(sys), sectors*512) // sysfs counts in 512 bytes whatever the disk's sectors are
+	return growExt4("/", "/dev/"+filepath.Base(sys), sectors*512) // sysfs counts units of 512 bytes, whatever the disk's sector size
 }
 
-// growPartition makes a partition end where its disk does. sys is its folder in sysfs.
+// growPartition extends a partition to the end of its disk. sys is its folder in sysfs.
 func growPartition(ctx context.Context, sys string) error {
 	number, err := os.ReadFile(filepath.Join(sys, "partition"))
 	if errors.Is(err, os.ErrNotExist) {
-		return nil // the disk itself
+		return nil // a whole disk
 	}
 	if err != nil {
 		return err
@@ -55,7 +55,7 @@ func growPartition(ctx context.Context, sys string) error {
 			return err
 		}
 	}
-	const mib = 2048 // sectors: GPT's backup and what alignment leaves
+	const mib = 2048 // sectors: for GPT's backup and alignment
 	if n[0]-n[1]-n[2] <= mib || !onPath("growpart") {
 		return nil
 	}
@@ -71,11 +71,11 @@ func readNumber(path string) (int64, error) {
 	return strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
 }
 
-// ext4Resize is EXT4_IOC_RESIZE_FS (linux/fs/ext4/ext4.h: _IOW('f', 16, __u64)), which is all that resize2fs
-// does online.
+// ext4Resize is EXT4_IOC_RESIZE_FS (linux/fs/ext4/ext4.h: _IOW('f', 16, __u64)), which is how resize2fs resizes
+// a mounted file system.
 const ext4Resize = 0x40086610
 
-// growExt4 grows the ext4 that is mounted at mount from the device dev, of size bytes.
+// growExt4 grows the ext4 file system that is mounted at mount from the device dev to size bytes.
 func growExt4(mount, dev string, size int64) error {
 	d, err := os.Open(dev)
 	if err != nil {

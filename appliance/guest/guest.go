@@ -3,8 +3,8 @@
 // (protocol.go) and needs no network. The guest obeys the host; the host treats
 // everything the guest says as hostile input.
 //
-// The host's end is Session and ReadExport, the guest's end is Main. The guest's end changes the machine it runs on,
-// and only below its root directory. It never listens on anything that a job could reach.
+// The host's end is Session and ReadExport, the guest's end is Main. The guest's end changes the machine it runs on.
+// It never listens on anything that a job could reach.
 package guest
 
 import (
@@ -48,18 +48,18 @@ type File struct {
 	Mode    string `json:"mode"` // octal, "0644"
 }
 
-// StepError is a prebuild step that failed, or that had not ended when its time was over.
+// StepError is the error of a prebuild step that failed or timed out.
 type StepError struct {
 	Step   string
 	Code   int      // exit code, or -1 if it did not run, did not end, or was killed
-	Reason string   // what the exit code does not say, escaped; may be empty
+	Reason string   // adds to the exit code, escaped; may be empty
 	Hint   string   // where to look further; may be empty
-	Tail   []string // its last lines of output, escaped for a terminal
+	Tail   []string // the last lines of output, escaped for a terminal
 
-	err error // why it was given up
+	err error // why it was abandoned
 }
 
-// Error returns one line; the Tail is left to whoever shows it.
+// Error returns one line; callers show the Tail themselves.
 func (e *StepError) Error() string {
 	text := fmt.Sprintf("prebuild step %q failed", e.Step)
 	switch {
@@ -79,7 +79,7 @@ func (e *StepError) Error() string {
 
 func (e *StepError) Unwrap() error { return e.err }
 
-// Ready is what a guest reports once it can take jobs.
+// Ready is what a guest reports once it accepts jobs.
 type Ready struct {
 	BootID   string
 	Version  string        // version of the guest part
@@ -91,5 +91,5 @@ type Ready struct {
 type Export struct {
 	Bytes  int64  // length of the tar stream that ReadExport reads; 0: none
 	Kernel string // the kernel's version as uname -r prints it, or ""
-	Reason string // why there is none
+	Reason string // why there is no export
 }

@@ -17,9 +17,9 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// Limits on what a Session accepts from a guest, so that a hostile one costs only a bounded amount of anything.
+// Limits on what a Session accepts from a guest, so that a hostile guest can only use a limited amount of anything.
 const (
-	maxJunk    = 1 << 20  // bytes that are not messages for us, before and after a stream's hello;
+	maxJunk    = 1 << 20  // bytes that are not messages for this Session, before and after a stream's hello;
 	junkLine   = 64       // each line counts as at least this many
 	maxHellos  = 200      // from one guest in one Session
 	maxStreams = 200      // opened by one Session
@@ -75,7 +75,7 @@ func NewSession(dial Dial, opts Options) *Session {
 	return s
 }
 
-// Close ends the stream and the call in progress. It always returns nil.
+// Close closes the stream and ends the call in progress. It always returns nil.
 func (s *Session) Close() error {
 	s.cancel(errClosed)
 	s.op.Lock()
@@ -86,7 +86,7 @@ func (s *Session) Close() error {
 
 // WaitReady waits, without polling, until the worker has its identity and its sshd answers.
 // It fails when ctx ends, or earlier if the guest reports that it will never be ready, keeps rebooting, stops
-// sending after it has started, or speaks another protocol.
+// sending after it has started, or uses another protocol.
 func (s *Session) WaitReady(ctx context.Context) (Ready, error) {
 	const doing = "waiting for the guest to be ready"
 	ctx, end := s.begin(ctx)
@@ -194,14 +194,14 @@ func (s *Session) Seal(ctx context.Context) (Export, error) {
 		return Export{}, fmt.Errorf("sealing the image: the guest claims an export of %d bytes, more than %d", done.Bytes, int64(maxExport))
 	}
 	if err := s.send(ctx, message{Type: typePoweroff}); err != nil {
-		// It powers off by itself after hostGone.
+		// The guest powers off by itself after hostGone.
 		s.log.Warn("could not tell the sealed guest to power off", "error", err)
 	}
 	return Export{Bytes: done.Bytes, Kernel: visible.Cut(done.Kernel, maxName), Reason: visible.Cut(done.Error, maxText)}, nil
 }
 
-// command sends the messages that make returns, again if a stream breaks before the guest has received
-// all of them, and waits for the answer.
+// command sends the messages that make returns, and sends them again if a stream breaks before the guest has received
+// all of them. It waits for the answer.
 func (s *Session) command(
 	ctx context.Context, doing string, line func(string) error, make func(id uint64) []message,
 ) (message, error) {
@@ -311,7 +311,7 @@ func (s *Session) receive(ctx context.Context, doing string) (event, error) {
 	}
 }
 
-// accept reports whether what came in is a message of this Session. An error ends the call.
+// accept reports whether an event is a message of this Session. An error ends the call.
 func (s *Session) accept(ctx context.Context, ev event) (bool, error) {
 	m := ev.msg
 	if s.junk += ev.junk; s.junk > maxJunk {
@@ -340,11 +340,11 @@ func (s *Session) accept(ctx context.Context, ev event) (bool, error) {
 
 func (s *Session) hello(ctx context.Context, m message) (bool, error) {
 	if m.V != protocolVersion {
-		return false, fmt.Errorf("the guest speaks protocol %d and this fleetingd speaks %d: another version built the "+
+		return false, fmt.Errorf("the guest uses protocol %d, but this fleetingd uses %d: another version built the "+
 			"image. Rebuild it with `fleetingd refresh`", m.V, protocolVersion)
 	}
 	if s.hellos++; s.hellos > maxHellos {
-		return false, fmt.Errorf("the guest has said hello %d times without going on", s.hellos)
+		return false, fmt.Errorf("the guest has said hello %d times without sending anything else", s.hellos)
 	}
 	if m.Session == "" {
 		if err := s.send(ctx, s.greeting()); err != nil {
@@ -359,8 +359,8 @@ func (s *Session) hello(ctx context.Context, m message) (bool, error) {
 		s.have = 0 // each boot counts from 1
 	}
 	if !s.cur.greeted {
-		// What came before was in the buffers between us: lines of this Session, from a step with much output, that are now
-		// repeated, and a torn line. Every reconnect brings that much; it is not the guest's fault.
+		// Earlier junk was in the buffers on the way: lines of this Session from a step with much output, which are now
+		// repeated, and a torn line. Every reconnect can bring that much; the guest is not to blame.
 		s.junk = 0
 	}
 	s.cur.greeted, s.heard = true, time.Now()
@@ -372,19 +372,19 @@ func (s *Session) greeting() message {
 	return message{Type: typeHello, V: protocolVersion, Have: s.have}
 }
 
-// state describes for an error how far the guest has come.
+// state describes how far the guest has come, for an error.
 func (s *Session) state() string {
 	switch {
 	case s.heard.IsZero() && s.cur == nil:
-		return "there was no stream to the guest"
+		return "no stream to the guest could be opened"
 	case s.heard.IsZero():
 		return "the guest part has not answered: the guest has not booted that far, or its image has no guest part; " +
 			"see its console log"
 	}
-	return fmt.Sprintf("the guest was last heard %v ago", time.Since(s.heard).Round(100*time.Millisecond))
+	return fmt.Sprintf("the guest's last message came %v ago", time.Since(s.heard).Round(100*time.Millisecond))
 }
 
-// connect opens a stream and says hello on it, waiting longer each time.
+// connect opens a stream and sends a hello on it. It waits longer after each failure.
 func (s *Session) connect(ctx context.Context) error {
 	if s.streams++; s.streams > maxStreams {
 		return fmt.Errorf("the channel to the guest broke %d times", maxStreams)
@@ -452,7 +452,7 @@ func (s *Session) send(ctx context.Context, ms ...message) error {
 	return nil
 }
 
-// event is a message, or a number of bytes that were not one, or the end of the stream.
+// event is a message, a number of bytes that were not a message, or the end of the stream.
 type event struct {
 	msg  message
 	junk int64
@@ -515,7 +515,7 @@ func (st *stream) emit(ev event) bool {
 	}
 }
 
-// pacer lets paceBurst bytes through at once and paceRate bytes per second after that.
+// pacer lets paceBurst bytes through at once, and afterwards paceRate bytes per second.
 type pacer struct {
 	start time.Time
 	spent int64
@@ -578,10 +578,10 @@ var (
 		`connection timed out|connect: .*timeout|connection failed`)
 )
 
-// networkHint says where to look if a step's last lines say that it could not reach something.
+// networkHint says where to look if a step's last lines show that it could not reach something.
 func networkHint(tail []string) string {
 	text := strings.Join(tail, "\n")
-	const look = "check dns and the egress blocks in the spec, and the host's own connection; `fleetingd doctor` looks at these"
+	const look = "check dns and the egress blocks in the spec, and the host's own connection; `fleetingd doctor` checks these"
 	switch {
 	case noName.MatchString(text):
 		return "names do not resolve in the guest: " + look

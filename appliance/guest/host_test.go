@@ -446,12 +446,12 @@ func TestSessionWithHostileGuest(t *testing.T) {
 			go swallow(c)
 			for say(c, helloOf(s, modeWorker, "b")) {
 			}
-		}, want: "times without going on"},
+		}, want: "times without sending anything else"},
 		"endless questions for a hello": {guest: func(c net.Conn, s string) {
 			go swallow(c)
 			for say(c, message{Type: typeHello, V: protocolVersion}) {
 			}
-		}, want: "times without going on"},
+		}, want: "times without sending anything else"},
 		"questions, and reads nothing": {guest: func(c net.Conn, s string) {
 			say(c, message{Type: typeHello, V: protocolVersion})
 			time.Sleep(time.Hour)
@@ -459,7 +459,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 		"another version": {guest: func(c net.Conn, s string) {
 			say(c, message{Type: typeHello, V: 2, Session: s})
 			swallow(c)
-		}, want: "the guest speaks protocol 2 and this fleetingd speaks 1"},
+		}, want: "the guest uses protocol 2, but this fleetingd uses 1"},
 		"reboots for ever": {guest: func(c net.Conn, s string) {
 			for i := 0; say(c, helloOf(s, modeWorker, fmt.Sprint(i))); i++ {
 			}

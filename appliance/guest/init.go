@@ -16,8 +16,8 @@ import (
 // rootPatience is how long the root disk may take to appear after its driver was loaded.
 const rootPatience = 10 * time.Second
 
-// Init is /init of the initrd that Seal made: it loads the drivers, mounts the root disk and becomes the system's init. On an
-// error it powers off: a machine that hangs here would look alive to its host.
+// Init is /init of the initrd that Seal made: it loads the drivers, mounts the root disk and becomes the system's init. On
+// errors it powers off: a machine that hangs here would look alive to its host.
 func Init(args []string) {
 	err := boot(args)
 	if f, kerr := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); kerr == nil {
@@ -93,7 +93,7 @@ func boot(args []string) error {
 	return errors.New("the root disk has no /sbin/init")
 }
 
-// bootArgs takes init= and rootflags= out of the kernel's command line.
+// bootArgs extracts init= and rootflags= from the kernel's command line.
 func bootArgs(line string) (init []string, flags string) {
 	for _, w := range strings.Fields(line) {
 		switch k, v, _ := strings.Cut(w, "="); k {

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bootPlan is what the initrd's init does, made when the image is sealed. Its modules are paths in the initrd.
+// bootPlan tells the initrd's init what to do. It is made when the image is sealed. Its modules are paths in the initrd.
 type bootPlan struct {
 	Root    string              `json:"root"` // block device, as in /dev
 	FSType  string              `json:"fstype"`
@@ -25,7 +25,7 @@ type bootPlan struct {
 	Binary  string              `json:"-"`
 }
 
-// bootMount is a file system of the kernel's own that systemd would mount.
+// bootMount is one of the kernel's own file systems, which systemd would mount.
 type bootMount struct {
 	Unit   string  `json:"-"`
 	FSType string  `json:"fstype"`
@@ -33,7 +33,7 @@ type bootMount struct {
 	Flags  uintptr `json:"flags"` // mount(2)
 }
 
-// apiMounts are mounted by the initrd, with one system call each. systemd would start a program for each; it finds them mounted.
+// apiMounts are mounted by the initrd, with one system call each. systemd would start a program for each, but finds them mounted.
 // The options are those of its units.
 var apiMounts = []bootMount{
 	{"dev-hugepages.mount", "hugetlbfs", "/dev/hugepages", unix.MS_NOSUID | unix.MS_NODEV},
@@ -42,7 +42,7 @@ var apiMounts = []bootMount{
 	{"sys-kernel-tracing.mount", "tracefs", "/sys/kernel/tracing", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
 }
 
-// wantedMounts returns those apiMounts that this system mounts by its distribution's default, unless its owner changed that.
+// wantedMounts returns the apiMounts that this system mounts by its distribution's default, unless its owner changed that.
 func (s *sealer) wantedMounts() []bootMount {
 	var wanted []bootMount
 	for _, m := range apiMounts {
@@ -63,7 +63,7 @@ var virtioDrivers = map[string]string{
 	"1": "virtio_net", "2": "virtio_blk", "3": "virtio_console", "4": "virtio_rng", "19": "vmw_vsock_virtio_transport",
 }
 
-// initrd makes an initrd with the virtio drivers, that of the root file system and this program as /init (Init), and nothing
+// initrd makes an initrd with the virtio drivers, the driver of the root file system and this program as /init (Init), and nothing
 // else: no udev, no shell, no search for disks. It only fits this image's root disk. Its files are not compressed: clones of the
 // image share them in the host's page cache, and unpacking would take longer than copying.
 func (s *sealer) initrd(ctx context.Context, k kernel) ([]byte, error) {
@@ -84,7 +84,7 @@ func (s *sealer) initrd(ctx context.Context, k kernel) ([]byte, error) {
 		p.Modules = append(p.Modules, files...)
 	}
 	for id, name := range virtioDrivers {
-		// If the kernel lacks one, there is no such device, or udev finds the driver later.
+		// If the kernel lacks one, either there is no such device or udev finds the driver later.
 		if files, err := m.closure(name, p.Modules); err == nil && len(files) > 0 {
 			p.Devices[id] = files
 		}
@@ -178,8 +178,8 @@ func (c *cpio) bytes() []byte {
 	return c.buf.Bytes()
 }
 
-// rootDevice returns the block device that / is mounted from ("vda1") and its file system. It must be a disk, not a mapping: the
-// first disk of a clone has the same name.
+// rootDevice returns the block device that / is mounted from ("vda1") and its file system. It must be a disk or partition, not a mapping:
+// the first disk of a clone has the same name.
 func rootDevice(root string) (dev, fstype string, err error) {
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {

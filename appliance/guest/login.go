@@ -30,14 +30,14 @@ func waitLogin(ctx context.Context, root string) error {
 				return nil
 			}
 		}
-		// At most a twentieth of the wait is lost, and frequent checks do not slow down the boot of a slow machine.
+		// This wastes at most a twentieth of the wait, and does not slow down the boot of a slow machine with frequent checks.
 		if !pause(ctx, min(max(time.Since(start)/20, 5*time.Millisecond), 200*time.Millisecond)) {
 			return fmt.Errorf("nobody can log in yet: %w", last)
 		}
 	}
 }
 
-// greets looks for an SSH banner (RFC 4253, 4.2) at one of the addresses.
+// greets looks for an SSH banner (RFC 4253, 4.2) at the addresses.
 func greets(ctx context.Context, addrs []string) error {
 	var last error
 	for _, a := range addrs {

@@ -18,7 +18,7 @@ type modules struct {
 	dir     string              // /lib/modules/VERSION
 	file    map[string]string   // module name → path below dir
 	deps    map[string][]string // module name → names it needs, in modules.dep's order
-	soft    map[string][]string // module name → names or aliases to load before it, if they are there
+	soft    map[string][]string // module name → names or aliases to load before it, if they exist
 	builtin map[string]bool
 	alias   map[string][]string
 }
@@ -51,7 +51,7 @@ func readModules(dir string) (*modules, error) {
 	if err := eachLine(filepath.Join(dir, "modules.builtin"), func(l string) { m.builtin[moduleName(l)] = true }); err != nil {
 		return nil, err
 	}
-	// These two may be missing: they only add information.
+	// These two files are optional.
 	_ = eachLine(filepath.Join(dir, "modules.softdep"), func(l string) { // softdep ext4 pre: crypto-crc32c post: …
 		w := strings.Fields(l)
 		if len(w) < 3 || w[0] != "softdep" {

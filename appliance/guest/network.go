@@ -21,7 +21,7 @@ import (
 const linkPatience = 30 * time.Second
 
 // applyNetwork gives the seed's interface its addresses and routes over netlink: a daemon that does the same from a file
-// takes a second longer. It needs no DHCP and does not wait: the addresses are this worker's from the start.
+// takes a second longer. It needs no DHCP and does not wait: the addresses belong to this worker from the start.
 func applyNetwork(ctx context.Context, n *seed.Network, sysctl string) error {
 	if n == nil {
 		return nil
@@ -57,7 +57,7 @@ func applyNetwork(ctx context.Context, n *seed.Network, sysctl string) error {
 		if g.Is6() {
 			any = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
 		}
-		// The address is a /32, so the gateway is on the link without a route to it.
+		// The address is a /32, so the gateway has to be marked as on-link.
 		r := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: any, Gw: g.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}
 		if err := netlink.RouteReplace(r); err != nil {
 			return fmt.Errorf("set the default route via %s on %s: %w", g, name, err)
@@ -69,27 +69,27 @@ func applyNetwork(ctx context.Context, n *seed.Network, sysctl string) error {
 				continue
 			}
 			if err := keepGateway(link, a, g); err != nil {
-				return fmt.Errorf("keep the way from %s to the gateway %s: %w", a, g, err)
+				return fmt.Errorf("keep the route from %s to the gateway %s: %w", a, g, err)
 			}
 		}
 	}
 	return nil
 }
 
-// keepGateway keeps the worker's way back to its gateway, where its SSH sessions come from, whatever networks a job makes. It needs two
+// keepGateway keeps the worker's route back to its gateway, where its SSH sessions come from, whatever networks a job creates. It needs two
 // things:
 //
 // A route to the gateway alone. It is more specific than that of a bridge whose network covers the gateway. Docker also sees
-// it when it looks for a network that is free, and takes another one than this.
+// it when it looks for a free network, and chooses another one.
 //
-// A rule for local addresses that leaves out what the worker itself sends to the gateway ("iif lo"), instead of the kernel's
-// "0: from all lookup local", for a bridge that has the gateway's very address: 172.17.0.1, say, Docker's default.
+// A rule for local addresses that excludes what the worker itself sends to the gateway ("iif lo"), instead of the kernel's
+// "0: from all lookup local", for a bridge with the same address as the gateway: 172.17.0.1, say, Docker's default.
 //
 //	0: not from WORKER to GATEWAY iif lo lookup local
 //
-// The kernel judges the source of what comes in by the same rules (fib_validate_source), so packets from the gateway are not
-// martians either. Containers reach the bridge's address as ever. It is one rule in the place of one, since the kernel puts
-// rules that name no priority, such as those of wg-quick, before the second in the list (fib_default_rule_pref).
+// The kernel validates the source of incoming packets by the same rules (fib_validate_source), so packets from the gateway are not
+// martians either. Containers still reach the bridge's address. The rule replaces the kernel's, because the kernel inserts
+// rules without a priority, such as those of wg-quick, before the second rule in the list (fib_default_rule_pref).
 //
 // Both have the protocol "kernel": systemd-networkd removes those of others (networkd.conf(5), ManageForeignRoutes=).
 func keepGateway(link netlink.Link, worker, gateway netip.Addr) error {
@@ -106,13 +106,13 @@ func keepGateway(link netlink.Link, worker, gateway netip.Addr) error {
 	rule.Invert, rule.IifName, rule.Src, rule.Dst = true, "lo", host(worker), host(gateway)
 	switch err := netlink.RuleAdd(rule); {
 	case errors.Is(err, unix.EEXIST):
-		return nil // this program was started again
+		return nil // this program was restarted
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return nil // a kernel without CONFIG_IP_MULTIPLE_TABLES does without
+		return nil // the kernel lacks CONFIG_IP_MULTIPLE_TABLES
 	case err != nil:
 		return fmt.Errorf("rule %s: %w", rule, err)
 	}
-	// The kernel's own. It is the first in the list that these fields describe; ours, the second, has them too.
+	// The kernel's own rule. These fields match it first; the new rule, the second in the list, has them too.
 	own := netlink.NewRule()
 	own.Family, own.Priority, own.Table = family, 0, unix.RT_TABLE_LOCAL
 	if err := netlink.RuleDel(own); err != nil {
@@ -147,8 +147,8 @@ func waitLink(ctx context.Context, mac string) (netlink.Link, error) {
 	}
 }
 
-// ipv6Settings turns IPv6 off on a link without an IPv6 address: such a worker must not even have a link-local
-// address. Otherwise the link neither waits for duplicate addresses nor listens to router advertisements.
+// ipv6Settings disables IPv6 on a link without an IPv6 address: such a worker must not even have a link-local
+// address. Otherwise the link neither waits for duplicate address detection nor listens to router advertisements.
 func ipv6Settings(sysctl, link string, addrs []netip.Addr) error {
 	set := map[string]string{"disable_ipv6": "1"}
 	for _, a := range addrs {
@@ -159,7 +159,7 @@ func ipv6Settings(sysctl, link string, addrs []netip.Addr) error {
 	for k, v := range set {
 		err := os.WriteFile(filepath.Join(sysctl, "net/ipv6/conf", link, k), []byte(v), 0)
 		if err != nil && !errors.Is(err, os.ErrNotExist) { // a kernel without IPv6
-			return fmt.Errorf("set the link's IPv6 up: %w", err)
+			return fmt.Errorf("set up the link's IPv6: %w", err)
 		}
 	}
 	return nil

@@ -13,23 +13,23 @@ import (
 	"time"
 )
 
-// lockPatience is how long another package manager is waited for: an image's own first-boot update, say.
+// lockPatience is how long to wait for another package manager, such as an image's own first-boot update.
 const lockPatience = 10 * time.Minute
 
-// aptOptions bound what apt waits for: a mirror that swallows packets costs it this timeout for each address and try.
+// aptOptions limit what apt waits for: a mirror that drops packets costs it this timeout for each address and try.
 var aptOptions = []string{
 	"-y", "-q",
 	"-o", "DPkg::Lock::Timeout=600", // lockPatience, for dpkg's lock
 	"-o", "Acquire::Retries=2",
 	"-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20",
-	// A file that the spec wrote before is kept if a package brings its own; nobody can answer dpkg's question.
+	// A file that the spec wrote earlier is kept if a package brings its own; nobody can answer dpkg's question.
 	"-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
 	"-o", "Dpkg::Use-Pty=0",
 }
 
-// installPackages uses the distribution's package manager as a person would: recommended packages come with
-// the named ones if that is the distribution's default, since a package's documentation assumes them.
-// An image that wants less says so in its own apt configuration.
+// installPackages uses the distribution's package manager as a person would: recommended packages are installed
+// if that is the distribution's default, since a package's documentation assumes them. An image that wants less
+// sets that in its own apt configuration.
 func installPackages(ctx context.Context, names []string, say func(string)) result {
 	switch {
 	case onPath("apt-get"):
@@ -43,11 +43,11 @@ func installPackages(ctx context.Context, names []string, say func(string)) resu
 	return result{code: 1, err: errors.New("the image has none of apt-get, dnf and apk; install packages in a run step")}
 }
 
-// aptPatience is how long `apt-get update` may only fail. For a name that does not resolve, it waits for the resolver with every
-// file of every mirror, again and again.
+// aptPatience is how long `apt-get update` may run without any success. If a name does not resolve, it waits for the resolver for
+// every file of every mirror, again and again.
 const aptPatience = time.Minute
 
-// lookupTimeout is for a name to resolve.
+// lookupTimeout is how long a name may take to resolve.
 const lookupTimeout = 10 * time.Second
 
 // aptDownload matches the lines in which apt reports on a download.
@@ -59,8 +59,8 @@ var errNothingFetched = errors.New("could not connect to any mirror")
 // aptUpdate is one run of `apt-get update`.
 type aptUpdate struct {
 	mu      sync.Mutex
-	fetched bool   // anything
-	failed  string // URL of a download that failed last, or ""
+	fetched bool   // whether anything was fetched
+	failed  string // URL of the last failed download, or ""
 	locked  bool   // by another process: unlike for dpkg's lock, apt does not wait for this one
 }
 
@@ -105,7 +105,7 @@ func (u *aptUpdate) run(ctx context.Context, apt string, patience time.Duration,
 	return r
 }
 
-// explain says why a mirror was not reached, where apt has not come to that yet.
+// explain returns why a mirror was not reached, if apt has not found out yet.
 func explain(mirror string) error {
 	at, err := url.Parse(mirror)
 	if err != nil || at.Hostname() == "" {
@@ -134,7 +134,7 @@ func aptInstall(ctx context.Context, apt string, patience time.Duration, names [
 	}
 	args := slices.Concat(aptOptions, []string{"install"})
 	if u.unreached() != "" {
-		// apt-get calls that a success, and indeed the packages may be there already.
+		// apt-get considers that a success, and the packages may indeed be there already.
 		args = append(args, "--no-download")
 	}
 	return runCommand(ctx, say, apt, append(append(args, "--"), names...)...)

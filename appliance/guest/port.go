@@ -15,9 +15,9 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// openChannel opens the guest's end of the channel: the virtio-serial port of
-// the name plan.GuestPort, or else a vsock connection to the host. It tries until ctx ends: the driver may be
-// loaded later. If the host does not listen, it ends up trying every 10 s, so that an idle worker stays idle.
+// openChannel opens the guest's end of the channel: the virtio-serial port
+// named plan.GuestPort, or else a vsock connection to the host. It tries until ctx ends, because the driver may be
+// loaded later. If the host does not listen, it slows down to one try every 10 s, so that an idle worker stays idle.
 func openChannel(ctx context.Context) (io.ReadWriteCloser, error) {
 	wait := 5 * time.Millisecond
 	for {
@@ -48,7 +48,7 @@ func tryChannel() (io.ReadWriteCloser, error) {
 	return vsock.Dial(vsock.Host, plan.GuestVsock, nil)
 }
 
-// findPort finds the port's device by its name in sysfs: udev's link in /dev/virtio-ports comes later, or never.
+// findPort finds the port's device by its name in sysfs: udev may create the link in /dev/virtio-ports later, or never.
 func findPort(class string) (string, error) {
 	names, err := filepath.Glob(filepath.Join(class, "*", "name"))
 	if err != nil {
@@ -62,9 +62,9 @@ func findPort(class string) (string, error) {
 	return "", os.ErrNotExist
 }
 
-// port is a virtio-serial port. While no host is connected its driver answers a
-// read with 0 bytes and a poll with a hang-up, again and again. Waiting without spinning
-// relies on the poller being edge-triggered: the driver wakes its waiters when a host connects.
+// port is a virtio-serial port. While no host is connected, its driver answers a
+// read with 0 bytes and a poll with a hang-up, over and over. Waiting without spinning
+// relies on an edge-triggered poller: the driver wakes its waiters when a host connects.
 type port struct {
 	f  *os.File
 	rc syscall.RawConn

@@ -8,11 +8,11 @@ import (
 	"io"
 )
 
-// The protocol is one JSON object a line, in both directions, over a byte stream
+// The protocol is one JSON object per line, in both directions, over a byte stream
 // that may break anywhere and may carry leftovers from an earlier boot or
 // another host process (a virtio-serial port is one endless stream for the
 // guest's whole life). So each side skips anything that is not a message, up to the next newline, and the host
-// names its session: messages without that name are not for it.
+// names its session: messages with another session's name are ignored.
 //
 // From the host:
 //
@@ -35,7 +35,7 @@ import (
 // Within one version, fields and types may be added; both sides skip those they do not know.
 const protocolVersion = 1
 
-// Bounds of the protocol. A line outside them is not a message.
+// Limits of the protocol. A line outside them is not a message.
 const (
 	maxLine    = 64 << 10 // bytes of a line with its newline
 	maxText    = 8 << 10  // bytes of one line of output, or of an error
@@ -63,7 +63,7 @@ const (
 	modeWorker   = "worker"
 )
 
-// message is any message of either side; which fields count depends on Type.
+// message is any message of either side; Type determines which fields are used.
 type message struct {
 	Type    string `json:"type"`
 	Session string `json:"session,omitempty"`
@@ -101,7 +101,7 @@ func encode(m message) ([]byte, error) {
 
 var errJunk = errors.New("not a message")
 
-// decode parses one line. What it accepts is within the bounds above.
+// decode parses one line. Accepted messages are within the limits above.
 func decode(line []byte) (message, error) {
 	var m message
 	if err := json.Unmarshal(line, &m); err != nil {
@@ -128,9 +128,9 @@ func newLineReader(r io.Reader) *lineReader {
 	return &lineReader{r: bufio.NewReaderSize(r, maxLine)}
 }
 
-// next returns the next line without its newline, valid until the next call. A line
-// that is too long is skipped, and its length reported to skipped, which may end
-// the reading with an error; a line that the end of the stream cuts off is lost.
+// next returns the next line without its newline, valid until the next call. It skips a line
+// that is too long and reports its length to skipped, which can stop the
+// reading with an error. It drops a line that is cut off by the end of the stream.
 func (l *lineReader) next(skipped func(n int) error) ([]byte, error) {
 	for {
 		line, err := l.r.ReadSlice('\n')

@@ -36,7 +36,7 @@ func Main(ctx context.Context, o MainOptions) error {
 	return serveWorker(ctx, o, id)
 }
 
-// servePrebuild obeys the host until the machine is powered off.
+// servePrebuild runs the host's commands until the machine is powered off.
 func servePrebuild(ctx context.Context, o MainOptions, boot string) error {
 	a := newAgent(modePrebuild, boot, o.Version, o.Log)
 	s := &sealer{root: "/", log: o.Log, stock: enabledUnits("/")}
@@ -50,7 +50,7 @@ func servePrebuild(ctx context.Context, o MainOptions, boot string) error {
 		if err != nil {
 			return result{code: 1, err: err}
 		}
-		// If the host disappears between done and poweroff, the sealed machine must not keep running: its disk would change.
+		// If the host disappears between done and poweroff, the sealed machine must not keep running: it would change its disk.
 		time.AfterFunc(hostGone, a.poweroff)
 		return result{export: e}
 	}
@@ -68,7 +68,7 @@ func serveWorker(ctx context.Context, o MainOptions, boot string) error {
 	a := newAgent(modeWorker, boot, o.Version, o.Log)
 	idle := a.beat("")
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = a.serve(ctx, openChannel) }) // it ends only with ctx
+	wg.Go(func() { _ = a.serve(ctx, openChannel) }) // returns only when ctx ends
 	defer wg.Wait()
 
 	host, err := bringUp(ctx, o.Log)
@@ -76,7 +76,7 @@ func serveWorker(ctx context.Context, o MainOptions, boot string) error {
 		return nil
 	}
 	if err != nil {
-		// Keep running: the host will ask why.
+		// Keep running, so that the host can ask why.
 		o.Log.Error("this worker cannot get ready", "error", err)
 		a.report(message{Type: typeFailed, Error: cut(err.Error(), maxText)})
 	} else {
@@ -97,10 +97,10 @@ func bringUp(ctx context.Context, log *slog.Logger) (string, error) {
 		waitCloudInit(ctx, func(l string) { log.Warn(l) })
 	} else {
 		if err := growRoot(ctx); err != nil {
-			log.Warn("the root file system could not be grown to its disk", "error", err) // most jobs can do without
+			log.Warn("cannot grow the root file system to its disk", "error", err) // most jobs can do without
 		}
 		err := applySeed(ctx, log)
-		// Let sshd and the rest start in any case: someone may have to log in to find out why.
+		// Start sshd and the rest in any case: someone may have to log in to find the cause.
 		if _, nerr := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil || nerr != nil {
 			return "", errors.Join(err, nerr)
 		}
@@ -111,7 +111,7 @@ func bringUp(ctx context.Context, log *slog.Logger) (string, error) {
 	return os.Hostname()
 }
 
-// uptime is the time since the kernel started.
+// uptime returns the time since the kernel started.
 func uptime() (time.Duration, error) {
 	b, err := os.ReadFile("/proc/uptime")
 	if err != nil {
@@ -122,7 +122,7 @@ func uptime() (time.Duration, error) {
 	return time.Duration(s * float64(time.Second)), err
 }
 
-// keepCloudInit is a file that a prebuild creates to have cloud-init bring up the image's workers at every boot, as it would
+// keepCloudInit is a file that a prebuild creates to let cloud-init set up the image's workers at every boot, as it would
 // without fleetingd: for custom datasources or vendor data. It costs most of a boot's time.
 const keepCloudInit = "etc/fleetingd/keep-cloud-init"
 

@@ -9,9 +9,9 @@ import (
 	"strings"
 )
 
-// A run step is a script. One that starts with "#!" is run by the program that this line names, as execve(2) would. Any
-// other is run by the first of these shells that the image has: all of them end at the first command that fails (set -e),
-// and in all but the last a pipeline fails when any command of it does (pipefail).
+// A run step is a script. If it starts with "#!", the program on that line runs it, as with execve(2). Otherwise
+// the first of these shells that the image has runs it: all of them stop at the first command that fails (set -e),
+// and in all but the last a pipeline fails if any of its commands does (pipefail).
 var shells = [][]string{
 	{"bash", "-O", "inherit_errexit", "-e", "-o", "pipefail"}, // -e counts within $( ) too: since 4.4
 	{"bash", "-e", "-o", "pipefail"},
@@ -19,7 +19,7 @@ var shells = [][]string{
 	{"/bin/sh", "-e"},
 }
 
-// noPipefail is said once a step when it matters.
+// noPipefail is reported once per step if it matters.
 const noPipefail = "warning: this image has no bash, and its sh has no pipefail: in a pipeline only the last command's failure is noticed"
 
 func runScript(ctx context.Context, text string, say func(string)) result {
@@ -33,7 +33,7 @@ func runScript(ctx context.Context, text string, say func(string)) result {
 			say(noPipefail)
 		}
 	}
-	// A file, since an argument must be shorter than 128 KiB. Everyone may read it: `#!/usr/bin/sudo -u …` runs as another user.
+	// A file, since arguments are limited to 128 KiB. It is world-readable: `#!/usr/bin/sudo -u …` runs it as another user.
 	dir, err := os.MkdirTemp("", "fleetingd-")
 	if err != nil {
 		return result{code: -1, err: err}
@@ -57,8 +57,8 @@ func findShell(ctx context.Context) []string {
 	return shells[last]
 }
 
-// interpreter returns the program of a script's first line, if that starts with "#!", and its one optional argument: all that
-// follows the first blanks, as Linux takes it (execve(2), "Interpreter scripts").
+// interpreter returns the program of a script's first line, if that starts with "#!", and its optional argument: everything
+// after the first blanks, as on Linux (execve(2), "Interpreter scripts").
 func interpreter(text string) ([]string, error) {
 	line, ok := strings.CutPrefix(text, "#!")
 	if !ok {

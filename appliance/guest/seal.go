@@ -22,14 +22,14 @@ const unitName = "fleetingd-guest.service"
 //go:embed fleetingd-guest.service
 var unitText []byte
 
-// sealer makes an image of this machine: it adds what a clone needs and removes what only one machine may have.
+// sealer turns this machine into an image: it adds what clones need and removes what must not exist twice.
 type sealer struct {
 	root  string
 	log   *slog.Logger
 	stock map[string]bool // the units that the image enabled before the first step
 }
 
-// seal leaves the machine ready to be powered off and cloned. say reports what a person may want to know.
+// seal leaves the machine ready to be powered off and cloned. say reports what may interest a person.
 func (s *sealer) seal(ctx context.Context, say func(string)) (Export, error) {
 	if err := s.install(); err != nil {
 		return Export{}, fmt.Errorf("install the guest part: %w", err)
@@ -42,7 +42,7 @@ func (s *sealer) seal(ctx context.Context, say func(string)) (Export, error) {
 		return Export{}, err
 	}
 	if err := s.stopWriters(); err != nil {
-		say(err.Error()) // at worst the image has a file too many
+		say(err.Error()) // at worst, the image has a superfluous file
 	}
 	if err := s.clean(); err != nil {
 		return Export{}, fmt.Errorf("remove the machine's identity: %w", err)
@@ -83,7 +83,7 @@ func (s *sealer) link(to, at string) error {
 	return os.Symlink(to, p)
 }
 
-// stopWriters stops what would write identity back at power-off: systemd's random seed, the journal.
+// stopWriters stops services that would write identity back at power-off: systemd's random seed, the journal.
 func (s *sealer) stopWriters() error {
 	if s.root != "/" {
 		return nil
@@ -95,7 +95,7 @@ func (s *sealer) stopWriters() error {
 	return err
 }
 
-// identityFiles must not be in two machines. Logs and histories are the prebuild's and of no interest afterwards.
+// identityFiles must not exist in two machines. Logs and histories of the prebuild are of no interest afterwards.
 var identityFiles = []string{
 	"etc/ssh/ssh_host_*",
 	"etc/machine-id.*", "var/lib/dbus/machine-id",
@@ -112,7 +112,7 @@ var identityFiles = []string{
 	"var/lib/dhcp/*", "var/lib/dhcpcd/*", "var/lib/NetworkManager/*lease*", "var/lib/systemd/network/*",
 
 	"var/log/journal/*", "var/log/cloud-init*", "root/.bash_history", "home/*/.bash_history",
-	// Packages already installed. The lists stay: a job's `apt-get install` works without an update, and clones share them.
+	// Packages already installed. The lists stay, so that a job's `apt-get install` works without an update; clones share them.
 	"var/cache/apt/archives/*.deb", "var/cache/apt/archives/partial/*", "var/cache/dnf/*", "var/cache/apk/*",
 }
 
@@ -127,7 +127,7 @@ func (s *sealer) clean() error {
 		}
 	}
 	errs = append(errs, s.emptyLogs())
-	// Empty, not missing: systemd makes a new id at each clone's first boot, but does not treat that as the system's first
+	// Empty, not missing: systemd then creates a new id at each clone's first boot, but does not treat that as the system's first
 	// boot, which would start its set-up services.
 	id := s.path("etc/machine-id")
 	errs = append(errs, writeFile(id, nil, 0o444))
@@ -158,7 +158,7 @@ type kernel struct {
 	initrd  string // the distribution's, may be ""
 }
 
-// findKernel finds the kernel that the distribution would boot next: a prebuild may have brought a newer one.
+// findKernel finds the kernel that the distribution would boot next: a prebuild may have installed a newer one.
 func findKernel(root string) (kernel, error) {
 	for _, l := range []string{"vmlinuz", "boot/vmlinuz"} { // Debian's and Ubuntu's links to the current one
 		to, err := os.Readlink(filepath.Join(root, l))

@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// stepEnv is a step's environment, as a root shell of the image would have it. Nobody can answer
+// stepEnv is a step's environment, like that of a root shell in the image. Nobody can answer
 // questions during a prebuild, so debconf must not ask any.
 var stepEnv = []string{
 	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -23,8 +23,8 @@ var stepEnv = []string{
 	"DEBIAN_FRONTEND=noninteractive",
 }
 
-// killGrace is the time between SIGTERM and SIGKILL, and how long a finished program's output is waited for when
-// something that it left running still holds it.
+// killGrace is the time between SIGTERM and SIGKILL, and how long to wait for the output of a finished program if
+// a process that it left running still holds the pipe.
 const killGrace = 5 * time.Second
 
 // runStep runs one prebuild step on this machine.
@@ -97,7 +97,7 @@ func runCommand(ctx context.Context, say func(string), name string, args ...stri
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.WaitDelay = 2 * killGrace // of the program itself, should the signals to its group not have ended it
 	cmd.Cancel = func() error {
-		time.AfterFunc(killGrace, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }) // it may have ended
+		time.AfterFunc(killGrace, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }) // may have ended
 		return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM)
 	}
 	killed := oomKills()
@@ -112,7 +112,7 @@ func runCommand(ctx context.Context, say func(string), name string, args ...stri
 	go func() {
 		defer close(drained)
 		defer read.Close()
-		// To the end of the pipe, even if that comes much later: what the program left running must not be ended by SIGPIPE.
+		// To the end of the pipe, even if that comes much later: SIGPIPE must not end what the program left running.
 		_, _ = io.Copy(out, read)
 	}()
 	err = cmd.Wait()
@@ -136,7 +136,7 @@ func runCommand(ctx context.Context, say func(string), name string, args ...stri
 	}
 }
 
-// exitNote says what an exit code does not say by itself, or returns nil. oom is the number of processes that the kernel
+// exitNote returns an explanation of an exit code, or nil. oom is the number of processes that the kernel
 // killed meanwhile because memory ran out.
 func exitNote(code, oom int) error {
 	switch sig := syscall.Signal(code - 128); {
@@ -151,7 +151,7 @@ func exitNote(code, oom int) error {
 	return nil
 }
 
-// oomKills is how many processes the kernel has killed since boot because memory ran out.
+// oomKills returns how many processes the kernel has killed since boot because memory ran out.
 func oomKills() int {
 	stat, err := os.ReadFile("/proc/vmstat")
 	if err != nil {
@@ -166,8 +166,8 @@ func oomKills() int {
 	return 0
 }
 
-// splitter passes on what is written to it, line by line. A progress bar's carriage return ends a line
-// too; the empty lines that result are dropped.
+// splitter passes on what is written to it, line by line. A progress bar's carriage return ends a line,
+// too; the resulting empty lines are dropped.
 type splitter struct {
 	say  func(string)
 	mu   sync.Mutex
@@ -190,7 +190,7 @@ func (s *splitter) Write(p []byte) (int, error) {
 				s.sayLine()
 			}
 		default:
-			// As JSON a byte can be six: what is said has to fit a line of the channel.
+			// In JSON one byte can become six: a line must fit a message of the channel.
 			if s.buf = append(s.buf, b); len(s.buf) == maxText {
 				s.sayLine()
 			}
@@ -214,11 +214,11 @@ func (s *splitter) end() {
 	s.over = true
 }
 
-// cloudInitPatience is after how long waitCloudInit says that it waits.
+// cloudInitPatience is the time after which waitCloudInit reports that it is waiting.
 const cloudInitPatience = 10 * time.Second
 
-// waitCloudInit waits until cloud-init has finished: a step must not run beside it. cloud-init's complaints are passed on but
-// end nothing: many images have modules that fail in a VM without a cloud.
+// waitCloudInit waits until cloud-init has finished, because steps must not run at the same time. It passes on cloud-init's complaints
+// but ignores failures: many images have modules that fail in a VM without a cloud.
 func waitCloudInit(ctx context.Context, say func(string)) {
 	if !onPath("cloud-init") {
 		return
