@@ -69,6 +69,7 @@ func Compile(h *hostspec.Host, o Options) (*plan.Plan, hcl.Diagnostics) {
 		return nil, c.diags
 	}
 	c.images()
+	c.install()
 	if c.artifacts(); c.diags.HasErrors() {
 		return nil, c.diags
 	}

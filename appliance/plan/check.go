@@ -60,6 +60,7 @@ func (p *Plan) check() error {
 	p.checkImages(&f, used)
 	p.checkPools(&f, used)
 	p.checkArtifacts(&f)
+	p.checkInstall(&f)
 	return errors.Join(f...)
 }
 

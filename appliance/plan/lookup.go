@@ -8,13 +8,14 @@ import (
 // The kinds of items that have an origin. An item's address is kind.name:
 // "pool.small", "file./etc/gitlab-runner/config.toml".
 const (
-	KindImage  = "image"
-	KindPool   = "pool"
-	KindRunner = "runner"
-	KindEgress = "egress"
-	KindFile   = "file"
-	KindUnit   = "unit"
-	KindSysctl = "sysctl"
+	KindImage   = "image"
+	KindPool    = "pool"
+	KindRunner  = "runner"
+	KindEgress  = "egress"
+	KindFile    = "file"
+	KindUnit    = "unit"
+	KindSysctl  = "sysctl"
+	KindPackage = "package"
 )
 
 // Address returns the key of an item in Plan.Origins.

@@ -31,6 +31,7 @@ type Plan struct {
 	Slots      []Slot     `json:"slots"`
 	Runners    []Runner   `json:"runners"`
 
+	Install *Install `json:"install,omitempty"` // nil: apply installs nothing
 	Files   []File   `json:"files"`
 	Units   []Unit   `json:"units"`
 	Sysctls []Sysctl `json:"sysctls"`

@@ -104,7 +104,20 @@ var sources = []string{"file", "url", "ubuntu", "debian"}
 var beside = map[string]map[string]string{
 	"host.disks.size":       {"backing": `"xfs-image"`},
 	"runner.policy.periods": {"timezone": `"UTC"`},
+
+	"host.install.package.apt":     aptPackage,
+	"host.install.package.key":     aptPackage,
+	"host.install.package.key_url": aptPackage,
+	"host.install.package.file":    filePackage,
+	"host.install.package.sha256":  filePackage,
 }
+
+var (
+	aptPackage = map[string]string{
+		"apt": `"https://packages.example.com ./"`, "key": `"F6403F6544A38863DAA0B6E03F01618A51312F3F"`, "key_url": `"https://packages.example.com/key"`,
+	}
+	filePackage = map[string]string{"file": `"https://example.com/x"`, "sha256": `"` + strings.Repeat("0", 64) + `"`}
+)
 
 // plant gives a valid spec in which one attribute has a value.
 func plant(kinds map[string]hostspec.Kind, path []string, attr, value string) *block {
@@ -152,6 +165,8 @@ func plant(kinds map[string]hostspec.Kind, path []string, attr, value string) *b
 		case "host", "image", "pool", "runner": // there already
 		case "hypervisor":
 			label = "qemu"
+		case "package":
+			label = "gitlab-runner"
 		case "file":
 			label = "/etc/x"
 		}

@@ -1,11 +1,14 @@
 package hostspec
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
 	"math/big"
 	"net/netip"
+	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -71,6 +74,13 @@ func (l *loader) decodeHost(b *hcl.Block) *Host {
 	} else {
 		blocks = append(blocks, hcl.BlockHeaderSchema{Type: "gitlab_runner"})
 	}
+	// "install = false" stands in the place of the block.
+	if !json.IsJSONBody(b.Body) || installIsAttribute(b.Body) {
+		attrs = append(attrs, attrSpec{"install", `false`, false})
+	}
+	if !installIsAttribute(b.Body) {
+		blocks = append(blocks, hcl.BlockHeaderSchema{Type: "install"})
+	}
 	s := l.open(b, h, attrs, blocks...)
 	s.text("egress_interface", &h.EgressInterface)
 	s.text("state_dir", &h.StateDir)
@@ -90,11 +100,109 @@ func (l *loader) decodeHost(b *hcl.Block) *Host {
 	if b := s.one("hypervisor"); b != nil {
 		l.decodeHypervisor(b, &h.Hypervisor)
 	}
+	l.decodeInstall(s, &h.Install)
 	if b := s.one("gitlab_runner"); b != nil {
 		s.content.Attributes["gitlab_runner"] = l.asObject(b)
 	}
 	s.settings("gitlab_runner", &h.GitLabRunner)
 	return h
+}
+
+// installIsAttribute reports whether install is an attribute in JSON, where only its value tells it from a block.
+func installIsAttribute(body hcl.Body) bool {
+	if !json.IsJSONBody(body) {
+		return false
+	}
+	attrs, _ := body.JustAttributes()
+	a := attrs["install"]
+	if a == nil {
+		return false
+	}
+	v, _ := a.Expr.Value(nil) // without a context, JSON's strings are strings
+	return !v.Type().IsObjectType() && !v.Type().IsTupleType()
+}
+
+func (l *loader) decodeInstall(host *section, in *Install) {
+	b := host.one("install")
+	if a := host.content.Attributes["install"]; a != nil {
+		on := true
+		host.boolean("install", &on)
+		in.Off, in.Range = !on, a.Range
+		if b != nil {
+			l.errorf(&b.DefRange, "Two ways to install", "install is written both as an attribute and as a block. Keep one.")
+		}
+	}
+	if b == nil {
+		return
+	}
+	in.Range = b.DefRange
+	s := l.open(b, in, nil, hcl.BlockHeaderSchema{Type: "package", LabelNames: []string{"name"}})
+	for _, b := range s.content.Blocks.OfType("package") {
+		in.Packages = append(in.Packages, l.decodePackage(b))
+	}
+}
+
+func (l *loader) decodePackage(b *hcl.Block) *Package {
+	p := &Package{Name: b.Labels[0], Range: b.DefRange}
+	s := l.open(b, p, []attrSpec{
+		{"apt", `"https://packages.example.com/runner trixie main"`, false},
+		{"key", `"F6403F6544A38863DAA0B6E03F01618A51312F3F"`, false},
+		{"key_url", `"https://packages.example.com/runner/key.asc"`, false},
+		{"file", `"https://example.com/cloud-hypervisor-static"`, false},
+		{"sha256", `"0000000000000000000000000000000000000000000000000000000000000000"`, false},
+	})
+	if a, v := s.scalar("apt", cty.String); v != nil {
+		var err error
+		if p.Apt, err = parseAptRepository(v.AsString()); err != nil {
+			l.masks = append(l.masks, a.Expr.Range()) // a password may be in it
+			s.fail(a, nil, "%v", err)
+		} else {
+			s.done(a)
+		}
+	}
+	parsed(s, "key", parseFingerprint, &p.Key)
+	s.text("key_url", &p.KeyURL)
+	s.text("file", &p.File)
+	s.text("sha256", &p.SHA256)
+	return p
+}
+
+var (
+	aptSuiteSyntax  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/+-]*$`)
+	componentSyntax = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]*$`)
+)
+
+// parseAptRepository reads "URL SUITE COMPONENT…" (sources.list(5)).
+func parseAptRepository(text string) (AptRepository, error) {
+	fields := strings.Fields(text)
+	if len(fields) < 2 {
+		return AptRepository{}, errors.New(`a repository is written as "URL SUITE COMPONENT", such as "https://packages.example.com/runner trixie main"`)
+	}
+	r := AptRepository{URL: fields[0], Suite: fields[1], Components: fields[2:]}
+	if u, err := url.Parse(r.URL); err != nil || !slices.Contains([]string{"http", "https", "file"}, u.Scheme) || u.Path == "" && u.Host == "" {
+		return r, errors.New("its URL must start with https://, http:// or file://")
+	}
+	if !aptSuiteSyntax.MatchString(r.Suite) && r.Suite != "./" {
+		return r, fmt.Errorf("%s is not the name of a suite, such as trixie", quote(r.Suite))
+	}
+	if flat := strings.HasSuffix(r.Suite, "/"); flat != (len(r.Components) == 0) {
+		return r, errors.New("it needs a component after the suite, such as main (only a suite that ends in / has none)")
+	}
+	for _, c := range r.Components {
+		if !componentSyntax.MatchString(c) {
+			return r, fmt.Errorf("%s is not the name of a component, such as main", quote(c))
+		}
+	}
+	return r, nil
+}
+
+// parseFingerprint reads a fingerprint of OpenPGP version 4 or 6, as gpg prints it.
+func parseFingerprint(text string) (string, error) {
+	digits := strings.ToUpper(strings.Join(strings.Fields(text), ""))
+	if b, err := hex.DecodeString(digits); err != nil || len(b) != 20 && len(b) != 32 {
+		return "", errors.New("the fingerprint of a key has 40 hexadecimal digits (gpg --show-keys --with-fingerprint FILE prints it)")
+	}
+	return digits, nil
 }
 
 // asObject is a block as the attribute that it would be in JSON: a map of its attributes.

@@ -20,6 +20,7 @@ type Host struct {
 	Network         Network
 	Hypervisor      Hypervisor
 	Refresh         time.Duration // 0: never
+	Install         Install
 	// GitLabRunner is the gitlab_runner block: the global settings of GitLab Runner's config.toml, as Runner.Settings are a section's.
 	GitLabRunner map[string]any
 	Images       []*Image // in the order of the source
@@ -67,6 +68,30 @@ type Hypervisor struct {
 	Sandbox bool
 	Accel   string // qemu only: auto, kvm, tcg
 	Range   hcl.Range
+}
+
+// Install is the install block: what apply may install on Debian and Ubuntu.
+type Install struct {
+	Off      bool // install = false
+	Packages []*Package
+	Range    hcl.Range
+}
+
+// Package is a package block of install. It comes from an apt repository, or it is a file: a .deb, or a program.
+type Package struct {
+	Name   string
+	Apt    AptRepository
+	Key    string // the fingerprint of the repository's signing key, in upper-case hex
+	KeyURL string
+	File   string // a URL
+	SHA256 string
+	Range  hcl.Range
+}
+
+// AptRepository is "URL SUITE COMPONENT…", as a line of sources.list(5) has it.
+type AptRepository struct {
+	URL, Suite string
+	Components []string // none for a suite that is a path, which ends in "/"
 }
 
 // Image is one image block. Exactly one of the sources is set.

@@ -98,7 +98,7 @@ func schemaOf(attrs []attrSpec, blocks ...hcl.BlockHeaderSchema) *hcl.BodySchema
 // labelExamples are labels of the blocks that have one.
 var labelExamples = map[string]string{
 	"variable": "gitlab_url", "host": "metal-01", "image": "ubuntu", "pool": "small", "runner": "small",
-	"egress": "artifact-store", "hypervisor": "qemu", "file": "/etc/motd",
+	"egress": "artifact-store", "hypervisor": "qemu", "file": "/etc/motd", "package": "gitlab-runner",
 }
 
 // blockExample is how a block begins: `egress "artifact-store" {`.

@@ -163,6 +163,7 @@ func (l *loader) validateHost(h *Host) {
 			"Write refresh = \"24h\", or \"0s\" for never.", h.Refresh)
 	}
 	l.validateDisks(&h.Disks)
+	l.validateInstall(&h.Install)
 	l.validateHypervisor(h)
 	l.validateNetwork(&h.Network)
 	l.checkCapacity(h)

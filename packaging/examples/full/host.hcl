@@ -52,6 +52,18 @@ host "metal-01" {                         # label: the host's name
     listen_address   = "127.0.0.1:9252"
     session_server   = { listen_address = "[::]:8093", advertise_address = "ci.example.com:8093" }
   }
+
+  install { # (optional) packages from elsewhere; Debian's and Ubuntu's own need no word. install = false: nothing is installed
+    package "gitlab-runner" {
+      apt     = "https://packages.example.com/runner trixie main"
+      key     = "F640 3F65 44A3 8863 DAA0 B6E0 3F01 618A 5131 2F3F" # the fingerprint of the key that signs the repository
+      key_url = "https://packages.example.com/runner/key.asc"
+    }
+    package "cloud-hypervisor" { # a program for /usr/local/bin, or a .deb
+      file   = "https://example.com/cloud-hypervisor-static"
+      sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+    }
+  }
 }
 
 image "ubuntu" {
