@@ -76,7 +76,7 @@ func (g *Group) checkRoutes(p *plan.Plan, slots []plan.Slot) error {
 
 // tryStart tries once what each worker's start needs from the host besides its VMM: a descriptor of /dev/net/tun, and a clone.
 func tryStart(p *plan.Plan) error {
-	const tun = "/dev/net/tun"
+	tun := vm.TUN()
 	fd, err := unix.Open(tun, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):

@@ -48,6 +48,9 @@ type Options struct {
 
 	// Secrets returns the value of a prebuild's secret by its place: see image.Options.
 	Secrets func(from string) (string, error)
+	// OnlyRemove: the Group is there to remove the workers that an earlier process left. Init then neither checks nor prepares what
+	// starting a worker takes.
+	OnlyRemove bool
 	// Predecessor handles a plugin_config with the predecessor's keys; if nil, such a config is an error.
 	Predecessor *Predecessor
 }
@@ -206,8 +209,10 @@ func (g *Group) init(ctx context.Context) error {
 	if err := errors.Join(err, g.makeFolders(p)); err != nil {
 		return err
 	}
-	if err := g.tryStart(p); err != nil {
-		return err
+	if !g.opts.OnlyRemove {
+		if err := g.tryStart(p); err != nil {
+			return err
+		}
 	}
 	progress := newProgressLog(g.log)
 	store, err := g.openImages(p, image.Options{Log: g.slog, Driver: driver, Secrets: g.opts.Secrets, Progress: progress.show})
@@ -227,6 +232,9 @@ func (g *Group) init(ctx context.Context) error {
 		g.cancel(errShutdown)
 		g.plan = nil
 		return err
+	}
+	if g.opts.OnlyRemove {
+		return nil
 	}
 	g.prepareImage()
 	g.log.Info("plugin ready", "host", p.Host, "pool", g.pool.Name, "slots", g.pool.MaxInstances, "adopted", len(g.workers), "ms", ms(start))
@@ -254,6 +262,9 @@ func (g *Group) load() (*plan.Plan, error) {
 // canStart checks whether the host has what workers need. It changes nothing.
 func (g *Group) canStart(ctx context.Context, p *plan.Plan) (vm.Driver, error) {
 	driver, err := g.probe(ctx, p)
+	if g.opts.OnlyRemove {
+		return driver, err
+	}
 	if err := errors.Join(err, g.checkLinks(p, p.PoolSlots(g.pool))); err != nil {
 		return nil, err
 	}

@@ -4,8 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // forwarding is the switch that lets the host route, of one family. The kernel copies what is written to it to every
@@ -100,6 +105,73 @@ func (f forwarding) advertised() []setting {
 		}
 	}
 	return found
+}
+
+// closedLinks are the IPv4 forwarding of the links, as it is, that a trial has to turn on: the kernel forwards what comes in by a link
+// whose own switch is on (IN_DEV_FORWARD), and "ip_forward" only sets all of them. Answers to workers come in by the egress link, and by
+// those that lead to what egress blocks allow and to resolvers.
+func (n *network) closedLinks() ([]setting, error) {
+	if !n.opts.Trial {
+		return nil, nil
+	}
+	links, err := whole(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	var targets []netip.Prefix
+	for _, a := range n.plan.Network.DNS {
+		targets = append(targets, netip.PrefixFrom(a, a.BitLen()))
+	}
+	for _, e := range n.plan.Network.Egress {
+		if e.Action == "allow" {
+			targets = append(targets, e.To...)
+		}
+	}
+	leads, err := linksTo(targets)
+	if err != nil {
+		return nil, err
+	}
+	var closed []setting
+	for _, l := range links {
+		a := l.Attrs()
+		name := a.Name
+		if name == loopback || strings.HasPrefix(a.Alias, linkMark) || name != n.plan.EgressInterface && !slices.Contains(leads, a.Index) {
+			continue
+		}
+		s := setting{path: forwarding4.conf + "/" + name + "/forwarding"}
+		if s.value, err = readSysctl(s.path); err != nil {
+			return nil, fmt.Errorf("read %s: %w", s.path, err)
+		}
+		if s.value == "0" {
+			closed = append(closed, s)
+		}
+	}
+	slices.SortFunc(closed, func(a, b setting) int { return strings.Compare(a.path, b.path) })
+	return closed, nil
+}
+
+// linksTo are the indexes of the links that routes to parts of the targets lead to, the default routes aside.
+func linksTo(targets []netip.Prefix) ([]int, error) {
+	leads, err := whole(func() ([]int, error) {
+		var found []int
+		every := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}
+		err := netlink.RouteListFilteredIter(unix.AF_INET, every, netlink.RT_FILTER_TABLE, func(r netlink.Route) bool {
+			dst := routeDst(&r)
+			if r.Type != unix.RTN_UNICAST || dst.Bits() == 0 || !slices.ContainsFunc(targets, dst.Overlaps) {
+				return true
+			}
+			found = append(found, r.LinkIndex)
+			for _, hop := range r.MultiPath {
+				found = append(found, hop.LinkIndex)
+			}
+			return true
+		})
+		return found, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	return leads, nil
 }
 
 // restoreSysctls writes earlier values back. An interface that went took its settings along.

@@ -27,6 +27,9 @@ type Options struct {
 	// UID and GID own the TAPs: the kernel lets only a process with both open one. Where
 	// both are 0 they are those of the plan's user.
 	UID, GID int
+	// Trial: the network is for a while (`fleetingd run`), on a host that is not its own. NetworkUp then turns on the forwarding of
+	// the links that need it, not the host's, and refuses to change a network that is up for good. NetworkLeave takes it down.
+	Trial bool
 }
 
 // Difference is one part of the network that is not as the plan says.
@@ -71,6 +74,18 @@ func NetworkDownAll(ctx context.Context, run string) (taps map[string][]string, 
 		return err
 	})
 	return taps, err
+}
+
+// NetworkLeave takes down what NetworkUp made for trials, whatever plan it was of. A network that is up for good stays; so does one that
+// a NetworkUp without Options.Trial has taken over since. It is idempotent.
+func NetworkLeave(ctx context.Context, p *plan.Plan) error {
+	return withNetwork(ctx, p, Options{}, func(n *network) error {
+		if !n.notes.Trial {
+			return nil
+		}
+		_, err := n.downAll(ctx)
+		return err
+	})
 }
 
 // NetworkCheck lists what NetworkUp would change. It changes nothing.
@@ -156,10 +171,20 @@ func (n *network) owner() (uid, gid int, err error) {
 
 func (n *network) up(ctx context.Context) error {
 	steps, err := n.steps(ctx)
-	if err != nil || len(steps) == 0 {
+	if err != nil {
 		return err
 	}
+	if n.opts.Trial && n.notes.Applied != nil && !n.notes.Trial && len(steps) > 0 {
+		return fmt.Errorf("it is up for good, and differs from this plan (%s, for one): run the spec that it was made from, or take it down "+
+			"first (fleetingd network down --all)", steps[0].differs())
+	}
+	// A network that is up for good stays so: a trial only uses it.
+	trial := n.opts.Trial && (n.notes.Trial || n.notes.Applied == nil)
+	if len(steps) == 0 && trial == n.notes.Trial {
+		return nil
+	}
 	before := *n.notes
+	n.notes.Trial = trial
 	// Noted before it is done, so that the notes show after a crash what may exist.
 	if err := n.noteIntent(); err != nil {
 		return err
@@ -193,6 +218,15 @@ func undo(ctx context.Context, steps []step) error {
 
 // noteIntent notes what is now, so that down can bring it back: once, before the first change.
 func (n *network) noteIntent() error {
+	closed, err := n.closedLinks()
+	if err != nil {
+		return err
+	}
+	for _, link := range closed {
+		if s := (noted{link.path, link.value}); !slices.Contains(n.notes.Sysctls, s) {
+			n.notes.Sysctls = append(n.notes.Sysctls, s)
+		}
+	}
 	for _, f := range n.routing() {
 		on, err := f.on()
 		if err != nil {
@@ -206,7 +240,9 @@ func (n *network) noteIntent() error {
 			return err
 		}
 		for _, s := range before {
-			n.notes.Sysctls = append(n.notes.Sysctls, noted{s.path, s.value})
+			if !slices.ContainsFunc(n.notes.Sysctls, func(o noted) bool { return o.Path == s.path }) {
+				n.notes.Sysctls = append(n.notes.Sysctls, noted{s.path, s.value})
+			}
 		}
 	}
 	have, err := loopbackAddresses()

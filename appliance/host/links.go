@@ -35,6 +35,7 @@ type tap struct {
 	net      *plan.Network
 	uid, gid int
 	mark     string
+	trial    bool // see Options.Trial
 }
 
 // flags are those that the TAP is created with; whoever opens it must give the same.
@@ -56,18 +57,22 @@ func (t *tap) linkLocal() netip.Addr {
 // settings are the TAP's sysctls, as paths below /proc/sys. Without IPv6 for workers the TAP has none at all.
 func (t *tap) settings() []setting {
 	conf := func(name, value string) setting { return setting{"net/ipv6/conf/" + t.TAP + "/" + name, value} }
-	if t.Address6 == nil {
-		return []setting{conf("disable_ipv6", "1")}
+	var forward4 []setting
+	if t.trial {
+		forward4 = []setting{{forwarding4.conf + "/" + t.TAP + "/forwarding", "1"}}
 	}
-	return []setting{
+	if t.Address6 == nil {
+		return append(forward4, conf("disable_ipv6", "1"))
+	}
+	return append(forward4,
 		conf("disable_ipv6", "0"),
 		conf("accept_ra", "0"),
 		conf("forwarding", "1"),
 		// The gateway's address is on lo, and NDP answers only for the link's own, or as a proxy: at once, because
 		// the delay is for when several proxies might answer (RFC 4861, 7.2.8).
 		conf("proxy_ndp", "1"),
-		{"net/ipv6/neigh/" + t.TAP + "/proxy_delay", "0"},
-	}
+		setting{"net/ipv6/neigh/" + t.TAP + "/proxy_delay", "0"},
+	)
 }
 
 func (t *tap) routes(index int) []netlink.Route {

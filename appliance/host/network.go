@@ -42,6 +42,14 @@ type step struct {
 	undo  func(context.Context) error
 }
 
+// differs describes what the step mends.
+func (s *step) differs() string {
+	if len(s.fixes) == 0 {
+		return s.name
+	}
+	return s.fixes[0].String()
+}
+
 // have is the host's network as it is.
 type have struct {
 	links     map[string]netlink.Link
@@ -154,11 +162,17 @@ func (n *network) gateways() []netip.Addr {
 	return g
 }
 
+// routing are the switches that let the whole host route. A trial turns on IPv4 link by link (see closedLinks, and tap.settings); IPv6
+// has no such choice.
 func (n *network) routing() []forwarding {
-	if n.plan.Network.Subnet6 == nil {
-		return []forwarding{forwarding4}
+	var all []forwarding
+	if !n.opts.Trial {
+		all = append(all, forwarding4)
 	}
-	return []forwarding{forwarding4, forwarding6}
+	if n.plan.Network.Subnet6 != nil {
+		all = append(all, forwarding6)
+	}
+	return all
 }
 
 // steps make the host's network equal to the plan. In their order no TAP is open to its owner without firewall rules: TAPs are removed
@@ -174,7 +188,7 @@ func (n *network) steps(context.Context) ([]step, error) {
 	}
 	taps := make([]tap, len(n.plan.Slots))
 	for i, s := range n.plan.Slots {
-		taps[i] = tap{Slot: s, net: &n.plan.Network, uid: uid, gid: gid, mark: n.mark()}
+		taps[i] = tap{Slot: s, net: &n.plan.Network, uid: uid, gid: gid, mark: n.mark(), trial: n.opts.Trial}
 	}
 	work, err := n.sort(h, taps)
 	if err != nil {
@@ -491,6 +505,18 @@ func (n *network) firewallStep(h *have) []step {
 
 func (n *network) routingSteps() ([]step, error) {
 	var steps []step
+	closed, err := n.closedLinks()
+	if err != nil {
+		return nil, err
+	}
+	for _, link := range closed {
+		steps = append(steps, step{
+			name:  "set " + link.path,
+			fixes: []Difference{{Object: "sysctl " + strings.ReplaceAll(link.path, "/", "."), Problem: "is off"}},
+			do:    func(context.Context) error { return n.door.writeSysctl(setting{link.path, "1"}) },
+			undo:  func(context.Context) error { return restoreSysctls(n.door, []setting{link}) },
+		})
+	}
 	for _, f := range n.routing() {
 		on, err := f.on()
 		if err != nil {
@@ -690,7 +716,13 @@ func (n *network) takeDown(h *have, taps []tap, tables []tableID) error {
 		errs = append(errs, n.door.deleteAddress(a))
 	}
 	var before []setting
+	routes4, err := forwarding4.on()
+	errs = append(errs, err)
 	for _, s := range n.notes.Sysctls {
+		// A trial turned on single links' IPv4 forwarding. If the host routes now, somebody else has turned on all of them.
+		if n.notes.Trial && routes4 && strings.HasPrefix(s.Path, forwarding4.conf) {
+			continue
+		}
 		before = append(before, setting{s.Path, s.Value})
 	}
 	errs = append(errs, restoreSysctls(n.door, before))

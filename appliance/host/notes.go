@@ -24,6 +24,7 @@ type notes struct {
 	Sysctls   []noted      `json:"sysctls,omitempty"`
 	Addresses []netip.Addr `json:"addresses,omitempty"` // of ours on lo
 	Applied   *applied     `json:"applied,omitempty"`
+	Trial     bool         `json:"trial,omitempty"` // it was made for a while: see Options.Trial
 }
 
 // noted is a sysctl's earlier value.

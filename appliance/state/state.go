@@ -53,12 +53,14 @@ var ErrLocked = errors.New("locked by another process")
 type Lock struct{ f *os.File }
 
 // TryLock takes the lock at path, or returns ErrLocked at once. It creates the file if necessary.
-func TryLock(path string) (*Lock, error) {
+func TryLock(path string) (*Lock, error) { return tryLock(path, unix.LOCK_EX) }
+
+func tryLock(path string, how int) (*Lock, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("%s: %w", path, ErrLocked)
@@ -67,6 +69,24 @@ func TryLock(path string) (*Lock, error) {
 	}
 	return &Lock{f}, nil
 }
+
+// Share lets others hold the lock, too, each by TryShare. It fails with ErrLocked if another process took the lock in between.
+func (l *Lock) Share() error { return l.convert(unix.LOCK_SH) }
+
+// Upgrade makes a shared lock one that nobody else holds. It fails with ErrLocked if others share it; then it may be lost, and the only
+// thing left to do with it is Unlock (flock(2): a conversion is not atomic).
+func (l *Lock) Upgrade() error { return l.convert(unix.LOCK_EX) }
+
+func (l *Lock) convert(how int) error {
+	err := unix.Flock(int(l.f.Fd()), how|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("%s: %w", l.f.Name(), ErrLocked)
+	}
+	return err
+}
+
+// TryShare takes a share of the lock at path, or returns ErrLocked at once if a process holds it alone.
+func TryShare(path string) (*Lock, error) { return tryLock(path, unix.LOCK_SH) }
 
 // WaitLock takes the lock at path, or gives up when ctx ends. flock has no
 // timeout, so it tries again every 50 ms.

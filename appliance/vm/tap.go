@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -8,6 +9,13 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
+
+// TUNVariable is in the environment if TAPs are to be opened by another node than /dev/net/tun: `fleetingd run` makes one for its user
+// on a host where that is closed, rather than open it to everybody.
+const TUNVariable = "FLEETINGD_TUN"
+
+// TUN is the device node that TAPs are opened by.
+func TUN() string { return cmp.Or(os.Getenv(TUNVariable), "/dev/net/tun") }
 
 // openTAP opens an existing TAP, with one descriptor for each of the pairs; the TAP may have more. Its owner needs
 // no capability for that, but the flags must be those that it was created with.
@@ -35,13 +43,14 @@ func openTAP(n *Net, pairs int) ([]*os.File, error) {
 }
 
 func openQueue(n *Net) (*os.File, error) {
-	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	tun := TUN()
+	fd, err := unix.Open(tun, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		cure := "load its module with: modprobe tun"
 		if errors.Is(err, unix.EACCES) {
 			cure = "restore the mode that udev sets: chmod 0666 /dev/net/tun"
 		}
-		return nil, fmt.Errorf("open /dev/net/tun: %w; %s", err, cure)
+		return nil, fmt.Errorf("open %s: %w; %s", tun, err, cure)
 	}
 	req, err := unix.NewIfreq(n.TAP)
 	if err != nil {

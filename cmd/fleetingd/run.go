@@ -5,12 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -141,7 +139,7 @@ func pickPool(p *plan.Plan, name string, n int) (*plan.Pool, error) {
 			for _, pool := range p.Pools {
 				names = append(names, pool.Name)
 			}
-			return nil, usageErrorf("the spec has %d pools: say which with --pool (%s)", len(p.Pools), strings.Join(names, ", "))
+			return nil, usageErrorf("the spec has %d pools; choose one with --pool (%s)", len(p.Pools), strings.Join(names, ", "))
 		}
 		name = p.Pools[0].Name
 	}
@@ -166,8 +164,11 @@ type hostRun struct {
 	// secrets are the variables of the environment that hold secrets of the spec.
 	secrets []string
 	undo    []func() error // in the order they were done; run in reverse
-	// cutOff: a run was killed on this host, so what is up is its and not the host's own.
-	cutOff bool
+
+	// The run's part of the session: see join.
+	setup, sessionLock, number, poolLock *state.Lock
+	session                              session
+	own                                  guestRun
 }
 
 func (r *hostRun) run(ctx context.Context) (code int, err error) {
@@ -180,7 +181,7 @@ func (r *hostRun) run(ctx context.Context) (code int, err error) {
 	if err != nil {
 		return 1, err
 	}
-	for _, step := range []func(context.Context) error{r.lock, r.folders, r.disks, r.network, r.base} {
+	for _, step := range []func(context.Context) error{r.join, r.folders, r.disks, r.network, r.settled, r.base} {
 		if err := step(ctx); err != nil {
 			return 1, err
 		}
@@ -188,7 +189,7 @@ func (r *hostRun) run(ctx context.Context) (code int, err error) {
 			return 130, nil
 		}
 	}
-	rep, err := r.jobs(ctx)
+	rep, err := r.unprivileged(ctx, r.user, r.req)
 	if err != nil {
 		return 1, err
 	}
@@ -212,42 +213,7 @@ func (r *hostRun) unwind() error {
 
 func (r *hostRun) defers(undo func() error) { r.undo = append(r.undo, undo) }
 
-// lock keeps a second run (or the applied host's runner) off the same slots.
-func (r *hostRun) lock(context.Context) error {
-	made, err := mkdirs(r.plan.Paths.Run, 0, 0)
-	if err != nil {
-		return err
-	}
-	r.defers(func() error { return removeEmpty(made) })
-	path := filepath.Join(r.plan.Paths.Run, "run.lock")
-	_, err = os.Lstat(path)
-	r.cutOff = err == nil // a run that ends takes its lock's file away
-	pool := filepath.Join(r.plan.Paths.Run, r.pool.Name+".lock")
-	_, err = os.Lstat(pool)
-	served := err == nil
-	l, err := state.TryLock(path)
-	if errors.Is(err, state.ErrLocked) {
-		return fmt.Errorf("another `fleetingd run` is under way on this host (it holds %s); wait for it or end it", path)
-	}
-	if err != nil {
-		return err
-	}
-	r.defers(func() error {
-		// The plugin leaves its own lock's file. Removing that is safe only under ours, and not where it was there before:
-		// the plugin of a runner may hold it.
-		var plugin error
-		if !served || r.cutOff {
-			plugin = os.Remove(pool)
-		}
-		if errors.Is(plugin, fs.ErrNotExist) {
-			plugin = nil
-		}
-		return errors.Join(plugin, os.Remove(path), l.Unlock())
-	})
-	return nil
-}
-
-// folders makes the state folders, for the runtime user, and opens the devices to it.
+// folders makes the state folders, for the runtime user, and a way to open TAPs.
 func (r *hostRun) folders(context.Context) error {
 	p := r.plan.Paths
 	if _, err := mkdirs(p.State, 0, 0); err != nil {
@@ -264,38 +230,7 @@ func (r *hostRun) folders(context.Context) error {
 			return err
 		}
 	}
-	if err := os.Chown(p.Run, r.user.UID, r.user.GID); err != nil {
-		return err
-	}
-	planFile := filepath.Join(p.Run, "plan.json")
-	data, err := r.plan.JSON()
-	if err != nil {
-		return err
-	}
-	if err := state.WriteFile(planFile, data, 0o644); err != nil {
-		return err
-	}
-	r.defers(func() error { return os.Remove(planFile) })
-	r.req.Plan = planFile
-	return r.openTUN()
-}
-
-// openTUN lets everybody open /dev/net/tun, as udev and systemd do on an
-// ordinary host: a TAP is protected by its owner, not by this file.
-func (r *hostRun) openTUN() error {
-	const path = "/dev/net/tun"
-	st, err := os.Stat(path)
-	if err != nil {
-		return fmt.Errorf("%w: load the tun module: modprobe tun", err)
-	}
-	if st.Mode().Perm()&0o006 == 0o006 {
-		return nil
-	}
-	if err := os.Chmod(path, 0o666); err != nil {
-		return err
-	}
-	r.defers(func() error { return os.Chmod(path, st.Mode().Perm()) })
-	return nil
+	return r.ownTUN()
 }
 
 // disks gives the clones a file system that can clone.
@@ -305,8 +240,11 @@ func (r *hostRun) disks(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !d.Found || r.cutOff { // else they are mounted for good, and not ours to unmount
-		r.defers(func() error { return host.DisksDown(context.WithoutCancel(ctx), r.plan) })
+	if !d.Found { // else they are mounted for good, or by another run
+		r.session.Disks = true
+		if err := writeJSON(sessionPath(), r.session); err != nil {
+			return err
+		}
 	}
 	for _, dir := range []string{r.plan.Paths.Images, r.plan.Paths.Clones} {
 		if _, err := mkdirs(dir, r.user.UID, r.user.GID); err != nil {
@@ -321,42 +259,9 @@ func (r *hostRun) disks(ctx context.Context) error {
 	return nil
 }
 
-// network brings the workers' network up, and takes it down at the end. One that is up for good, for a runner of this
-// host, is used where it is the same and never changed: its workers may run.
+// network brings the workers' network up. One that is up for good, for a runner of this host, is used if it is the same, and never changed.
 func (r *hostRun) network(ctx context.Context) error {
 	ph := r.view.begin("network", r.plan.Network.Subnet.String())
-	up, err := host.NetworkIsUp(r.plan)
-	if err != nil {
-		return err
-	}
-	if up && !r.cutOff {
-		found, err := host.NetworkCheck(ctx, r.plan, r.user.options())
-		if err != nil {
-			return err
-		}
-		if len(found) > 0 {
-			return fmt.Errorf("the network of this host is up, for state_dir %s, and is not what this spec says (%d differences; the first: %s): "+
-				"`fleetingd run` leaves it alone. Run the spec that it was made from, write another state_dir and subnet into this one, "+
-				"or take it down first (fleetingd network down --all)", r.plan.Paths.State, len(found), found[0])
-		}
-		workers, err := filepath.Glob(filepath.Join(r.plan.Paths.Workers, r.pool.Name, "*.json"))
-		if err != nil {
-			return err
-		}
-		if len(workers) > 0 {
-			return fmt.Errorf("pool %q has %d workers, of this host's runner: `fleetingd run` would take them for what an earlier run left, "+
-				"and remove them. Take another pool (--pool), or write another state_dir and subnet into the spec", r.pool.Name, len(workers))
-		}
-		ph.done("is up")
-		return nil
-	}
-	r.defers(func() error {
-		err := host.NetworkDown(context.WithoutCancel(ctx), r.plan)
-		if errors.Is(err, host.ErrOtherPlan) { // up has said so
-			return nil
-		}
-		return err
-	})
 	if err := host.NetworkUp(ctx, r.plan, r.user.options()); err != nil {
 		return err
 	}
@@ -384,12 +289,6 @@ func (r *hostRun) base(ctx context.Context) error {
 	return err
 }
 
-// jobs runs the jobs, and sees to it that no worker stays when the half that does so is killed.
-func (r *hostRun) jobs(ctx context.Context) (jobReport, error) {
-	r.defers(func() error { return r.sweep(context.WithoutCancel(ctx)) })
-	return r.unprivileged(ctx, r.req)
-}
-
 // withoutSecrets is an environment for processes of the runtime user, whose environment every other one of them may read.
 func withoutSecrets(environ, secrets []string) []string {
 	return slices.DeleteFunc(slices.Clone(environ), func(line string) bool {
@@ -398,8 +297,8 @@ func withoutSecrets(environ, secrets []string) []string {
 	})
 }
 
-// unprivileged starts the unprivileged half and waits for its report.
-func (r *hostRun) unprivileged(ctx context.Context, req jobRequest) (jobReport, error) {
+// unprivileged starts the unprivileged half as the user, and waits for its report.
+func (r *hostRun) unprivileged(ctx context.Context, user runtimeUser, req jobRequest) (jobReport, error) {
 	var rep jobReport
 	request, toChild, err := os.Pipe()
 	if err != nil {
@@ -414,9 +313,9 @@ func (r *hostRun) unprivileged(ctx context.Context, req jobRequest) (jobReport, 
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{request, report} // requestFD, reportFD
 	cmd.Dir = "/"
-	cmd.Env = append(withoutSecrets(os.Environ(), r.secrets), "HOME="+r.plan.Paths.State, "TMPDIR="+os.TempDir())
+	cmd.Env = append(append(withoutSecrets(os.Environ(), r.secrets), "HOME="+r.plan.Paths.State, "TMPDIR="+os.TempDir()), r.tunEnviron()...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Credential: r.user.credential(),
+		Credential: user.credential(),
 		// A root half that is killed must not leave workers behind that nobody takes down.
 		Pdeathsig: syscall.SIGTERM,
 	}
@@ -427,7 +326,7 @@ func (r *hostRun) unprivileged(ctx context.Context, req jobRequest) (jobReport, 
 	report.Close()
 	if err != nil {
 		toChild.Close()
-		return rep, fmt.Errorf("start the unprivileged half as uid %d: %w", r.user.UID, err)
+		return rep, fmt.Errorf("start the unprivileged half as uid %d: %w", user.UID, err)
 	}
 	sent := json.NewEncoder(toChild).Encode(req)
 	toChild.Close()

@@ -12,18 +12,19 @@ import (
 	"gitlab.com/gitlab-org/fleeting/fleeting/provider"
 
 	"github.com/fleetingd/fleetingd/appliance/fleet"
+	"github.com/fleetingd/fleetingd/appliance/plan"
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
 // sweepTimeout is how long the workers of a run that was killed may take to be removed.
 const sweepTimeout = time.Minute
 
-// sweep removes what workers of the pool are left, and prebuilds' VMs: those of a run whose unprivileged half was killed.
-// Where there are some, another unprivileged half does it. Root must not: the plan's copy, the records, the clones and
-// their consoles all lie in folders of the runtime user, who could have root start another program and write other files.
-func (r *hostRun) sweep(ctx context.Context) error {
+// sweep removes the workers that are left of a run's pool, and prebuilds' VMs: those of a run whose unprivileged half was killed.
+// If there are some, another unprivileged half does it. Root must not: the records, the clones and their consoles lie in folders of the
+// runtime user, who could have root write other files.
+func (r *hostRun) sweep(ctx context.Context, user runtimeUser, p *plan.Plan, req jobRequest) error {
 	var left []string
-	for _, pattern := range []string{filepath.Join(r.plan.Paths.Workers, r.pool.Name, "*.json*"), filepath.Join(r.plan.Paths.Run, "prebuild-*")} {
+	for _, pattern := range []string{filepath.Join(p.Paths.Workers, req.Pool, "*.json*"), filepath.Join(p.Paths.Run, "prebuild-*")} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			return err
@@ -35,7 +36,7 @@ func (r *hostRun) sweep(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*sweepTimeout)
 	defer cancel()
-	rep, err := r.unprivileged(ctx, jobRequest{Plan: r.req.Plan, Pool: r.pool.Name, Sweep: true})
+	rep, err := r.unprivileged(ctx, user, req)
 	if err == nil && rep.Error != "" {
 		err = errors.New(rep.Error)
 	}
@@ -64,7 +65,7 @@ func sweepPool(ctx context.Context, req jobRequest) (err error) {
 	if err != nil {
 		return err
 	}
-	g := fleet.New(fleet.Options{Version: version, Driver: vm.Open})
+	g := fleet.New(fleet.Options{Version: version, Driver: vm.Open, OnlyRemove: true})
 	if err := json.Unmarshal(config, g); err != nil {
 		return err
 	}

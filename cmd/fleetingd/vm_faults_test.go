@@ -246,14 +246,18 @@ func TestSilentGuest(t *testing.T) {
 	}}
 	r.plan.Images[0].Prebuild = nil
 	r.plan.Pools[0].StartTimeout = plan.Duration(40 * time.Second)
-	text, err := r.plan.JSON()
+	own, err := ownPlan(r.plan, r.own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := own.JSON()
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(r.req.Plan, text, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	config, err := json.Marshal(map[string]string{"plan": r.req.Plan, "pool": "small"})
+	config, err := json.Marshal(map[string]string{"plan": r.req.Plan, "pool": r.req.Pool})
 	if err != nil {
 		t.Fatal(err)
 	}

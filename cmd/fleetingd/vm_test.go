@@ -180,15 +180,6 @@ func (l *lab) hostUp(spec string) *hostRun {
 	if err := l.within(func() error { return r.network(l.t.Context()) }); err != nil {
 		l.t.Fatal(err)
 	}
-	r.defers(func() error {
-		left, err := filepath.Glob(filepath.Join(r.plan.Paths.Workers, r.req.Pool, "*.json"))
-		if err != nil || len(left) == 0 {
-			return err
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), sweepTimeout)
-		defer cancel()
-		return sweepPool(ctx, r.req)
-	})
 	return r
 }
 
@@ -197,7 +188,7 @@ func (l *lab) imagesUp(spec string) *hostRun {
 	t := l.t
 	t.Helper()
 	p := compileTestSpec(t, spec)
-	r := &hostRun{plan: p, pool: &p.Pools[0], view: &view{}}
+	r := &hostRun{plan: p, pool: &p.Pools[0], view: &view{}, req: jobRequest{Instances: p.Pools[0].MaxInstances}}
 	t.Cleanup(func() {
 		if err := l.within(r.unwind); err != nil {
 			t.Error(err)
@@ -209,7 +200,7 @@ func (l *lab) imagesUp(spec string) *hostRun {
 	}
 	ctx := t.Context()
 	for _, up := range []func() error{
-		func() error { return r.lock(ctx) },
+		func() error { return r.join(ctx) },
 		func() error { return r.folders(ctx) },
 		func() error { return r.disks(ctx) },
 		func() error { return r.base(ctx) }, // the package mirror is outside of the namespace
@@ -218,7 +209,6 @@ func (l *lab) imagesUp(spec string) *hostRun {
 			t.Fatal(err)
 		}
 	}
-	r.req.Pool = "small"
 	return r
 }
 
@@ -405,7 +395,7 @@ func TestUpstreamProvisioning(t *testing.T) {
 	}
 	l := newLab(t)
 	r := l.hostUp(l.spec)
-	config, err := json.Marshal(map[string]string{"plan": r.req.Plan, "pool": "small"})
+	config, err := json.Marshal(map[string]string{"plan": r.req.Plan, "pool": r.req.Pool})
 	if err != nil {
 		t.Fatal(err)
 	}
