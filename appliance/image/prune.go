@@ -50,10 +50,10 @@ func (s *Store) List(ctx context.Context) ([]Item, error) {
 	return items, nil
 }
 
-// Prune removes images that no spec of the Plan uses and that are not in use, and the remains of interrupted builds. It returns the digests
-// of the images that it removed. A clone does not need its sealed image any more, so inUse only matters for images that a VM is about to
-// boot from. While an image of the Plan is being built, Prune removes nothing: the result of a build is not known to be current before the
-// build is done.
+// Prune removes images that no spec of the Plan uses and that are not in use, and the remains of interrupted builds and downloads. It
+// returns the digests of the images that it removed. A clone does not need its sealed image any more, so inUse only matters for images that
+// a VM is about to boot from. While an image of the Plan is being built, Prune removes nothing: the result of a build is not known to be
+// current before the build is done.
 func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (removed []string, err error) {
 	if err := s.own(); err != nil {
 		return nil, err
@@ -62,10 +62,40 @@ func (s *Store) Prune(ctx context.Context, inUse func(digest string) bool) (remo
 	if err != nil {
 		return nil, err
 	}
-	return s.shelf.pruneAll(specs, func() func(string) bool {
+	removed, err = s.shelf.pruneAll(specs, func() func(string) bool {
 		current := s.current(specs)
 		return func(digest string) bool { return current[digest] || inUse != nil && inUse(digest) }
 	})
+	return removed, errors.Join(err, s.pruneDownloads(specs))
+}
+
+// maxDownloadAge is how long an unfinished download is kept to be resumed.
+const maxDownloadAge = 7 * 24 * time.Hour
+
+// pruneDownloads removes downloads that nobody has resumed, such as those of a source that the Plan no longer has.
+func (s *Store) pruneDownloads(specs map[string]string) (err error) {
+	unlock, err := s.shelf.quiet(specs)
+	if errors.Is(err, state.ErrLocked) {
+		return nil // pruneAll has logged it
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	entries, err := os.ReadDir(s.plan.Paths.Cache)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		fi, err := e.Info()
+		if err != nil || !strings.HasPrefix(e.Name(), downloadPrefix) || time.Since(fi.ModTime()) < maxDownloadAge {
+			continue
+		}
+		name, _, _ := strings.Cut(e.Name(), ".") // of the download that .part and .part.validator belong to
+		errs = append(errs, s.shelf.unlessLocked(name, filepath.Join(s.plan.Paths.Cache, e.Name())))
+	}
+	return errors.Join(errs...)
 }
 
 // pruneAll removes the images that keep does not accept. It calls keep only once no builder of these specs is at work; if one is, it

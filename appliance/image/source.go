@@ -260,8 +260,10 @@ func (s *Store) fetch(ctx context.Context, name string, p part, limit int64) (di
 
 // cached returns where a part's download lies until its base is built.
 func (s *Store) cached(p part) string {
-	return filepath.Join(s.plan.Paths.Cache, "download-"+sha256Hex([]byte(p.at))[:32])
+	return filepath.Join(s.plan.Paths.Cache, downloadPrefix+sha256Hex([]byte(p.at))[:32])
 }
+
+const downloadPrefix = "download-"
 
 // collect puts a source's parts into a draft. It fetches and verifies them, and makes the disk raw.
 func (s *Store) collect(ctx context.Context, name string, f *files, d *draft) error {

@@ -461,6 +461,32 @@ func TestRefreshWithoutAnswer(t *testing.T) {
 	wantError(t, err, "SHA256SUMS", "no route to host", "tried 3 times")
 }
 
+// Prune removes downloads that were not resumed for a week, and no others.
+func TestPruneDownloads(t *testing.T) {
+	l, _ := webLab(t)
+	l.ensure()
+	cache := l.plan.Paths.Cache
+	week := time.Now().Add(-8 * 24 * time.Hour)
+	for name, then := range map[string]time.Time{
+		"download-0.part": week, "download-0.part.validator": week, "download-1": week, "download-2.part": week, "download-3.part": time.Now(),
+		"sha512-0": week,
+	} {
+		path := filepath.Join(cache, name)
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, then, then)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lock, err := l.shelf.lock(t.Context(), "download-2") // another process resumes it now
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Unlock()
+	if _, err := l.Prune(t.Context(), nil); err != nil {
+		t.Error(err)
+	}
+	wantOnly(t, cache, "download-2.part", "download-3.part", "sha512-0")
+}
+
 // TestCheckAge: a source may be silent for a while, but not for ever without notice.
 func TestCheckAge(t *testing.T) {
 	l, _ := webLab(t)
