@@ -72,7 +72,7 @@ image "ubuntu" {
   }
   # or:  url    { disk = "https://…" kernel = "https://…" initrd = "…" sha256 = "…" }
   # or:  file   { disk = "/srv/golden.qcow2" kernel = "…" initrd = "…" }
-  # or:  debian { suite = "trixie" mirror = "https://…" packages = ["git"] }  # built from a package mirror: air-gapped sites
+  # or:  debian { suite = "trixie" mirror = "https://…" security_mirror = "https://…" packages = ["git"] }  # built from a package mirror: air-gapped sites
 
   prebuild { # (optional) what every worker starts with
     packages = ["git", "build-essential", "podman"]
