@@ -200,6 +200,9 @@ func (e *estimator) call(expr *hclsyntax.FunctionCallExpr, names bindings) exten
 	case "distinct":
 		return extent{sum.items, sum.items*sum.items + sum.size}
 	case "file":
+		if len(expr.Args) == 1 && e.absolute(expr.Args[0]) {
+			return extent{1, maxToken}
+		}
 		return extent{1, maxFile}
 	case "env":
 		return extent{1, 4096}
@@ -210,6 +213,20 @@ func (e *estimator) call(expr *hclsyntax.FunctionCallExpr, names bindings) exten
 	default:
 		return extent{sum.items, sum.size + 64}
 	}
+}
+
+// maxToken is more than the length of a token, which file() of an absolute path evaluates to.
+const maxToken = 64
+
+// absolute reports a path that is written out, at least its start, and absolute.
+func (e *estimator) absolute(path hclsyntax.Expression) bool {
+	switch path := path.(type) {
+	case *hclsyntax.TemplateExpr:
+		return len(path.Parts) > 0 && e.absolute(path.Parts[0])
+	case *hclsyntax.LiteralValueExpr:
+		return path.Val.Type() == cty.String && strings.HasPrefix(path.Val.AsString(), "/")
+	}
+	return false
 }
 
 func extentOfValue(v cty.Value) extent {

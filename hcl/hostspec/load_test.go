@@ -386,6 +386,32 @@ func TestDeepAndHuge(t *testing.T) {
 
 // TestManyJSONTokens: the guard's time grows with the file and not with its square. A third of a million strings, as a
 // generated file may have, take it some 100 ms; with the line of each of them found it was more than a minute.
+// TestManySecrets: a secret costs as much as the few bytes that stand for it.
+func TestManySecrets(t *testing.T) {
+	var env strings.Builder
+	const n = 500
+	for i := range n {
+		fmt.Fprintf(&env, "\"V%d=${file(\"/run/secrets/v%d\")}\",\n", i, i)
+	}
+	spec := strings.Replace(withRunner(`file("/run/secrets/token")`), "token =", "settings = { environment = [\n"+env.String()+"] }\ntoken =", 1)
+	res, diags := Load(Options{Path: "host.hcl", Source: []byte(spec)})
+	if diags.HasErrors() {
+		t.Fatal(diags)
+	}
+	got := 0
+	for range res.Host.Runners[0].Secrets() {
+		got++
+	}
+	if got != n+1 {
+		t.Errorf("%d secrets, want %d", got, n+1)
+	}
+	// What file() reads of the spec's own folder still counts.
+	src := strings.ReplaceAll(spec, `file("/run/secrets/v`, `file("v`)
+	if _, diags := Load(Options{Path: "host.hcl", Source: []byte(src)}); !strings.Contains(diags.Error(), "touch more than") {
+		t.Errorf("%v", diags)
+	}
+}
+
 func TestManyJSONTokens(t *testing.T) {
 	src := []byte(`{"locals": {"x": [` + strings.Repeat(`"",`, maxSource/3-10) + `""]}}`)
 	start := time.Now()
