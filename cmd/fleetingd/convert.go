@@ -182,13 +182,13 @@ func reportConverted(c *cli.Context, out string, o convert.Options, res *convert
 	say := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format+"\n", args...) }
 	say("%s: %s", o.SpecName, count(res.Runners, "runner"))
 	if res.Left > 0 {
-		say("%s of %s without a place in a spec; each is a comment that says why", count(res.Left, "setting"), o.Name)
+		say("%s of %s could not be carried over; comments in the spec say why", count(res.Left, "setting"), o.Name)
 	}
 	switch {
 	case o.SecretsDir != "":
 		say("%s in %s", count(len(res.Secrets), "secret"), o.SecretsDir)
 	case len(res.Secrets) > 0:
-		say("%s to put into %s, each into the file that the spec names", count(len(res.Secrets), "secret"), convert.DefaultSecretsDir)
+		say("Put %s into %s; the spec names a file for each.", count(len(res.Secrets), "secret"), convert.DefaultSecretsDir)
 	}
 	say("Read the comments, and check the pools' sizes. Then: fleetingd doctor %s", o.SpecName)
 }

@@ -119,9 +119,9 @@ func initSpec(f initFacts, a initAnswers) ([]byte, error) {
 	b.line("")
 	b.line("host %s {", hclText(hostspec.HostLabel(f.Name)))
 	if f.Egress != "" {
-		b.line("egress_interface = %s # this machine's default route leaves by it", hclText(f.Egress))
+		b.line("egress_interface = %s # the interface of this machine's default route", hclText(f.Egress))
 	} else {
-		b.line("egress_interface = %s # this machine has no default route: write the interface that workers' traffic leaves by", hclText("eno1"))
+		b.line("egress_interface = %s # this machine has no default route: write the interface for the workers' traffic", hclText("eno1"))
 	}
 	b.disks(f.Survey, size)
 	b.network(f, a)
@@ -131,7 +131,7 @@ func initSpec(f initFacts, a initAnswers) ([]byte, error) {
 	b.line("")
 	b.line("pool \"default\" {")
 	b.line("image = image.ubuntu")
-	b.line("cpus = %d # of %d; a host can run twice as many virtual ones", size.cpus, f.CPUs)
+	b.line("cpus = %d # of %d; two virtual CPUs for each real one", size.cpus, f.CPUs)
 	b.line("memory = %s # all workers fit in %.1f GiB, with room for the host", hclText(sizeText(size.memory)), float64(f.Memory)/gib)
 	b.line("disk = %s # sparse: it takes what jobs write", hclText(sizeText(size.disk)))
 	b.line("start = \"cold\"")
@@ -142,12 +142,12 @@ func initSpec(f initFacts, a initAnswers) ([]byte, error) {
 	b.line("runner \"default\" {")
 	b.line("pool = pool.default")
 	b.line("url = %s", hclText(a.url))
-	b.line("token = file(%s) # only read when config.toml is written; the spec, plans and logs never have it", hclText(a.tokenFile))
+	b.line("token = file(%s) # read when config.toml is written; never in the spec, a plan or a log", hclText(a.tokenFile))
 	b.line("executor = \"instance\" # jobs run in the VM's shell; \"docker-autoscaler\" runs each in a container there")
 	b.line("")
 	b.line("max_use_count = 1 # a fresh VM for each job")
 	b.line("policy {")
-	b.line("idle_count = %d # workers that wait for a job", max(1, min(a.workers/4, 4)))
+	b.line("idle_count = %d # ready for the next jobs", max(1, min(a.workers/4, 4)))
 	b.line("idle_time = \"10m\"")
 	b.line("}")
 	b.line("}")
@@ -179,7 +179,7 @@ func (b *specText) network(f initFacts, a initAnswers) {
 	b.line("")
 	b.line("network {")
 	if f.subnet.IsValid() {
-		b.line("subnet = %s # one address a worker; nothing on this machine has one of them", hclText(f.subnet.String()))
+		b.line("subnet = %s # one address per worker; unused on this machine", hclText(f.subnet.String()))
 	} else {
 		b.line("# No private network of the size is free on this machine. doctor says what is in the way.")
 		b.line("subnet = %s", hclText(netip.PrefixFrom(netrange.Workers.Addr(), initSubnetBits(a.workers)).Masked().String()))
@@ -223,7 +223,7 @@ func (b *specText) hypervisor(s host.Survey) {
 		b.line("}")
 	case s.CloudHypervisor == "" && s.QEMU != "":
 		b.line("")
-		b.line("hypervisor \"qemu\" { # it is installed; \"cloud-hypervisor\" starts workers faster")
+		b.line("hypervisor \"qemu\" { # installed here; \"cloud-hypervisor\" starts workers faster")
 		b.line("accel = \"kvm\"")
 		b.line("}")
 	}

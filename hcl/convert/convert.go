@@ -130,9 +130,9 @@ func (c *converter) drop(diags hcl.Diagnostics) (bool, error) {
 			c.dropped[tag.place] = d.Detail
 			again = true
 		case d.Severity == hcl.DiagError && tag.needed != "":
-			errs = append(errs, fmt.Errorf("%s: %s", tag.needed, d.Detail))
+			errs = append(errs, fmt.Errorf("%s: %s", tag.needed, mask(d.Detail)))
 		case d.Severity == hcl.DiagError:
-			errs = append(errs, fmt.Errorf("%s: %s", d.Summary, d.Detail))
+			errs = append(errs, fmt.Errorf("%s: %s", d.Summary, mask(d.Detail)))
 		}
 	}
 	if again {
@@ -171,13 +171,13 @@ func (c *converter) convert(doc map[string]any) error {
 }
 
 func (c *converter) header() {
-	c.out.note("Written by fleetingd convert from " + c.opts.Name + ". What has no place in a spec stands beside where it would be, in comments " +
-		"that begin with its table: read each of them, since jobs may need what it says.")
+	c.out.note("Written by fleetingd convert from " + c.opts.Name + ". Settings that a spec has no place for are in comments where they would be. " +
+		"Read each of them: jobs may depend on it.")
 	c.out.note("")
 	if c.opts.SecretsDir != "" {
-		c.out.note("The secrets are not in here. fleetingd convert has put each into the file that stands for it below, with mode 0600.")
+		c.out.note("It holds no secrets. fleetingd convert has written each one to the file named below, with mode 0600.")
 	} else {
-		c.out.note("The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For all of them at once:")
+		c.out.note("It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at once:")
 		c.out.line("#   fleetingd convert " + oneLine(c.opts.Name) + " --secrets-dir /etc/fleetingd/secrets -o " + oneLine(c.opts.SpecName))
 	}
 }

@@ -36,7 +36,7 @@ func TestErrors(t *testing.T) {
 		{"[[runners]]\ntoken = 12-CANARY\n", "config.toml:2: not valid TOML: "},
 		{"[[runners]]\ntoken = \"a\"\ntoken = \"b\"\n", "config.toml:3: not valid TOML: Key 'runners.token' has already been defined."},
 		{"[[runners]]\nexecutor = \"shell\"\n", "config.toml: [[runners]] 1: it has no url"},
-		{"[[runners]]\nname = \"x\"\nexecutor = \"kubernetes\"\n", `config.toml: no [[runners]] section (1) can become a runner here. The executor "kubernetes"`},
+		{"[[runners]]\nname = \"x\"\nexecutor = \"kubernetes\"\n", `config.toml: none of its [[runners]] sections can be converted. fleetingd cannot run jobs of the executor "kubernetes"`},
 		{strings.ReplaceAll(section(""), "https://", ""), `config.toml: [[runners]] 1 ("a"), url: "gitlab.example.com" is not a valid URL`},
 		{strings.ReplaceAll(section(""), "https://", "https://ci:CANARYpw@"), `config.toml: [[runners]] 1 ("a"), url: `},
 		{section("[runners.autoscaler.plugin_config]\nplan = \"/etc/fleetingd/plan.json\"\npool = \"a\"\n"), "its plugin_config names a plan, so fleetingd wrote this file"},
@@ -93,7 +93,7 @@ func TestSecrets(t *testing.T) {
 	if diff := cmp.Diff(want, res.Secrets); diff != "" {
 		t.Errorf("secrets (-want +got)\n%s", diff)
 	}
-	if !strings.Contains(string(res.Spec), "fleetingd convert has put each into the file") || strings.Contains(string(res.Spec), "--secrets-dir") {
+	if !strings.Contains(string(res.Spec), "fleetingd convert has written each one to the file") || strings.Contains(string(res.Spec), "--secrets-dir") {
 		t.Errorf("the spec does not say where its secrets are\n%s", res.Spec)
 	}
 	loaded, _ := hostspec.Load(hostspec.Options{Path: "host.hcl", Source: res.Spec})
@@ -131,6 +131,7 @@ func TestLooksSecret(t *testing.T) {
 		{`pre_build_script = "curl -u ci:CANARY https://example.com"`, true},
 		{`pre_build_script = "curl -H 'Authorization: Bearer CANARYCANARY' https://example.com"`, true},
 		{`pre_build_script = "echo -----BEGIN RSA PRIVATE KEY-----\nCANARY"`, true},
+		{`no_such_thing = "passwd: $6$CANARYsalt$CANARYhash"`, true},
 		{`no_such_secret = "CANARY"`, true},
 		{`no_such_credential = 4711`, true},
 		{`[runners.no_such_table]` + "\n" + `password = "CANARY"`, true},
@@ -152,6 +153,27 @@ func TestLooksSecret(t *testing.T) {
 		if shown == tt.secret {
 			t.Errorf("%s: secret %v, and the spec is\n%s", tt.line, tt.secret, res.Spec)
 		}
+	}
+}
+
+// TestManySecrets: a runner, or a file, can have any number of them.
+func TestManySecrets(t *testing.T) {
+	var env []string
+	for i := range 40 {
+		env = append(env, fmt.Sprintf("\"V%d_TOKEN=CANARY%d\"", i, i))
+	}
+	one := section("environment = [" + strings.Join(env, ", ") + "]\n")
+	_, next, _ := strings.Cut(one, "\n")
+	res, err := convert.Convert([]byte(one+strings.Repeat(next, 29)), options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	paths := map[string]bool{}
+	for _, s := range res.Secrets {
+		paths[s.Path] = true
+	}
+	if want := 30 * 41; len(paths) != want || res.Runners != 30 || strings.Contains(string(res.Spec), "CANARY") {
+		t.Errorf("%d secrets of %d, %d runners", len(paths), want, res.Runners)
 	}
 }
 
@@ -246,7 +268,7 @@ func FuzzConvert(f *testing.F) {
 		if err != nil {
 			f.Fatal(err)
 		}
-		for seed := range uint64(12) {
+		for seed := range uint64(6) {
 			f.Add(strings.ReplaceAll(string(src), "CANARY", canary), seed)
 		}
 	}

@@ -37,7 +37,7 @@ func (r *runner) readPredecessor() error {
 func diagError(diags hcl.Diagnostics) error {
 	var texts []string
 	for _, d := range diags {
-		texts = append(texts, strings.TrimSuffix(d.Detail, "."))
+		texts = append(texts, mask(strings.TrimSuffix(d.Detail, ".")))
 	}
 	return fmt.Errorf("%s", strings.Join(texts, "; "))
 }
@@ -51,8 +51,8 @@ func (c *converter) shareHost(runners []*runner) error {
 		case first == nil:
 			first = r
 		case p.EgressInterface != first.predecessor.EgressInterface:
-			return fmt.Errorf("%s has egress_interface %q and %s has %q; a host has one. Convert them apart", first.name(), first.predecessor.EgressInterface,
-				r.name(), p.EgressInterface)
+			return fmt.Errorf("%s has egress_interface %q and %s has %q; a host has one. Convert them apart", first.name(),
+				mask(first.predecessor.EgressInterface), r.name(), mask(p.EgressInterface))
 		default:
 			// They share one subnet and one folder here, which a comment says.
 			if p.StateDir != first.predecessor.StateDir {
@@ -85,7 +85,7 @@ func (c *converter) host(global *table, runners []*runner) {
 	case old != nil:
 		egress, why = old.predecessor.EgressInterface, ""
 	case egress == "":
-		egress, why = "eno1", "not known here: write the interface of the default route (ip route show default)"
+		egress, why = "eno1", "unknown: write the interface of the default route (ip route show default)"
 	}
 	t := tag{needed: "egress_interface"}
 	if old != nil {
@@ -140,7 +140,7 @@ func (c *converter) subnet(old *runner, runners []*runner) {
 	if free, ok := netrange.Free(bits, func(netip.Prefix) bool { return false }); ok {
 		c.out.line("")
 		c.out.line("network {")
-		c.out.line("subnet = " + literal(free.String()) + comment("an address for each worker"))
+		c.out.line("subnet = " + literal(free.String()) + comment("one address per worker"))
 		c.out.line("}")
 	}
 }
@@ -171,7 +171,7 @@ func (c *converter) global(t *table) {
 		c.out.line("}")
 	}
 	for _, key := range rest {
-		c.leave("", key, t.rest[key], "GitLab Runner does not know it.")
+		c.leave("", key, t.rest[key], "GitLab Runner has no such key.")
 	}
 }
 
@@ -284,7 +284,7 @@ func (c *converter) image(r *runner) {
 	c.out.line("run = [")
 	for n, cmd := range i.run {
 		if slices.Contains(i.secretRun, n) {
-			c.out.line(literal("sh "+secretStep(n)+" && rm "+secretStep(n)) + ", # it holds a secret")
+			c.out.line(literal("sh "+secretStep(n)+" && rm "+secretStep(n)) + ", # contains a secret")
 			continue
 		}
 		c.out.tagged(tag{needed: fmt.Sprintf("%s, command %d", r.name(), n+1)}, literal(cmd)+",")
@@ -321,7 +321,7 @@ func (c *converter) pool(r *runner) {
 	needed := func(key string) tag { return tag{needed: r.name() + ", " + key} }
 	from := s.from
 	if s.cpus == 0 || s.memory == 0 {
-		from = "the source does not say: write what a job needs"
+		from = "not in config.toml: set what jobs need"
 	}
 	if s.cpus == 0 {
 		s.cpus = defaultCPUs
@@ -331,7 +331,7 @@ func (c *converter) pool(r *runner) {
 	}
 	diskFrom := s.diskFrom
 	if s.disk == 0 {
-		s.disk, diskFrom = defaultDisk, "the source does not say: write what a job needs"
+		s.disk, diskFrom = defaultDisk, "not in config.toml: set what jobs need"
 	}
 	c.out.line("")
 	c.out.line("pool " + literal(r.label) + " {")
@@ -351,9 +351,9 @@ func (c *converter) pool(r *runner) {
 	switch plugin := r.plugin.rest; {
 	case len(plugin) == 0:
 	case r.predecessor != nil:
-		c.leave("[runners.autoscaler.plugin_config]", "", plugin, "The predecessor's plugin does not know it.")
+		c.leave("[runners.autoscaler.plugin_config]", "", plugin, "The predecessor's plugin has no such key.")
 	default:
-		c.leave("[runners.autoscaler.plugin_config]", "", plugin, "It is for another plugin, which starts machines elsewhere.")
+		c.leave("[runners.autoscaler.plugin_config]", "", plugin, "This configures another plugin.")
 	}
 	c.out.line("}")
 }

@@ -81,10 +81,10 @@ func machinePolicy(at place, section map[string]any) *policy {
 	if seconds, ok := t.number("IdleTime"); ok && seconds >= 0 && seconds < 1<<31 {
 		p.add("idle_time", literal(time.Duration(seconds)*time.Second), at.to("IdleTime"))
 	} else if ok {
-		p.without("IdleTime", "It is not a number of seconds that a worker can wait.")
+		p.without("IdleTime", "IdleTime must be a number of seconds, 0 or more.")
 	}
 	for _, key := range t.keys() {
-		p.without(key, "GitLab Runner does not know it here, or not with such a value.")
+		p.without(key, "GitLab Runner has no such key here, or not with this value.")
 	}
 	return p
 }
@@ -131,11 +131,11 @@ func cronPeriod(period string) string {
 
 // machineReasons are about the keys of [runners.machine] that have no place in a spec.
 var machineReasons = map[string]string{
-	"MachineDriver":          "Workers are VMs on this host; no cloud is asked for machines.",
+	"MachineDriver":          "Workers are VMs on this host; no cloud is involved.",
 	"MachineName":            "Workers are named after their pool.",
-	"MaxGrowthRate":          "Workers are cloned on this host, all at once if need be. autoscaler = { scale_throttle = { limit = …, burst = … } } in the runner's settings slows that down.",
-	"MachineOptionsWithName": "Workers are VMs on this host; their names are made from the pool's.",
-	"MaxBuilds":              "It is not a number of jobs.",
+	"MaxGrowthRate":          "Workers are cloned on this host, as many at once as needed. To slow that down, write autoscaler = { scale_throttle = { limit = …, burst = … } } in settings.",
+	"MachineOptionsWithName": "Workers are VMs on this host, named after their pool.",
+	"MaxBuilds":              "MaxBuilds must be a whole number.",
 }
 
 // machineComments writes what is left of [runners.machine].
@@ -151,9 +151,9 @@ func (c *converter) machineComments(r *runner) {
 		case r.was != "docker+machine" && r.was != "docker-ssh+machine":
 			why = "The executor " + r.was + " does not use it."
 		case strings.HasPrefix(key, "OffPeak"):
-			why = "GitLab Runner does not use it, or not with such a value."
+			why = "GitLab Runner ignores it, or this value."
 		case why == "":
-			why = "GitLab Runner does not know it there."
+			why = "GitLab Runner has no such key there."
 		}
 		c.leave(t.at.to(key).table(), key, v, why)
 	}
@@ -189,20 +189,20 @@ var standIns = []struct {
 }{
 	{[]string{"engine-registry-mirror", "engine-insecure-registry"}, "/etc/docker/daemon.json in the image's prebuild"},
 	{[]string{"engine-install-url"}, "the package docker.io in the image's prebuild"},
-	{[]string{"engine-env", "engine-opt", "engine-label", "engine-storage"}, "nothing yet: write it to /etc/docker/daemon.json in the image's prebuild"},
+	{[]string{"engine-env", "engine-opt", "engine-label", "engine-storage"}, "not converted: write it to /etc/docker/daemon.json in the image's prebuild"},
 	{[]string{"swarm"}, "nothing: workers form no swarm"},
 	{[]string{"disk", "root", "volume", "ebs", "device-name"}, "disk of the pool; all disks are on this host"},
 	{[]string{"instance-type", "machine-type", "server-type", "flavor", "size", "cpu", "memory"}, "cpus and memory of the pool"},
 	{[]string{"userdata", "user-data", "boot2docker", "additional-key"}, "run, packages and file in the image's prebuild"},
 	{[]string{"ssh", "keypair", "key-pair", "keypath", "private-key-file", "use-existing-key"}, "nothing: each worker has an SSH key of its own, and the user of its image"},
 	{[]string{"secret", "access-key", "token", "password", "credential", "api-key", "auth", "project", "scopes", "service-account", "iam", "tenant",
-		"domain", "subscription", "client-id", "username", "user-id", "subscription", "identity"}, "nothing: no cloud is asked for machines"},
+		"domain", "subscription", "client-id", "username", "user-id", "subscription", "identity"}, "nothing: no cloud is involved"},
 	{[]string{"ami", "image", "os", "template"}, "the image block"},
 	{[]string{"security-group", "sec-groups", "open-port", "firewall"}, "egress blocks in network; nothing reaches a worker from outside"},
 	{[]string{"spot", "preemptible", "price", "block-duration", "billing"}, "nothing: a worker costs no money"},
 	{[]string{"region", "zone", "vpc", "subnet", "network", "net-", "private", "internal", "public", "ip-", "endpoint", "location", "placement", "availability"},
 		"nothing: workers are on this host, in the subnet of network"},
-	{[]string{"tag", "label", "name", "monitoring", "backups", "timeout", "retries", "backoff", "metadata"}, "nothing: it is about machines of a cloud"},
+	{[]string{"tag", "label", "name", "monitoring", "backups", "timeout", "retries", "backoff", "metadata"}, "nothing: it only concerns cloud machines"},
 }
 
 func standIn(key, value string, _ bool) string {

@@ -57,7 +57,7 @@ type policyAttr struct {
 // name is the runner in an error.
 func (r *runner) name() string {
 	if name, ok := r.all["name"].(string); ok && name != "" {
-		return fmt.Sprintf("[[runners]] %d (%q)", r.index+1, name)
+		return fmt.Sprintf("[[runners]] %d (%q)", r.index+1, mask(name))
 	}
 	return fmt.Sprintf("[[runners]] %d", r.index+1)
 }
@@ -66,10 +66,10 @@ func (r *runner) name() string {
 var executors = map[string]struct{ becomes, note string }{
 	"instance":           {"instance", ""},
 	"docker-autoscaler":  {"docker-autoscaler", ""},
-	"docker+machine":     {"docker-autoscaler", "It takes the place of docker+machine: each job is a container in a VM of this host."},
-	"docker-ssh+machine": {"docker-autoscaler", "It takes the place of docker-ssh+machine: each job is a container in a VM of this host."},
-	"docker":             {"docker-autoscaler", "It takes the place of docker: the container of each job now runs in a VM of its own."},
-	"shell":              {"instance", "It takes the place of shell: jobs run in a VM's shell and find there what its image has, not what the host has."},
+	"docker+machine":     {"docker-autoscaler", "Replaces docker+machine: each job runs in a container, in a VM on this host."},
+	"docker-ssh+machine": {"docker-autoscaler", "Replaces docker-ssh+machine: each job runs in a container, in a VM on this host."},
+	"docker":             {"docker-autoscaler", "Replaces docker: the container of each job now runs in a VM."},
+	"shell":              {"instance", "Replaces shell: jobs run in the shell of a VM, and find the programs of its image instead of the host's."},
 }
 
 // readRunners takes the [[runners]] sections apart.
@@ -96,7 +96,7 @@ func (c *converter) readRunners(global *table) ([]*runner, error) {
 		}
 	}
 	if convertible == 0 && len(errs) == 0 {
-		return nil, fmt.Errorf("no [[runners]] section (%d) can become a runner here. %s", len(runners), runners[0].cannot)
+		return nil, fmt.Errorf("none of its [[runners]] sections can be converted. %s", runners[0].cannot)
 	}
 	return runners, errors.Join(errs...)
 }
@@ -105,7 +105,7 @@ func (c *converter) readRunner(r *runner, concurrent int64) error {
 	r.was = r.t.text("executor")
 	e, ok := executors[r.was]
 	if !ok {
-		r.cannot = fmt.Sprintf("The executor %q does not run jobs in VMs of this host. Keep this section in a GitLab Runner of its own.", r.was)
+		r.cannot = fmt.Sprintf("fleetingd cannot run jobs of the executor %q. Keep this section in a separate GitLab Runner.", mask(r.was))
 		return nil
 	}
 	r.executor = e.becomes
@@ -118,7 +118,7 @@ func (c *converter) readRunner(r *runner, concurrent int64) error {
 	r.autoscaler = r.t.sub("autoscaler")
 	r.plugin = r.autoscaler.sub("plugin_config")
 	if _, ok := r.plugin.rest["plan"]; ok {
-		return errors.New("its plugin_config names a plan, so fleetingd wrote this file from a host.hcl; change that one")
+		return errors.New("its plugin_config names a plan, so fleetingd wrote this file from a host.hcl; change that file")
 	}
 	if err := r.readPredecessor(); err != nil {
 		return err
@@ -173,7 +173,7 @@ func (r *runner) readNumbers(concurrent int64) {
 		r.maxInstances, what = n, "max_instances"
 	}
 	if r.maxInstances > mostInstances {
-		r.maxInstancesNote = fmt.Sprintf("the source's %s would allow %d", what, r.maxInstances)
+		r.maxInstancesNote = fmt.Sprintf("%s in config.toml would allow %d", what, r.maxInstances)
 		r.maxInstances = mostInstances
 	}
 	if limit > 0 && limit != r.maxInstances*r.capacity {
@@ -190,7 +190,7 @@ func (r *runner) readNumbers(concurrent int64) {
 		r.maxUse = 1
 	}
 	if r.maxUse == 0 {
-		r.maxUseNote = "no limit, as in the source; 1 gives each job a fresh VM"
+		r.maxUseNote = "no limit, as in config.toml; 1 gives each job a fresh VM"
 	}
 }
 
@@ -248,7 +248,7 @@ func (r *runner) readPolicies() {
 					continue
 				}
 			}
-			p.without(key, "GitLab Runner does not know it in a policy, or not with such a value.")
+			p.without(key, "GitLab Runner has no such key in a policy, or not with this value.")
 		}
 		r.policies = append(r.policies, p)
 	}
@@ -314,14 +314,14 @@ func (c *converter) runner(r *runner) {
 	needed := func(key string) tag { return tag{needed: r.name() + ", " + key} }
 	c.out.line("")
 	if name, _ := r.all["name"].(string); name != "" && name != r.label {
-		c.out.note("The source calls it " + strconv.Quote(name) + ".")
+		c.out.note("Called " + strconv.Quote(name) + " in config.toml.")
 	}
 	c.out.line("runner " + literal(r.label) + " {")
 	c.out.line("pool = pool." + r.label)
 	c.out.tagged(needed("url"), "url = "+literal(r.url))
 	token := "token = " + c.secret("token", r.token)
 	if r.token == "" {
-		token += " # the source has none"
+		token += " # config.toml has no token"
 	}
 	c.out.tagged(needed("token"), token)
 	if note := executors[r.was].note; note != "" {
@@ -410,12 +410,12 @@ func (c *converter) autoscalerSettings(r *runner, settings map[string]any) {
 		}
 	}
 	if v := t.text("plugin"); v != "" && r.predecessor == nil {
-		c.leave("[runners.autoscaler]", "plugin", v, "fleetingd is the plugin, so the workers are VMs on this host.")
+		c.leave("[runners.autoscaler]", "plugin", v, "fleetingd is the plugin here: workers are VMs on this host.")
 	}
 	if v, ok := t.rest["instance_ready_command"].(string); ok && (v == "" || strings.HasPrefix(v, "cloud-init status --wait")) {
-		leave(t, "instance_ready_command", "A worker counts as running only once it is ready.")
+		leave(t, "instance_ready_command", "Not needed: a worker counts as running only once it is ready.")
 	}
-	leave(t, "vm_isolation", "Each job has a VM already.")
+	leave(t, "vm_isolation", "Not needed: each job already has its own VM.")
 	connector := t.sub("connector_config")
 	own := map[string]any{"os": "linux", "protocol": "ssh", "use_external_addr": false, "username": "ubuntu", "protocol_port": int64(22)}
 	carried := map[string]any{}
@@ -426,20 +426,20 @@ func (c *converter) autoscalerSettings(r *runner, settings map[string]any) {
 		case v == own[key] || v == "" || v == false || v == int64(0):
 		default:
 			c.leave("[runners.autoscaler.connector_config]", key, v,
-				"A worker is reached over SSH at its own address, as the user of its image and with a key of its own.")
+				"Workers are reached over SSH at their own address, as the image's user, each with its own key.")
 		}
 	}
 	for _, key := range []string{"token_obtained_at", "token_expires_at"} {
 		if v, ok := settings[key]; ok {
 			delete(settings, key)
-			c.leave("[[runners]]", key, v, "GitLab Runner notes it down itself when it renews a token.")
+			c.leave("[[runners]]", key, v, "GitLab Runner records this itself when it renews a token.")
 		}
 	}
 	if len(carried) > 0 {
 		t.rest["connector_config"] = carried
 	}
 	storage := t.sub("state_storage")
-	leave(storage, "dir", "fleetingd has a folder of its own for it.")
+	leave(storage, "dir", "fleetingd chooses this folder.")
 	if len(storage.rest) > 0 {
 		t.rest["state_storage"] = storage.rest
 	}

@@ -17,7 +17,7 @@ var separators = strings.NewReplacer("_", "", "-", "", " ", "", ".", "")
 
 // secretWords are in the names of what is secret, or close to it.
 var secretWords = []string{"token", "secret", "password", "passwd", "passphrase", "privatekey", "accesskey", "accountkey", "apikey", "credential",
-	"authconfig", "dsn", "bearer"}
+	"authconfig", "dsn", "bearer", "consumerkey", "applicationkey", "sharedkey"}
 
 // secretKey reports whether the values of a key are secrets: of a setting, of a variable or of a machine's option. The path of a file is
 // none.
@@ -45,6 +45,7 @@ var secretShapes = []*regexp.Regexp{
 	regexp.MustCompile(`(?i)(token|secret|passw(or)?d|api[_-]?key|access[_-]?key|private[_-]?key)(\s*=\s*["']?|["']\s*:\s*["']?|:\s+["']?)[^\s"'$&|;,)}*…]{3}[^\s"']*`),
 	regexp.MustCompile(`(?i)--(password|token|secret)[ =]["']?[^\s"'$-][^\s"']*`),
 	regexp.MustCompile(`(?i)\blogin\b[^\n]*\s-p[ =]?["']?[^\s"'$-][^\s"']*`),
+	regexp.MustCompile(`\$(1|5|6|y|gy|7|2[abxy]|argon2id?)\$[./A-Za-z0-9$=,]{8,}`), // crypt(5)
 	regexp.MustCompile(`(?i)\b(bearer|basic)\s+[A-Za-z0-9+/._~=-]{8,}`),
 	regexp.MustCompile(`"auth"\s*:\s*"[^"$]{4,}"`),
 	regexp.MustCompile(`\bcurl\b[^\n]*\s-u[ =]?["']?[^\s"'$:]+:[^\s"'$]+`),
@@ -170,9 +171,9 @@ func (c *converter) secret(name, value string) string {
 	return "file(" + literal(file) + ")"
 }
 
-// maskError is an error without the secrets that were found so far.
+// maskError is an error without the secrets that were found so far. What it quotes is masked already.
 func (c *converter) maskError(err error) error {
-	text := mask(err.Error())
+	text := err.Error()
 	for _, s := range c.secrets {
 		const shortest = 6 // a shorter one is in other words, too
 		if len(s.Value) >= shortest {

@@ -183,7 +183,7 @@ func (c *converter) attr(p place, key string, v any) {
 	case looksSecret(key):
 		c.leave(p.table(), key, v, "The key looks like a secret.")
 	case !expressible(v):
-		c.leave(p.table(), key, v, "A spec has no value of this type.")
+		c.leave(p.table(), key, v, "A spec cannot express a value of this type.")
 	default:
 		c.value(p, attrName(key)+" = ", v, "")
 	}
@@ -233,7 +233,7 @@ func (c *converter) list(p place, before string, list []any, after string) {
 		case c.isDropped(at):
 			c.leave(p.table(), p.key(), []any{v}, c.dropped[at.id()])
 		case !expressible(v):
-			c.leave(p.table(), p.key(), []any{v}, "A spec has no value of this type.")
+			c.leave(p.table(), p.key(), []any{v}, "A spec cannot express a value of this type.")
 		default:
 			c.value(at, "", v, ",")
 		}

@@ -4,14 +4,14 @@
 #   fleetingd doctor host.hcl # does this machine have what it needs?
 
 host "metal-01.example.com" {
-  egress_interface = "eno1" # this machine's default route leaves by it
+  egress_interface = "eno1" # the interface of this machine's default route
 
   disks {
     backing = "directory" # the file system of /var/lib/fleetingd can clone files
   }
 
   network {
-    subnet = "172.16.120.0/22" # one address a worker; nothing on this machine has one of them
+    subnet = "172.16.120.0/22" # one address per worker; unused on this machine
 
     # Workers reach the internet and nothing private, unless it is allowed here. GitLab is.
     egress "gitlab" {
@@ -41,7 +41,7 @@ image "ubuntu" {
 
 pool "default" {
   image  = image.ubuntu
-  cpus   = 4       # of 32; a host can run twice as many virtual ones
+  cpus   = 4       # of 32; two virtual CPUs for each real one
   memory = "7GiB"  # all workers fit in 128.0 GiB, with room for the host
   disk   = "40GiB" # sparse: it takes what jobs write
   start  = "cold"
@@ -52,12 +52,12 @@ pool "default" {
 runner "default" {
   pool     = pool.default
   url      = "http://gitlab.corp.example:8080"
-  token    = file("/etc/fleetingd/gitlab-token") # only read when config.toml is written; the spec, plans and logs never have it
+  token    = file("/etc/fleetingd/gitlab-token") # read when config.toml is written; never in the spec, a plan or a log
   executor = "instance"                          # jobs run in the VM's shell; "docker-autoscaler" runs each in a container there
 
   max_use_count = 1 # a fresh VM for each job
   policy {
-    idle_count = 4 # workers that wait for a job
+    idle_count = 4 # ready for the next jobs
     idle_time  = "10m"
   }
 }

@@ -4,7 +4,7 @@
 #   fleetingd doctor host.hcl # does this machine have what it needs?
 
 host "localhost" {
-  egress_interface = "eno1" # this machine's default route leaves by it
+  egress_interface = "eno1" # the interface of this machine's default route
 
   disks {
     # The file system of /var/lib/fleetingd cannot clone files, so clones live in an XFS image there.
@@ -13,7 +13,7 @@ host "localhost" {
   }
 
   network {
-    subnet = "172.16.120.0/22" # one address a worker; nothing on this machine has one of them
+    subnet = "172.16.120.0/22" # one address per worker; unused on this machine
   }
 }
 
@@ -36,7 +36,7 @@ image "ubuntu" {
 
 pool "default" {
   image  = image.ubuntu
-  cpus   = 2       # of 2; a host can run twice as many virtual ones
+  cpus   = 2       # of 2; two virtual CPUs for each real one
   memory = "2GiB"  # all workers fit in 6.0 GiB, with room for the host
   disk   = "24GiB" # sparse: it takes what jobs write
   start  = "cold"
@@ -47,12 +47,12 @@ pool "default" {
 runner "default" {
   pool     = pool.default
   url      = "https://gitlab.example.com"
-  token    = file("/etc/fleetingd/gitlab-token") # only read when config.toml is written; the spec, plans and logs never have it
+  token    = file("/etc/fleetingd/gitlab-token") # read when config.toml is written; never in the spec, a plan or a log
   executor = "instance"                          # jobs run in the VM's shell; "docker-autoscaler" runs each in a container there
 
   max_use_count = 1 # a fresh VM for each job
   policy {
-    idle_count = 1 # workers that wait for a job
+    idle_count = 1 # ready for the next jobs
     idle_time  = "10m"
   }
 }

@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -31,9 +31,9 @@ image "docker" {
 
 pool "docker-autoscaler-example" {
   image         = image.docker
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 10
   # [runners.autoscaler.plugin_config]
@@ -41,10 +41,10 @@ pool "docker-autoscaler-example" {
   #   credentials_file = "/home/user/.aws/credentials"
   #   name = "my-docker-asg"
   #   profile = "default"
-  #   -> It is for another plugin, which starts machines elsewhere.
+  #   -> This configures another plugin.
 }
 
-# The source calls it "docker autoscaler example".
+# Called "docker autoscaler example" in config.toml.
 runner "docker-autoscaler-example" {
   pool     = pool.docker-autoscaler-example
   url      = "https://gitlab.example.com"
@@ -59,15 +59,15 @@ runner "docker-autoscaler-example" {
     idle_time  = "20m"
   }
   # [runners.autoscaler] plugin = "aws:latest"
-  #   -> fleetingd is the plugin, so the workers are VMs on this host.
+  #   -> fleetingd is the plugin here: workers are VMs on this host.
   # [runners.autoscaler.connector_config] use_external_addr = true
-  #   -> A worker is reached over SSH at its own address, as the user of its image and with a key of its own.
+  #   -> Workers are reached over SSH at their own address, as the image's user, each with its own key.
   # [runners.autoscaler.connector_config] username = "ec2-user"
-  #   -> A worker is reached over SSH at its own address, as the user of its image and with a key of its own.
+  #   -> Workers are reached over SSH at their own address, as the image's user, each with its own key.
   # [[runners]] token_obtained_at = 2025-06-17T13:05:47Z
-  #   -> GitLab Runner notes it down itself when it renews a token.
+  #   -> GitLab Runner records this itself when it renews a token.
   # [[runners]] token_expires_at = 0001-01-01T00:00:00Z
-  #   -> GitLab Runner notes it down itself when it renews a token.
+  #   -> GitLab Runner records this itself when it renews a token.
 
   settings = {
     autoscaler = {

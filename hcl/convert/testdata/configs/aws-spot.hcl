@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -56,9 +56,9 @@ pool "eu-west-spot-runner-prod" {
   #   amazonec2-security-group=ci
   #     -> egress blocks in network; nothing reaches a worker from outside
   #   amazonec2-tags=Name,ci,Environment,prod, amazonec2-monitoring=true
-  #     -> nothing: it is about machines of a cloud
+  #     -> nothing: it only concerns cloud machines
   #   amazonec2-iam-instance-profile=ci, amazonec2-access-key=***, amazonec2-secret-key=***
-  #     -> nothing: no cloud is asked for machines
+  #     -> nothing: no cloud is involved
   #   amazonec2-root-size=50
   #     -> disk of the pool; all disks are on this host
   #   amazonec2-ami=ami-0123
@@ -68,20 +68,20 @@ pool "eu-west-spot-runner-prod" {
   #   engine-registry-mirror=https://mirror.example.com
   #     -> /etc/docker/daemon.json in the image's prebuild
   # [runners.machine] MachineDriver = "amazonec2"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "ci-%s"
   #   -> Workers are named after their pool.
   # [runners.machine] MaxGrowthRate = 5
-  #   -> Workers are cloned on this host, all at once if need be. autoscaler = { scale_throttle = { limit = …,
-  #      burst = … } } in the runner's settings slows that down.
+  #   -> Workers are cloned on this host, as many at once as needed. To slow that down, write autoscaler = {
+  #      scale_throttle = { limit = …, burst = … } } in settings.
 }
 
-# The source calls it "eu-west spot runner (prod)".
+# Called "eu-west spot runner (prod)" in config.toml.
 runner "eu-west-spot-runner-prod" {
   pool  = pool.eu-west-spot-runner-prod
   url   = "https://gitlab.example.com"
   token = file("/run/secrets/eu-west-spot-runner-prod-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1
@@ -106,9 +106,9 @@ runner "eu-west-spot-runner-prod" {
     idle_time  = "5m"
   }
   # [[runners]] token_obtained_at = 2025-06-17T13:05:47Z
-  #   -> GitLab Runner notes it down itself when it renews a token.
+  #   -> GitLab Runner records this itself when it renews a token.
   # [[runners]] token_expires_at = 0001-01-01T00:00:00Z
-  #   -> GitLab Runner notes it down itself when it renews a token.
+  #   -> GitLab Runner records this itself when it renews a token.
 
   # GitLab Runner has renamed pre_clone_script to pre_get_sources_script.
   settings = {

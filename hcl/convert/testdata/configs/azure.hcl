@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -31,13 +31,13 @@ pool "azure" {
   image         = image.docker
   cpus          = 4 # azure-size=Standard_D4s_v3
   memory        = "16GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 5
   # [runners.machine] MachineOptions, and what stands in for them:
   #   azure-subscription-id=00000000-0000-0000-0000-000000000002,
   #   azure-client-id=00000000-0000-0000-0000-000000000003, azure-client-secret=***
-  #     -> nothing: no cloud is asked for machines
+  #     -> nothing: no cloud is involved
   #   azure-location=westeurope, azure-subnet-prefix=10.0.0.0/24, azure-use-private-ip=true
   #     -> nothing: workers are on this host, in the subnet of network
   #   azure-size=Standard_D4s_v3
@@ -49,7 +49,7 @@ pool "azure" {
   #   azure-open-port=2376
   #     -> egress blocks in network; nothing reaches a worker from outside
   # [runners.machine] MachineDriver = "azure"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "azure-%s"
   #   -> Workers are named after their pool.
 }
@@ -58,7 +58,7 @@ runner "azure" {
   pool  = pool.azure
   url   = "https://gitlab.example.com"
   token = file("/run/secrets/azure-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1

@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -35,7 +35,7 @@ pool "autoscale" {
   image         = image.docker
   cpus          = 4 # digitalocean-size=s-4vcpu-8gb
   memory        = "8GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 6
   # [runners.machine] MachineOptions, and what stands in for them:
@@ -44,7 +44,7 @@ pool "autoscale" {
   #   digitalocean-ssh-user=root
   #     -> nothing: each worker has an SSH key of its own, and the user of its image
   #   digitalocean-access-token=***
-  #     -> nothing: no cloud is asked for machines
+  #     -> nothing: no cloud is involved
   #   digitalocean-region=fra1, digitalocean-private-networking
   #     -> nothing: workers are on this host, in the subnet of network
   #   digitalocean-size=s-4vcpu-8gb
@@ -52,7 +52,7 @@ pool "autoscale" {
   #   engine-registry-mirror=http://198.51.100.7:5000, engine-insecure-registry=198.51.100.7:5000
   #     -> /etc/docker/daemon.json in the image's prebuild
   # [runners.machine] MachineDriver = "digitalocean"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "ci-%s"
   #   -> Workers are named after their pool.
 }
@@ -61,7 +61,7 @@ runner "autoscale" {
   pool  = pool.autoscale
   url   = "https://git.example.org/ci"
   token = file("/run/secrets/autoscale-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1

@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -45,20 +45,20 @@ image "ubuntu" {
 
 pool "ci" {
   image         = image.docker
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
   disk          = "50GiB" # exoscale-disk-size=50
   start         = "cold"
   max_instances = 3
   # [runners.machine] MachineOptions, and what stands in for them:
   #   exoscale-api-key=***, exoscale-api-secret-key=***
-  #     -> nothing: no cloud is asked for machines
+  #     -> nothing: no cloud is involved
   #   exoscale-instance-profile=large
   #     -> nothing
   #   exoscale-disk-size=50
   #     -> disk of the pool; all disks are on this host
   # [runners.machine] MachineDriver = "exoscale"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "gitlab-ci-%s"
   #   -> Workers are named after their pool.
 }
@@ -67,11 +67,11 @@ runner "ci" {
   pool  = pool.ci
   url   = "http://gitlab.internal:8080/"
   token = file("/run/secrets/ci-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1
-  max_use_count         = 0 # no limit, as in the source; 1 gives each job a fresh VM
+  max_use_count         = 0 # no limit, as in config.toml; 1 gives each job a fresh VM
 
   policy {
     idle_count = 1
@@ -98,9 +98,9 @@ runner "ci" {
 
 pool "plain" {
   image         = image.ubuntu
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 1
   # [runners.machine] IdleCount = 0
@@ -111,8 +111,7 @@ runner "plain" {
   pool  = pool.plain
   url   = "http://gitlab.internal:8080/"
   token = file("/run/secrets/plain-token")
-  # It takes the place of shell: jobs run in a VM's shell and find there what its image has, not what the host
-  # has.
+  # Replaces shell: jobs run in the shell of a VM, and find the programs of its image instead of the host's.
   executor = "instance"
 
   capacity_per_instance = 1

@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -35,16 +35,16 @@ image "ubuntu" {
 
 pool "gcp" {
   image         = image.ubuntu
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 8
   # [runners.autoscaler.plugin_config]
   #   name = "my-instance-group"
   #   project = "example"
   #   zone = "europe-west1-c"
-  #   -> It is for another plugin, which starts machines elsewhere.
+  #   -> This configures another plugin.
 }
 
 runner "gcp" {
@@ -63,11 +63,11 @@ runner "gcp" {
     scale_factor_limit = 20
   }
   # [runners.autoscaler] plugin = "googlecloud:latest"
-  #   -> fleetingd is the plugin, so the workers are VMs on this host.
+  #   -> fleetingd is the plugin here: workers are VMs on this host.
   # [runners.autoscaler.connector_config] key_path = "/root/.ssh/id"
-  #   -> A worker is reached over SSH at its own address, as the user of its image and with a key of its own.
+  #   -> Workers are reached over SSH at their own address, as the image's user, each with its own key.
   # [runners.autoscaler.connector_config] username = "runner"
-  #   -> A worker is reached over SSH at its own address, as the user of its image and with a key of its own.
+  #   -> Workers are reached over SSH at their own address, as the image's user, each with its own key.
 
   settings = {
     autoscaler = {

@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -36,27 +36,27 @@ pool "docker-auto-scale" {
   memory        = "4GiB"
   disk          = "25GiB" # google-disk-size=25
   start         = "cold"
-  max_instances = 1000 # the source's limit and concurrent would allow 2200
+  max_instances = 1000 # limit and concurrent in config.toml would allow 2200
   # [runners.machine] MachineOptions, and what stands in for them:
   #   google-project=example-ci, google-username=core,
   #   google-service-account=ci@example-ci.iam.gserviceaccount.com
-  #     -> nothing: no cloud is asked for machines
+  #     -> nothing: no cloud is involved
   #   google-disk-size=25, google-disk-type=pd-ssd
   #     -> disk of the pool; all disks are on this host
   #   google-machine-type=n1-standard-1
   #     -> cpus and memory of the pool
   #   google-tags=ci,shared, google-operation-backoff-initial-interval=2
-  #     -> nothing: it is about machines of a cloud
+  #     -> nothing: it only concerns cloud machines
   #   google-use-internal-ip, google-zone=us-east1-d
   #     -> nothing: workers are on this host, in the subnet of network
   #   google-preemptible=true
   #     -> nothing: a worker costs no money
   #   engine-opt=mtu=1460, engine-opt=ipv6
-  #     -> nothing yet: write it to /etc/docker/daemon.json in the image's prebuild
+  #     -> not converted: write it to /etc/docker/daemon.json in the image's prebuild
   #   google-machine-image=example-ci/global/images/ci
   #     -> the image block
   # [runners.machine] MachineDriver = "google"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "shared-%s"
   #   -> Workers are named after their pool.
 }
@@ -65,7 +65,7 @@ runner "docker-auto-scale" {
   pool  = pool.docker-auto-scale
   url   = "https://gitlab.com/"
   token = file("/run/secrets/docker-auto-scale-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1

@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -31,7 +31,7 @@ pool "hetzner-docker-autoscaler" {
   image         = image.docker
   cpus          = 8 # server-type=cpx42
   memory        = "16GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 5
   # [runners.autoscaler.plugin_config]
@@ -42,10 +42,10 @@ pool "hetzner-docker-autoscaler" {
   #   server_type = "cpx42"
   #   token = "***"
   #   user_data = "#cloud-config\npackage_update: true\npackages:\n  - docker-ce\nchpasswd: { list: \"root:x\", *** }\n"
-  #   -> It is for another plugin, which starts machines elsewhere.
+  #   -> This configures another plugin.
 }
 
-# The source calls it "hetzner docker autoscaler".
+# Called "hetzner docker autoscaler" in config.toml.
 runner "hetzner-docker-autoscaler" {
   pool     = pool.hetzner-docker-autoscaler
   url      = "https://gitlab.com"
@@ -53,7 +53,7 @@ runner "hetzner-docker-autoscaler" {
   executor = "docker-autoscaler"
 
   capacity_per_instance = 4
-  max_use_count         = 0 # no limit, as in the source; 1 gives each job a fresh VM
+  max_use_count         = 0 # no limit, as in config.toml; 1 gives each job a fresh VM
 
   policy {
     idle_count = 0
@@ -69,9 +69,9 @@ runner "hetzner-docker-autoscaler" {
     timezone   = "Europe/Berlin"
   }
   # [runners.autoscaler] plugin = "hetznercloud/fleeting-plugin-hetzner:latest"
-  #   -> fleetingd is the plugin, so the workers are VMs on this host.
+  #   -> fleetingd is the plugin here: workers are VMs on this host.
   # [runners.autoscaler.connector_config] use_external_addr = true
-  #   -> A worker is reached over SSH at its own address, as the user of its image and with a key of its own.
+  #   -> Workers are reached over SSH at their own address, as the image's user, each with its own key.
 
   settings = {
     autoscaler = {

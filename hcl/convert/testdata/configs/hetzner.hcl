@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -39,12 +39,12 @@ pool "hetzner-autoscale" {
   image         = image.docker
   cpus          = 8 # hetzner-server-type=cpx41
   memory        = "16GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 4
   # [runners.machine] MachineOptions, and what stands in for them:
   #   hetzner-api-token=$HETZNER_API_TOKEN
-  #     -> nothing: no cloud is asked for machines
+  #     -> nothing: no cloud is involved
   #   hetzner-image=ubuntu-24.04
   #     -> the image block
   #   hetzner-server-type=cpx41
@@ -54,7 +54,7 @@ pool "hetzner-autoscale" {
   #   engine-install-url=https://get.docker.com
   #     -> the package docker.io in the image's prebuild
   # [runners.machine] MachineDriver = "hetzner"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "runner-%s"
   #   -> Workers are named after their pool.
 }
@@ -63,11 +63,11 @@ runner "hetzner-autoscale" {
   pool  = pool.hetzner-autoscale
   url   = "https://gitlab.com/"
   token = file("/run/secrets/hetzner-autoscale-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1
-  max_use_count         = 0 # no limit, as in the source; 1 gives each job a fresh VM
+  max_use_count         = 0 # no limit, as in config.toml; 1 gives each job a fresh VM
 
   policy {
     idle_count = 0

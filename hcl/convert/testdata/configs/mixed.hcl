@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -49,9 +49,9 @@ image "ubuntu" {
 
 pool "builder" {
   image         = image.docker
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 4
 }
@@ -60,7 +60,7 @@ runner "builder" {
   pool  = pool.builder
   url   = "https://gitlab.example.com/"
   token = file("/run/secrets/builder-token")
-  # It takes the place of docker: the container of each job now runs in a VM of its own.
+  # Replaces docker: the container of each job now runs in a VM.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1
@@ -85,20 +85,19 @@ runner "builder" {
 
 pool "builder-2" {
   image         = image.ubuntu
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 8
 }
 
-# The source calls it "builder".
+# Called "builder" in config.toml.
 runner "builder-2" {
   pool  = pool.builder-2
   url   = "https://gitlab.example.com/"
   token = file("/run/secrets/builder-2-token")
-  # It takes the place of shell: jobs run in a VM's shell and find there what its image has, not what the host
-  # has.
+  # Replaces shell: jobs run in the shell of a VM, and find the programs of its image instead of the host's.
   executor = "instance"
 
   capacity_per_instance = 1
@@ -117,9 +116,9 @@ runner "builder-2" {
 
 pool "gr-ere-jobs-2" {
   image         = image.docker
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 2
   # [runners.machine] MachineOptions, and what stands in for them:
@@ -128,21 +127,21 @@ pool "gr-ere-jobs-2" {
   #   generic-ssh-user=root
   #     -> nothing: each worker has an SSH key of its own, and the user of its image
   # [runners.machine] MachineDriver = "generic"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "x-%s"
   #   -> Workers are named after their pool.
 }
 
-# The source calls it "Größere Jobs 2×".
+# Called "Größere Jobs 2×" in config.toml.
 runner "gr-ere-jobs-2" {
   pool  = pool.gr-ere-jobs-2
   url   = "https://gitlab.example.com/"
   token = file("/run/secrets/gr-ere-jobs-2-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1
-  max_use_count         = 0 # no limit, as in the source; 1 gives each job a fresh VM
+  max_use_count         = 0 # no limit, as in config.toml; 1 gives each job a fresh VM
 
   policy {
     idle_count = 0
@@ -168,5 +167,4 @@ runner "gr-ere-jobs-2" {
 #     namespace = "ci"
 #     [kubernetes.node_selector]
 #       node-role = "ci"
-#   -> The executor "kubernetes" does not run jobs in VMs of this host. Keep this section in a GitLab Runner
-#      of its own.
+#   -> fleetingd cannot run jobs of the executor "kubernetes". Keep this section in a separate GitLab Runner.

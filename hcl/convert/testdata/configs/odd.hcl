@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -34,36 +34,36 @@ image "docker" {
 
 pool "odd-name-if" {
   image         = image.docker
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 2
   # [runners.machine] IdleColour = "green"
-  #   -> GitLab Runner does not know it there.
+  #   -> GitLab Runner has no such key there.
   # [runners.machine] MachineDriver = "amazonec2"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "x-%s"
   #   -> Workers are named after their pool.
   # [runners.machine]
   #   [MachineOptions]
   #     amazonec2-instance-type = "m5.large"
   #     amazonec2-secret-key = "***"
-  #   -> GitLab Runner does not know it there.
+  #   -> GitLab Runner has no such key there.
   # [runners.machine] MaxBuilds = "ten"
-  #   -> It is not a number of jobs.
+  #   -> MaxBuilds must be a whole number.
 }
 
-# The source calls it "${odd} \"name\" %{ if }".
+# Called "${odd} \"name\" %{ if }" in config.toml.
 runner "odd-name-if" {
   pool  = pool.odd-name-if
   url   = "https://gitlab.example.com"
   token = file("/run/secrets/odd-name-if-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1
-  max_use_count         = 0 # no limit, as in the source; 1 gives each job a fresh VM
+  max_use_count         = 0 # no limit, as in config.toml; 1 gives each job a fresh VM
 
   policy {
     # [runners.machine] IdleCount = -1

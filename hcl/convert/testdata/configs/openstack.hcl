@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -32,14 +32,14 @@ pool "openstack" {
   image         = image.docker
   cpus          = 4 # openstack-flavor-name=m1.large
   memory        = "8GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 10
   # [runners.machine] MachineOptions, and what stands in for them:
   #   openstack-auth-url=https://openstack.example.edu:5000/v3, openstack-username=gitlab-runner,
   #   openstack-password=***, openstack-tenant-id=123456, openstack-domain-name=default,
   #   openstack-application-credential-secret=***
-  #     -> nothing: no cloud is asked for machines
+  #     -> nothing: no cloud is involved
   #   openstack-image-id=00000000-0000-0000-0000-000000000000
   #     -> the image block
   #   openstack-flavor-name=m1.large
@@ -53,23 +53,23 @@ pool "openstack" {
   #   openstack-user-data-file=/etc/gitlab-runner/ignition.json
   #     -> run, packages and file in the image's prebuild
   #   openstack-active-timeout=300
-  #     -> nothing: it is about machines of a cloud
+  #     -> nothing: it only concerns cloud machines
   #   engine-storage-driver=overlay2
-  #     -> nothing yet: write it to /etc/docker/daemon.json in the image's prebuild
+  #     -> not converted: write it to /etc/docker/daemon.json in the image's prebuild
   # [runners.machine] MachineDriver = "openstack"
-  #   -> Workers are VMs on this host; no cloud is asked for machines.
+  #   -> Workers are VMs on this host; no cloud is involved.
   # [runners.machine] MachineName = "auto-scale-%s"
   #   -> Workers are named after their pool.
   # [runners.machine] MaxGrowthRate = 2
-  #   -> Workers are cloned on this host, all at once if need be. autoscaler = { scale_throttle = { limit = …,
-  #      burst = … } } in the runner's settings slows that down.
+  #   -> Workers are cloned on this host, as many at once as needed. To slow that down, write autoscaler = {
+  #      scale_throttle = { limit = …, burst = … } } in settings.
 }
 
 runner "openstack" {
   pool  = pool.openstack
   url   = "https://gitlab.example.edu"
   token = file("/run/secrets/openstack-token")
-  # It takes the place of docker+machine: each job is a container in a VM of this host.
+  # Replaces docker+machine: each job runs in a container, in a VM on this host.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1

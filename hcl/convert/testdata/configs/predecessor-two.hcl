@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -33,7 +33,7 @@ image "ubuntu" {
       "DEBIAN_FRONTEND=noninteractive apt-get -y install gitlab-runner",
       "#!/bin/sh\ncurl -fsSL https://get.docker.com | sh",
       "#!/bin/sh\nusermod -aG docker ubuntu",
-      "sh /root/fleetingd-step-6 && rm /root/fleetingd-step-6", # it holds a secret
+      "sh /root/fleetingd-step-6 && rm /root/fleetingd-step-6", # contains a secret
     ]
     file "/root/fleetingd-step-6" { # read when the image is built; every job can read what the step leaves in the image
       content = file("/run/secrets/image-ubuntu-step-6")
@@ -91,11 +91,11 @@ runner "build" {
     timezone   = "Europe/Berlin"
   }
   # [runners.autoscaler] instance_ready_command = "cloud-init status --wait || test $? -eq 2"
-  #   -> A worker counts as running only once it is ready.
+  #   -> Not needed: a worker counts as running only once it is ready.
   # [runners.autoscaler.connector_config] use_external_addr = true
-  #   -> A worker is reached over SSH at its own address, as the user of its image and with a key of its own.
+  #   -> Workers are reached over SSH at their own address, as the image's user, each with its own key.
   # [runners.autoscaler.state_storage] dir = "/var/lib/gitlab-runner/state"
-  #   -> fleetingd has a folder of its own for it.
+  #   -> fleetingd chooses this folder.
 
   settings = {
     autoscaler = {

@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -60,7 +60,7 @@ runner "metal" {
     idle_count = 4
     idle_time  = "5m"
     # [runners.autoscaler.policy] preemtive_mode = true
-    #   -> GitLab Runner does not know it in a policy, or not with such a value.
+    #   -> GitLab Runner has no such key in a policy, or not with this value.
   }
 
   settings = {

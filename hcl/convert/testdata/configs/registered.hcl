@@ -1,8 +1,8 @@
-# Written by fleetingd convert from config.toml. What has no place in a spec stands beside where it would be,
-# in comments that begin with its table: read each of them, since jobs may need what it says.
+# Written by fleetingd convert from config.toml. Settings that a spec has no place for are in comments where
+# they would be. Read each of them: jobs may depend on it.
 #
-# The secrets are not in here. Put each into the file that stands for it below, readable by root alone. For
-# all of them at once:
+# It holds no secrets. Put each one into the file named below, readable by root only. To write all of them at
+# once:
 #   fleetingd convert config.toml --secrets-dir /etc/fleetingd/secrets -o host.hcl
 
 host "ci-01" {
@@ -35,27 +35,27 @@ image "docker" {
 
 pool "host-example-com" {
   image         = image.docker
-  cpus          = 2 # the source does not say: write what a job needs
+  cpus          = 2 # not in config.toml: set what jobs need
   memory        = "4GiB"
-  disk          = "30GiB" # the source does not say: write what a job needs
+  disk          = "30GiB" # not in config.toml: set what jobs need
   start         = "cold"
   max_instances = 1
 }
 
-# The source calls it "host.example.com".
+# Called "host.example.com" in config.toml.
 runner "host-example-com" {
   pool  = pool.host-example-com
   url   = "https://gitlab.com/"
   token = file("/run/secrets/host-example-com-token")
-  # It takes the place of docker: the container of each job now runs in a VM of its own.
+  # Replaces docker: the container of each job now runs in a VM.
   executor = "docker-autoscaler"
 
   capacity_per_instance = 1
   max_use_count         = 1
   # [[runners]] token_obtained_at = 2024-11-25T11:49:46Z
-  #   -> GitLab Runner notes it down itself when it renews a token.
+  #   -> GitLab Runner records this itself when it renews a token.
   # [[runners]] token_expires_at = 0001-01-01T00:00:00Z
-  #   -> GitLab Runner notes it down itself when it renews a token.
+  #   -> GitLab Runner records this itself when it renews a token.
 
   settings = {
     cache = {
