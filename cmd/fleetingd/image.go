@@ -33,8 +33,8 @@ func imageCommand() *cli.Command {
 			{
 				Name:  "prune",
 				Usage: "remove images that the plan does not use",
-				Description: "Removes images that no image of the plan stands for any more, and what builds that were cut off left.\n" +
-					"Workers that run keep their disks. As root it removes what root built, and as the plan's user the rest.",
+				Description: "Removes images that the plan does not use, and the remains of interrupted builds and downloads. Running workers keep their\n" +
+					"disks. As root it removes what root built; as the plan's user, everything else.",
 				Flags:  []cli.Flag{planFlag()},
 				Action: pruneImages,
 			},
