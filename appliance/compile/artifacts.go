@@ -15,7 +15,7 @@ import (
 
 // The paths of the artifacts on the host.
 const (
-	configPath = "/etc/gitlab-runner/config.toml"
+	configPath = plan.ConfigFolder + "/config.toml"
 	nftPath    = "/etc/nftables.d/fleetingd.nft"
 	unitDir    = "/etc/systemd/system"
 	sysctlPath = "/etc/sysctl.d/60-fleetingd.conf"
@@ -27,6 +27,8 @@ const (
 type values struct {
 	Host, User, Plan, Fleetingd  string
 	Config, ConfigDir, RunnerDir string
+	Account                      plan.Account
+	Folders                      []plan.Folder
 	Tmpfiles                     string
 	LastTAP                      string
 	Paths                        plan.Paths
@@ -54,7 +56,7 @@ func (c *compiler) artifacts() {
 	p.Sysctls = c.sysctls()
 	v := values{
 		Host: p.Host, User: p.User, Plan: plan.Path, Fleetingd: c.opts.bin("fleetingd"),
-		Config: configPath, ConfigDir: path.Dir(configPath), RunnerDir: c.runnerDir(),
+		Config: configPath, ConfigDir: plan.ConfigFolder, RunnerDir: p.RunnerFolder(), Account: p.Account(), Folders: p.Folders(),
 		Tmpfiles: tmpfiles, Paths: p.Paths, Sysctls: p.Sysctls,
 	}
 	if n := len(p.Slots); n > 0 {
@@ -78,9 +80,6 @@ func (c *compiler) artifacts() {
 		c.from(host, plan.KindUnit, "gitlab-runner.service")
 	}
 }
-
-// runnerDir returns the runner's home and working directory.
-func (c *compiler) runnerDir() string { return path.Join(c.plan.Paths.State, "runner") }
 
 // plainPath matches paths without a special meaning in a unit. hostspec checks state_dir.
 var plainPath = regexp.MustCompile(`^/[A-Za-z0-9_./+@:-]*$`)

@@ -163,7 +163,7 @@ func (c *compiler) autoscaler(r *hostspec.Runner, pool *plan.Pool) table {
 		"update_interval_when_expecting": updateIntervalWhenExpecting.String(),
 		// A restarted runner finds its idle workers again. It does not reuse a worker that had a job, because that job is lost.
 		"state_storage": table{
-			"enabled": true, "dir": path.Join(c.runnerDir(), "state"), "keep_instance_with_acquisitions": false,
+			"enabled": true, "dir": path.Join(c.plan.RunnerFolder(), "state"), "keep_instance_with_acquisitions": false,
 		},
 		// Restarting the runner, for example for an upgrade, keeps idle workers.
 		"delete_instances_on_shutdown": false,
