@@ -210,8 +210,19 @@ func TestFileReplaceFaults(t *testing.T) {
 		want:    State{"content": "new\n", "mode": "0600", "owner": "root", "group": "root"},
 		folders: []string{"."},
 	}
-	if !c.isChild(t) {
-		c.hurt(t, "TestFileReplaceFaults")
+	if c.isChild(t) {
+		return
+	}
+	c.hurt(t, "TestFileReplaceFaults")
+	// What a power cut would take, no test can: the file is flushed before it gets its name, and its folder after that.
+	var order []string
+	for _, call := range c.calls(t, "TestFileReplaceFaults") {
+		if call.name == "fsync" || strings.HasPrefix(call.name, "rename") {
+			order = append(order, call.name)
+		}
+	}
+	if diff := cmp.Diff([]string{"fsync", "renameat", "fsync"}, order); diff != "" {
+		t.Errorf("what is flushed when (-want +have)\n%s", diff)
 	}
 }
 

@@ -175,7 +175,7 @@ func (d *Packages) note(name string, with []string) error {
 	if err := readJSON(d.notes(), &n); err != nil {
 		return err
 	}
-	along := append(n.Along[name], with...) // after a crash, some of it is installed already
+	along := slices.Concat(n.Along[name], with) // after a crash, some of it is installed already
 	slices.Sort(along)
 	along = slices.DeleteFunc(slices.Compact(along), func(p string) bool { return p == name })
 	if n.Along == nil {

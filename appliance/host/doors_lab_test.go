@@ -5,12 +5,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/fleetingd/fleetingd/appliance/compile"
 	"github.com/fleetingd/fleetingd/appliance/hostlab"
 	needs "github.com/fleetingd/fleetingd/appliance/need"
+	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
 // inLab is set in the lab: there a test may do to the host what it must not do to the machine it is developed on.
@@ -41,7 +47,7 @@ func TestDoorsInLab(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := strings.Count(out, "--- PASS: TestLab"); n < 4 {
+	if n := strings.Count(out, "--- PASS: TestLab"); n < 6 {
 		t.Errorf("only %d tests ran", n)
 	}
 }
@@ -227,3 +233,133 @@ func TestLabAccounts(t *testing.T) {
 		}
 	}
 }
+
+// Packages of Debian's own mirror, on the host that runs.
+func TestLabPackages(t *testing.T) {
+	needsLab(t)
+	if !HasApt() {
+		t.Fatal("a Debian host has no apt")
+	}
+	list := func() string {
+		out, err := exec.Command("dpkg-query", "--show", "--showformat", `${Package} ${Version} ${db:Status-Status}\n`).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return string(out)
+	}
+	before := list()
+	d := NewPackages("/root/packages", nil, nil)
+	if s := readOne(t, d, "tmux"); s != nil {
+		t.Fatal("the lab has tmux by now; name another package here")
+	}
+	writeOne(t, d, "tmux", State{"installed": "yes"})
+	if out, err := exec.Command("tmux", "-V").CombinedOutput(); err != nil || !strings.HasPrefix(string(out), "tmux ") {
+		t.Errorf("%v: %s", err, out)
+	}
+	with := len(strings.Split(list(), "\n")) - len(strings.Split(before, "\n"))
+	writeOne(t, d, "tmux", nil)
+	if after := list(); after != before {
+		t.Errorf("dpkg's list changed:\n%s", after)
+	}
+	t.Logf("tmux came with %d packages and went with them", with)
+}
+
+// TestLabDisks: what the compiler writes of the disks, made by the doors in the order in which apply calls them.
+func TestLabDisks(t *testing.T) {
+	needsLab(t)
+	res, diags := hostspec.Load(hostspec.Options{Path: "host.hcl", Source: []byte(labHost)})
+	if diags.HasErrors() {
+		t.Fatal(diags)
+	}
+	h := res.Host
+	var err error
+	h.Disks.Backing, h.Disks.Size, err = SettleDisks(h.StateDir, h.Disks.Backing, 1<<30, clones)
+	if err != nil || h.Disks.Backing != "xfs-image" { // the lab is ext4
+		t.Fatalf("%s, %v", h.Disks.Backing, err)
+	}
+	p, diags := compile.Compile(h, compile.Options{})
+	if diags.HasErrors() {
+		t.Fatal(diags)
+	}
+	ctx := t.Context()
+	tr := NewTree("/", "/root/notes.json")
+	u, err := OpenUnits(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	mount := p.Units[slices.IndexFunc(p.Units, func(u plan.Unit) bool { return strings.HasSuffix(u.Name, ".mount") })].Name
+	account := p.Account()
+	if account.Name != "fleetingd" || readOne(t, tr.Users(), account.Name) == nil {
+		writeOne(t, tr.Users(), account.Name, State{"comment": account.Comment, "home": account.Home, "shell": account.Shell})
+	}
+	folder := func(f plan.Folder) {
+		writeOne(t, tr.Folders(), f.Path, State{"mode": f.Mode, "owner": f.Owner, "group": f.Group})
+	}
+	for _, f := range p.Folders() {
+		if !f.Mounted {
+			folder(f)
+		}
+	}
+	for _, f := range p.Files {
+		if strings.Contains(f.Path, "disks") {
+			writeOne(t, tr.Files(), f.Path, State{"content": f.Content, "mode": f.Mode, "owner": f.Owner, "group": f.Group})
+		}
+	}
+	writeOne(t, tr.DiskImages(), p.Disks.Image, sized(p.Disks.Size))
+	if err := u.Reload(ctx); err != nil {
+		t.Fatal(err)
+	}
+	up := State{"enablement": "enabled", "active": "active"}
+	writeOne(t, u, mount, up)
+	for _, f := range p.Folders() {
+		if f.Mounted {
+			folder(f)
+		}
+	}
+	if err := clones(p.Paths.Clones); err != nil {
+		t.Error(err)
+	}
+	writeOne(t, tr.DiskImages(), p.Disks.Image, sized(2<<30))
+	var st unix.Statfs_t
+	if err := unix.Statfs(p.Paths.Disks, &st); err != nil || int64(st.Blocks)*st.Bsize < 1<<30 {
+		t.Errorf("grown to %d MiB, %v", int64(st.Blocks)*st.Bsize>>20, err)
+	}
+	// And back. The units' files go last: systemd needs them to stop what they started.
+	if err := u.Write(ctx, mount, nil); err != nil {
+		t.Fatal(err)
+	}
+	writeOne(t, tr.DiskImages(), p.Disks.Image, nil)
+	for _, f := range p.Files {
+		if strings.Contains(f.Path, "disks") {
+			writeOne(t, tr.Files(), f.Path, nil)
+		}
+	}
+	if err := u.Reload(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if s := readOne(t, u, mount); s != nil {
+		t.Errorf("the mount is %v in the end", s)
+	}
+}
+
+const labHost = `
+host "lab" {
+  egress_interface = "eth0"
+  state_dir        = "/srv/labstate"
+}
+image "golden" {
+  file {
+    disk   = "/srv/golden.qcow2"
+    kernel = "/srv/vmlinuz"
+  }
+}
+pool "small" {
+  image         = image.golden
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "1GiB"
+  start         = "cold"
+  max_instances = 2
+}
+`
