@@ -231,6 +231,44 @@ func TestSecretFileOriginal(t *testing.T) {
 	}
 }
 
+// Where administrators keep secrets in files that fleetingd never wrote.
+func TestSecretFileForeign(t *testing.T) {
+	c := newSecretCase(t)
+	c.put(`# hunter2 in a comment
+concurrent = 1
+sentry_dsn = "https://hunter2@sentry.example.com/1"
+[session_server]
+  advertise_address = "hunter2"
+[[runners]]
+  name = "old" # hunter2
+  url = "https://user:hunter2@gitlab.example.com"
+  token = "glrt-hunter2"
+  clone_url = 'hunter2'
+  pre_clone_script = """
+  hunter2
+  """
+  environment = ["DOCKER_AUTH_CONFIG={\"auths\":\"hunter2\"}", "http_proxy=http://u:hunter2@proxy"]
+  [[runners.feature]]
+    values = [["hunter2"], {inner = "hunter2"}]
+  [runners.ssh]
+    password = "hunter2"
+  [runners.custom]
+    config_args = ["hunter2"]
+  [runners.cache.s3]
+    AccessKey = "hunter2"
+    SecretKey = "hunter2"
+  [runners.machine]
+    MachineOptions = ["amazonec2-secret-key=hunter2"]
+`)
+	have := c.read(c.door(planned("1"))) // which looks for them
+	if !strings.Contains(have["content"], `name = "old"`) || strings.Count(have["content"], OtherText) < 12 {
+		t.Errorf("it reads\n%s", have["content"])
+	}
+	if _, err := decodeTOML(have["content"]); err != nil {
+		t.Error(err)
+	}
+}
+
 // GitLab Runner renews a token by itself, and writes the whole file anew.
 func TestSecretFileRenewed(t *testing.T) {
 	c := newSecretCase(t)

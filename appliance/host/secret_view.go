@@ -206,7 +206,7 @@ func (v *secretView) text(key, have string, want, owned any) string {
 		return o
 	case o != "" && placeholder.MatchString(o) && v.written(o, have):
 		return placeholder.ReplaceAllString(o, FormerSecret)
-	case slices.Contains(plainKeys, key):
+	case slices.Contains(plainKeys, key) && !strings.Contains(have, "@"): // a URL may have a password
 		return have
 	}
 	return OtherText
