@@ -380,10 +380,22 @@ func (l *loader) decodePrebuild(b *hcl.Block) *Prebuild {
 		f := &PrebuildFile{Path: b.Labels[0]}
 		s := l.open(b, f, []attrSpec{{"content", `"text"`, true}, {"mode", `"0644"`, false}})
 		s.textOrSecret("content", &f.Content, &f.Secret)
-		parsed(s, "mode", parseMode, &f.Mode)
+		s.mode("mode", &f.Mode)
 		p.Files = append(p.Files, f)
 	}
 	return p
+}
+
+// mode is permissions. As a number they would be decimal, and 420 be read as 0420 instead of 0644.
+func (s *section) mode(name string, to *string) {
+	a, v := s.value(name)
+	switch {
+	case v == nil:
+	case v.Type() == cty.Number:
+		s.fail(a, nil, "%s must be octal digits in quotes; got a number, which HCL takes for decimal. Write, for example: %s", name, s.example(name))
+	default:
+		parsed(s, name, parseMode, to)
+	}
 }
 
 // parseMode reads permissions as four octal digits.

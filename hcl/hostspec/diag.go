@@ -13,7 +13,7 @@ func (l *loader) errorf(at *hcl.Range, summary, detail string, args ...any) {
 	l.diags = append(l.diags, &hcl.Diagnostic{
 		Severity: hcl.DiagError,
 		Summary:  summary,
-		Detail:   fmt.Sprintf(detail, args...),
+		Detail:   withoutStop(fmt.Sprintf(detail, args...)),
 		Subject:  at,
 	})
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/zclconf/go-cty/cty"
 	"github.com/zclconf/go-cty/cty/function"
 	"github.com/zclconf/go-cty/cty/function/stdlib"
+	"golang.org/x/text/unicode/norm"
 )
 
 const (
@@ -292,6 +293,9 @@ func (l *loader) fileFunc() function.Function {
 			}
 			if !utf8.Valid(b) {
 				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s is not text in UTF-8", path)
+			}
+			if !norm.NFC.IsNormal(b) {
+				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s: %w", path, errDecomposed)
 			}
 			return cty.StringVal(string(b)).Mark(fileMark(name)), nil
 		},

@@ -128,11 +128,15 @@ func (l *loader) parse(path string, src []byte) hcl.Body {
 	var file *hcl.File
 	var diags hcl.Diagnostics
 	isJSON := strings.HasSuffix(path, ".json")
+	src = unixLines(src)
 	// The file is known before it is parsed, so that a refusal can show its line.
 	l.files[path] = &hcl.File{Bytes: src}
 	if d := guardSource(src, path, isJSON); d != nil {
 		l.diags = append(l.diags, d)
 		return nil
+	}
+	if d := checkComposed(src, path, isJSON); d != nil {
+		l.diags = append(l.diags, d)
 	}
 	if isJSON {
 		file, diags = json.Parse(src, path)

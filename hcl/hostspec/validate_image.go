@@ -1,6 +1,7 @@
 package hostspec
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -172,8 +173,30 @@ func (l *loader) checkURL(owner any, name, value string) {
 			shown = quote(u.Redacted())
 			l.masks = append(l.masks, *l.at(owner, name))
 		}
-		l.errorf(l.at(owner, name), "Invalid "+name, "%s is not a valid URL: %v. Write, for example, \"https://gitlab.example.com\".", shown, err)
+		if u, e := url.Parse(value); e == nil && u.Scheme == "file" {
+			l.errorf(l.at(owner, name), "Invalid "+name, "%s is a file on this host. %s", shown, fileCure(owner, name, u.Path))
+			return
+		}
+		l.errorf(l.at(owner, name), "Invalid "+name, "%s is not a valid URL: %v. Write, for example, %q.", shown, err, exampleURL(owner, name))
 	}
+}
+
+// fileCure says what to write for a file:// URL.
+func fileCure(owner any, name, path string) string {
+	if _, ok := owner.(*URLSource); !ok || name == "sha256sums" {
+		return fmt.Sprintf("Write a URL of a server, such as %q.", exampleURL(owner, name))
+	}
+	return fmt.Sprintf("Write a file block in place of the url block:\n\nfile {\n  %s = %q\n}", name, path)
+}
+
+func exampleURL(owner any, name string) string {
+	switch owner.(type) {
+	case *URLSource:
+		return "https://images.example.com/" + map[string]string{"disk": "golden.qcow2", "kernel": "vmlinuz", "initrd": "initrd.img", "sha256sums": "SHA256SUMS"}[name]
+	case *Runner:
+		return "https://gitlab.example.com"
+	}
+	return "https://mirror.example.com/" + name
 }
 
 // ubuntuReleases are the long-term releases by their numbers, which people know better.
@@ -250,9 +273,8 @@ func (l *loader) validatePrebuild(p *Prebuild) {
 	for i, cmd := range p.Run {
 		if strings.TrimSpace(cmd) == "" || strings.Contains(cmd, "\x00") {
 			l.errorf(l.atElem(p, "run", i), "Invalid run", "Command %d is empty or holds a NUL. Write a shell script, or remove it.", i)
-		} else if line, _, _ := strings.Cut(cmd, "\n"); strings.HasPrefix(line, "#!") && !path.IsAbs(strings.TrimLeft(line[2:], " \t")) {
-			l.errorf(l.atElem(p, "run", i), "Invalid run", "Command %d starts with %s, which must name an interpreter by its absolute path. "+
-				"Write, for example, #!/bin/sh or #!/usr/bin/env python3.", i, quote(line))
+		} else if err := cmp.Or(checkInterpreter(cmd), checkLines(cmd)); err != nil {
+			l.errorf(l.atElem(p, "run", i), "Invalid run", "Command %d %v.", i, err)
 		}
 	}
 	if l.ok(p, "timeout") && (p.Timeout < time.Second || p.Timeout > 24*time.Hour) {
@@ -264,6 +286,9 @@ func (l *loader) validatePrebuild(p *Prebuild) {
 		if !path.IsAbs(f.Path) || path.Clean(f.Path) != f.Path || f.Path == "/" || strings.ContainsAny(f.Path, "\n\x00") {
 			l.errorf(at, "Invalid path", "%s is not the clean, absolute path of a file in the guest. Write, for example, file \"/etc/motd\".", quote(f.Path))
 			continue
+		}
+		if err := checkInterpreter(f.Content); err != nil {
+			l.errorf(l.at(f, "content"), "Invalid content", "The content of %s %v.", f.Path, err)
 		}
 		if first, ok := seen[f.Path]; ok {
 			l.errorf(at, "Duplicate file", "%s is already written at %s.", f.Path, first)

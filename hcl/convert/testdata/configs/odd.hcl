@@ -11,7 +11,7 @@ host "ci-01" {
   gitlab_runner {
     concurrent = 3
     # listen_address = 9252
-    #   -> "listen_address" must be a string; got the number 9252. Write listen_address = ":9252".
+    #   -> "listen_address" must be a string; got the number 9252. Write listen_address = ":9252"
     # log_level = "loud"
     #   -> "log_level" must be one of "debug", "info", "warn", "error", "fatal", "panic", "trace" and "warning";
     #      got "loud".
@@ -104,7 +104,7 @@ runner "odd-name-if" {
     #      unknown settings.
     docker = {
       # [runners.docker] cpus = 2
-      #   -> "docker.cpus" must be a string; got the number 2. Write cpus = "2".
+      #   -> "docker.cpus" must be a string; got the number 2. Write cpus = "2"
       devices = [
         "/dev/kvm",
         "/dev/null",

@@ -2,17 +2,17 @@ host "metal-01" {
   egress_interface = "eno1"
   gitlab_runner {
     concurrent         = 0                # ERROR: "concurrent" must be at least 1; got 0.
-    check_interval     = "3s"             # ERROR: "check_interval" must be a whole number of seconds; got the string "3s". Write check_interval = 3.
-    shutdown_timeout   = "3600"           # ERROR: Write shutdown_timeout = 3600.
-    connection_max_age = 900              # ERROR: got 900, which GitLab Runner reads as nanoseconds. Write connection_max_age = "900s".
-    listen_address     = 9252             # ERROR: "listen_address" must be a string; got the number 9252. Write listen_address = ":9252".
+    check_interval     = "3s"             # ERROR: "check_interval" must be a whole number of seconds; got the string "3s". Write check_interval = 3
+    shutdown_timeout   = "3600"           # ERROR: Write shutdown_timeout = 3600
+    connection_max_age = 900              # ERROR: got 900, which GitLab Runner reads as nanoseconds. Write connection_max_age = "900s"
+    listen_address     = 9252             # ERROR: "listen_address" must be a string; got the number 9252. Write listen_address = ":9252"
     log_format         = "jsno"           # ERROR: "log_format" must be one of "runner", "text" and "json"; got "jsno" (did you mean "json"?).
     log_level          = "warn"
     sentry_dsn         = "https://x@sentry.example.com/1"
     session_server     = {
       listen_address    = "[::]"          # ERROR: "session_server.listen_address" must be an address with a port; got "[::]".
       advertise_address = "ci.example.com:8093"
-      session_timeout   = "30m"           # ERROR: Write session_timeout = 1800.
+      session_timeout   = "30m"           # ERROR: Write session_timeout = 1800
     }
     Concurrent         = 3                # ERROR: GitLab Runner spells "Concurrent" as concurrent.
     runners            = []               # ERROR: gitlab_runner may not have "runners": write runner blocks.

@@ -61,7 +61,7 @@ image "prebuild" {
       mode    = "rw-r--r--" # ERROR: a mode is octal digits
     }
     file "/etc/motd" { # ERROR: /etc/motd is already written at testdata/findings/image.hcl:59,10-21 && ERROR: needs content
-      mode = 755
+      mode = 755 # ERROR: mode must be octal digits in quotes; got a number
     }
     file "/etc/zero" {
       content = file("/dev/zero") # a place on the host, read when the file is written

@@ -82,7 +82,7 @@ host "cures" {
   egress_interface = "eno1"
   network {
     egress "x" {
-      action = "drop" # ERROR: action must be "allow" or "deny"; got "drop". Write action = "deny".
+      action = "drop" # ERROR: action must be "allow" or "deny"; got "drop". Write action = "deny"
       to     = ["gitlab.example.com", "gitlab/32"] # ERROR: "gitlab.example.com": egress rules match addresses and do not resolve names: write the name's addresses, such as "203.0.113.7/32" && ERROR: "gitlab/32": egress rules match addresses and do not resolve names: write the name's addresses, such as "203.0.113.7/32"
       ports  = [443, "https", "tcp/80,443", "dns", "icmp", "80 udp/90", "what"] # ERROR: "443": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: "https": a port is written as "tcp/443", a range as "tcp/9000-9001": write "tcp/443" && ERROR: write "tcp/80", "tcp/443" && ERROR: write "udp/53" && ERROR: ICMP has none. Omit ports for every protocol && ERROR: write "udp/80", "udp/90" && ERROR: "what": a port is written as "tcp/443", a range as "tcp/9000-9001".
     }

@@ -95,9 +95,9 @@ runner "g" {
     unhealthy_interval = "soon" # ERROR: "unhealthy_interval" must be a duration with a unit; got the string "soon". Write unhealthy_interval = "30s", for example.
     autoscaler = {
       state_storage   = true # ERROR: "autoscaler.state_storage" must be a table; got the boolean true
-      update_interval = 5 # ERROR: got 5, which GitLab Runner reads as nanoseconds. Write update_interval = "5s".
+      update_interval = 5 # ERROR: got 5, which GitLab Runner reads as nanoseconds. Write update_interval = "5s"
       connector_config = {
-        timeout   = 0.5 # ERROR: "autoscaler.connector_config.timeout" must be a duration with a unit; got 0.5, which GitLab Runner reads as nanoseconds. Write timeout = "0.5s".
+        timeout   = 0.5 # ERROR: "autoscaler.connector_config.timeout" must be a duration with a unit; got 0.5, which GitLab Runner reads as nanoseconds. Write timeout = "0.5s"
         keepalive = "30s"
       }
     }

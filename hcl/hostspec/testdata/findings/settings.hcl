@@ -33,29 +33,29 @@ runner "types" {
   executor = "docker-autoscaler"
   settings = {
     id                = 42
-    limit             = "10"             # ERROR: "limit" must be a whole number; got the string "10". Write limit = 10.
+    limit             = "10"             # ERROR: "limit" must be a whole number; got the string "10". Write limit = 10
     output_limit      = 4096.5           # ERROR: "output_limit" must be a whole number; got the number 4096.5. Write output_limit = 10, for example.
     request_concurrency = true           # ERROR: "request_concurrency" must be a whole number; got the boolean true
-    environment       = "FOO=bar"        # ERROR: "environment" must be a list; got the string "FOO=bar". Write environment = ["FOO=bar"].
+    environment       = "FOO=bar"        # ERROR: "environment" must be a list; got the string "FOO=bar". Write environment = ["FOO=bar"]
     pre_build_script  = ["a", "b"]       # ERROR: "pre_build_script" must be a string; got a list. Write pre_build_script = join("\n", [ … ]).
     post_build_script = { a = "b" }      # ERROR: "post_build_script" must be a string; got a table
-    builds_dir        = 5                # ERROR: "builds_dir" must be a string; got the number 5. Write builds_dir = "5".
+    builds_dir        = 5                # ERROR: "builds_dir" must be a string; got the number 5. Write builds_dir = "5"
     shell             = "zsh"            # ERROR: "shell" must be one of "bash", "sh", "pwsh", "powershell" and "cmd"; got "zsh"
     debug_trace_disabled = "yes"         # ERROR: "debug_trace_disabled" must be true or false; got the string "yes". Write debug_trace_disabled = true or false.
     clean_git_config  = 1                # ERROR: "clean_git_config" must be true or false; got the number 1
-    prepare_timeout   = 300              # ERROR: "prepare_timeout" must be a duration with a unit; got 300, which GitLab Runner reads as nanoseconds. Write prepare_timeout = "300s".
-    get_sources_timeout = 90000000000    # ERROR: got 90000000000, which GitLab Runner reads as nanoseconds. Write get_sources_timeout = "1m30s".
-    unhealthy_interval = "120"           # ERROR: must be a duration with a unit; got the string "120". Write unhealthy_interval = "120s".
+    prepare_timeout   = 300              # ERROR: "prepare_timeout" must be a duration with a unit; got 300, which GitLab Runner reads as nanoseconds. Write prepare_timeout = "300s"
+    get_sources_timeout = 90000000000    # ERROR: got 90000000000, which GitLab Runner reads as nanoseconds. Write get_sources_timeout = "1m30s"
+    unhealthy_interval = "120"           # ERROR: must be a duration with a unit; got the string "120". Write unhealthy_interval = "120s"
     feature_flags     = {
-      FF_NETWORK_PER_BUILD = "true"      # ERROR: "feature_flags.FF_NETWORK_PER_BUILD" must be true or false; got the string "true". Write FF_NETWORK_PER_BUILD = true.
+      FF_NETWORK_PER_BUILD = "true"      # ERROR: "feature_flags.FF_NETWORK_PER_BUILD" must be true or false; got the string "true". Write FF_NETWORK_PER_BUILD = true
       FF_NETWORK_PER_BUILDS = true       # WARNING: "FF_NETWORK_PER_BUILDS" is not a feature flag of GitLab Runner 19.4 (did you mean "FF_NETWORK_PER_BUILD"?)
       FF_USE_FASTZIP = false
     }
     docker = {
       image       = "alpine:3"
-      volumes     = "/cache"             # ERROR: "docker.volumes" must be a list; got the string "/cache". Write volumes = ["/cache"].
-      privileged  = "true"               # ERROR: "docker.privileged" must be true or false; got the string "true". Write privileged = true.
-      memory      = 512                  # ERROR: "docker.memory" must be a string; got the number 512. Write memory = "512".
+      volumes     = "/cache"             # ERROR: "docker.volumes" must be a list; got the string "/cache". Write volumes = ["/cache"]
+      privileged  = "true"               # ERROR: "docker.privileged" must be true or false; got the string "true". Write privileged = true
+      memory      = 512                  # ERROR: "docker.memory" must be a string; got the number 512. Write memory = "512"
       shm_size    = 0
       services_limit   = -1
       oom_score_adjust = -500
@@ -74,7 +74,7 @@ runner "types" {
       }
       ulimit   = ["nofile=1024"]         # ERROR: "docker.ulimit" must be a table; got a list
       services_devices = { "*" = "/dev/fuse" } # ERROR: must be a list; got the string "/dev/fuse". Write "*" = ["/dev/fuse"].
-      wait_for_services_timeout = "1m"   # ERROR: "docker.wait_for_services_timeout" must be a whole number of seconds; got the string "1m". Write wait_for_services_timeout = 60.
+      wait_for_services_timeout = "1m"   # ERROR: "docker.wait_for_services_timeout" must be a whole number of seconds; got the string "1m". Write wait_for_services_timeout = 60
       services = [
         { name = "docker:dind", environment = ["DOCKER_TLS_CERTDIR="] },
         {
@@ -92,7 +92,7 @@ runner "types" {
     monitoring = { job_queuing_durations = { periods = ["* * * * *"] } } # ERROR: "monitoring.job_queuing_durations" must be a list of tables; got a table. Write job_queuing_durations = [{ … }].
     autoscaler = {
       instance_life_duration_buckets = [1, 2.5, "5"] # ERROR: "autoscaler.instance_life_duration_buckets[2]" must be a number; got the string "5". Write 5 instead
-      scale_throttle   = { limit = 2, burst = "10" } # ERROR: "autoscaler.scale_throttle.burst" must be a whole number; got the string "10". Write burst = 10.
+      scale_throttle   = { limit = 2, burst = "10" } # ERROR: "autoscaler.scale_throttle.burst" must be a whole number; got the string "10". Write burst = 10
       connector_config = {
         username = "gitlab"              # ERROR: "autoscaler.connector_config.username" is "gitlab", but a worker's key is made for the image's user "ci". Omit it, or write user = "gitlab" in the image block.
         protocol = "winrm"               # ERROR: but workers are reached over SSH
@@ -129,7 +129,7 @@ runner "places" {
       s3        = { secret_key = "k" }   # ERROR: GitLab Runner spells "cache.s3.secret_key" as SecretKey. Write SecretKey. && ERROR: is a secret
       "s3.BucketName" = "x"              # ERROR: Write cache = { s3 = { BucketName = … } } for "s3.BucketName".
     }
-    environment = { B = "c", A = "$${x}" } # ERROR: "environment" must be a list; got a table. Write environment = ["A=$${x}", "B=c"].
+    environment = { B = "c", A = "$${x}" } # ERROR: "environment" must be a list; got a table. Write environment = ["A=$${x}", "B=c"]
     instance   = { allowed_images = [] }
     autoscaler = {
       Max_Instances = 4                  # ERROR: settings may not have "autoscaler.Max_Instances": write max_instances = … in the pool block
