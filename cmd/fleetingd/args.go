@@ -10,12 +10,12 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
-// strictUsage makes wrong usage of every command an error with exit code 2; the library
-// would print the whole help to standard output and go on with 1.
+// strictUsage makes wrong usage of every command an error with exit code 2. The library
+// would print the whole help to standard output and exit with 1.
 func strictUsage(commands []*cli.Command) {
 	for _, c := range commands {
 		c.OnUsageError = wrongFlag
-		// Else `fleetingd validate help` would be help, and not a file's name.
+		// Otherwise help in `fleetingd validate help` would not be a file name.
 		c.HideHelpCommand = true
 		if len(c.Subcommands) > 0 {
 			c.Action = noCommand
@@ -28,7 +28,7 @@ func wrongFlag(c *cli.Context, err error, _ bool) error {
 	return usageError{fmt.Errorf("%w; see %s --help", err, c.Command.HelpName)}
 }
 
-// noCommand is run where the arguments name no command.
+// noCommand runs if the arguments name no command.
 func noCommand(c *cli.Context) error {
 	commands := c.App.Commands
 	if len(c.Command.Subcommands) > 0 {
@@ -39,21 +39,21 @@ func noCommand(c *cli.Context) error {
 		if err := cli.ShowSubcommandHelp(c); err != nil {
 			return err
 		}
-		return usageError{fmt.Errorf("which command?")}
+		return usageError{fmt.Errorf("missing command; see fleetingd --help")}
 	}
 	var names []string
 	for _, cmd := range commands {
 		names = append(names, cmd.Name)
 	}
 	if near := suggest.Nearest(given, names); near != "" {
-		return usageError{fmt.Errorf("there is no command %q; did you mean %q?", given, near)}
+		return usageError{fmt.Errorf("unknown command %q; did you mean %q?", given, near)}
 	}
-	return usageError{fmt.Errorf("there is no command %q; see fleetingd --help", given)}
+	return usageError{fmt.Errorf("unknown command %q; see fleetingd --help", given)}
 }
 
 // flagsFirst moves a command's flags before its arguments: people write
-// `fleetingd compile HOST -o DIR`, and package flag stops at the first argument. What
-// follows "--" stays as it is.
+// `fleetingd compile HOST -o DIR`, but package flag stops at the first argument. It leaves
+// everything after "--" unchanged.
 func flagsFirst(args []string, commands []*cli.Command) []string {
 	head := min(1, len(args))
 	var cmd *cli.Command
@@ -84,7 +84,7 @@ func flagsFirst(args []string, commands []*cli.Command) []string {
 				continue
 			}
 			if i++; i == len(args) || args[i] == "--" {
-				// Its value is missing: with nothing behind it, package flag says so.
+				// Its value is missing. Package flag reports that if nothing follows.
 				return slices.Concat(args[:head], flags)
 			}
 			flags = append(flags, args[i])

@@ -16,16 +16,16 @@ import (
 func compileCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "compile",
-		Usage:     "write a host's files as they would lie on it, without looking at any host",
+		Usage:     "write the files of a host to a folder, without looking at any host",
 		ArgsUsage: "HOST",
-		Description: "Compiles HOST and writes the tree of the host below DIR: etc/fleetingd/plan.json, the firewall as text, systemd units,\n" +
-			"sysctl.d, etc/gitlab-runner/config.toml, and the seeds that VMs boot with. It needs no root and changes nothing but DIR.\n" +
-			"The same spec gives the same bytes. DIR is replaced whole, if nothing is in it but what an earlier compile wrote.\n" +
-			"-o - prints plan.json alone.",
+		Description: "Compiles HOST and writes its files below DIR: etc/fleetingd/plan.json, the firewall as text, systemd units, sysctl.d,\n" +
+			"etc/gitlab-runner/config.toml, and the seeds that VMs boot with. It needs no root and changes nothing but DIR.\n" +
+			"The same spec always gives the same bytes. An existing DIR is replaced, but only if it was written by compile.\n" +
+			"-o - prints only plan.json.",
 		Flags: append(specFlags(),
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the tree to `DIR`, or plan.json to standard output with -"},
 			&cli.BoolFlag{Name: "with-secrets", Usage: "read the secrets and put them into the files, which then have mode 0600"},
-			&cli.StringFlag{Name: "bin-dir", Usage: "where fleetingd is installed on the host: `DIR` (default: /usr/bin)"},
+			&cli.StringFlag{Name: "bin-dir", Usage: "`DIR` where fleetingd is installed on the host (default: /usr/bin)"},
 		),
 		Action: compileTree,
 	}
@@ -35,9 +35,9 @@ func compileTree(c *cli.Context) error {
 	out := c.String("output")
 	switch {
 	case c.NArg() != 1:
-		return usageError{fmt.Errorf("compile takes one spec, and was given %d: fleetingd compile HOST.hcl -o DIR", c.NArg())}
+		return usageError{fmt.Errorf("compile takes one spec; got %d: fleetingd compile HOST.hcl -o DIR", c.NArg())}
 	case out == "":
-		return usageError{errors.New("compile: where to? Write -o DIR for the tree, or -o - for plan.json alone")}
+		return usageError{errors.New("compile: missing -o DIR, or -o - to print only plan.json")}
 	case out == "-" && c.Bool("with-secrets"):
 		return usageError{errors.New("compile: --with-secrets has no effect with -o -: a plan never holds a secret")}
 	}
@@ -74,8 +74,8 @@ func compileTree(c *cli.Context) error {
 	return nil
 }
 
-// compileSpec loads and compiles the spec that the command line names, and prints what there is
-// to say about it. After errors it returns errDiagnosed.
+// compileSpec loads and compiles the spec that the command line names, and prints its
+// diagnostics. If there are errors, it returns errDiagnosed.
 func compileSpec(c *cli.Context, o compile.Options) (*hostspec.Result, *plan.Plan, error) {
 	res, err := loadSpec(c)
 	if err != nil {
@@ -89,21 +89,21 @@ func compileSpec(c *cli.Context, o compile.Options) (*hostspec.Result, *plan.Pla
 	return res, p, nil
 }
 
-// readSecrets reads all secrets that config.toml holds, so that all that cannot be read are named at once, and gives them
-// by their places.
+// readSecrets reads all secrets in config.toml, so that it can report all that cannot be read at once, and returns their values
+// by place.
 func readSecrets(c *cli.Context, res *hostspec.Result, p *plan.Plan) (func(from string) (string, error), error) {
 	values := map[string]string{}
 	read := func(from string) (string, error) {
 		value, ok := values[from]
 		if !ok {
-			return "", errors.New("nothing in the spec names it")
+			return "", errors.New("the spec does not refer to it")
 		}
 		return value, nil
 	}
 	var diags hcl.Diagnostics
 	cannot := func(at hcl.Range, what string, err error) {
 		diags = append(diags, &hcl.Diagnostic{
-			Severity: hcl.DiagError, Summary: "Secret cannot be read", Subject: &at,
+			Severity: hcl.DiagError, Summary: "Cannot read secret", Subject: &at,
 			Detail: fmt.Sprintf("%s: %s. Without --with-secrets it is not needed.", what, err),
 		})
 	}

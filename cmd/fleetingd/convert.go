@@ -37,11 +37,11 @@ func convertCommand() *cli.Command {
 
 func convertConfig(c *cli.Context) error {
 	if c.NArg() != 1 {
-		return usageError{fmt.Errorf("convert takes one config.toml, and was given %d: fleetingd convert config.toml -o host.hcl", c.NArg())}
+		return usageError{fmt.Errorf("convert takes one config.toml; got %d: fleetingd convert config.toml -o host.hcl", c.NArg())}
 	}
 	out := c.String("output")
 	if out == "" {
-		return usageError{errors.New("convert: where to? Write -o FILE, or -o - for standard output")}
+		return usageError{errors.New("convert: missing -o FILE, or -o - for standard output")}
 	}
 	o := convert.Options{Name: c.Args().First(), SpecName: out, EgressInterface: c.String("egress-interface"), Arch: runtime.GOARCH}
 	if out == "-" {

@@ -15,8 +15,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// diagnostic is a finding as `terraform validate -json` prints it, which editors
-// and CI know how to read
+// diagnostic is a finding in the format of `terraform validate -json`, which editors
+// and CI can read
 // (https://developer.hashicorp.com/terraform/cli/commands/validate#json-output-format).
 type diagnostic struct {
 	Severity string       `json:"severity"` // error, warning
@@ -38,7 +38,7 @@ type sourcePos struct {
 	Byte   int `json:"byte"`   // in the file, from 0
 }
 
-// snippet is the lines that a finding is about. The offsets are bytes of Code.
+// snippet holds the source lines of a finding. The offsets are bytes of Code.
 type snippet struct {
 	Context   *string  `json:"context"` // `pool "small"`
 	Code      string   `json:"code"`
@@ -68,11 +68,11 @@ func position(p hcl.Pos) sourcePos { return sourcePos{p.Line, p.Column, p.Byte} 
 
 const (
 	snippetLines = 4
-	snippetWidth = 200 // bytes of one line: a spec may be one line of a megabyte
+	snippetWidth = 200 // bytes of a line: a spec may be a single line of a megabyte
 )
 
-// newSnippet cuts the lines of a range out of a file; nil where the range does not
-// lie in it.
+// newSnippet returns the lines of a range of a file, or nil if the range is not within
+// the file.
 func newSnippet(f *hcl.File, r hcl.Range) *snippet {
 	src := f.Bytes
 	if r.Start.Byte < 0 || r.Start.Byte > len(src) || r.Start.Byte > r.End.Byte {
@@ -110,15 +110,15 @@ func newSnippet(f *hcl.File, r hcl.Range) *snippet {
 	return s
 }
 
-// diagnosticPrinter writes findings as people read them.
+// diagnosticPrinter prints findings for people.
 type diagnosticPrinter struct {
 	w     io.Writer
 	color bool
-	width int // lines are wrapped to it; 0 leaves them whole
+	width int // where lines are wrapped; 0: not at all
 }
 
-// newDiagnosticPrinter colours and wraps what goes to a terminal (https://no-color.org);
-// in a pipe each sentence stays on its line, for grep.
+// newDiagnosticPrinter colours and wraps output to a terminal (https://no-color.org);
+// in a pipe each sentence stays on one line, for grep.
 func newDiagnosticPrinter(w io.Writer) diagnosticPrinter {
 	p := diagnosticPrinter{w: w}
 	f, ok := w.(*os.File)
@@ -186,7 +186,7 @@ func (p diagnosticPrinter) paint(code, s string) string {
 	return "\x1b[" + code + "m" + s + "\x1b[0m"
 }
 
-// wrap breaks a line between words. What is indented is an example and stays as it is.
+// wrap breaks a line between words. An indented line is an example and stays unchanged.
 func wrap(s string, width int) string {
 	if width == 0 || strings.HasPrefix(s, " ") {
 		return s

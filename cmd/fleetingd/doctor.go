@@ -31,7 +31,7 @@ func doctorCommand() *cli.Command {
 drops the workers' packets, that files can be cloned, that there is enough memory and disk, and so on. Each finding comes
 with the command that fixes it. It changes nothing. Some checks need root.
 
-Exits with 0 when nothing fails; warnings do not fail.`,
+Exits with 0 if nothing fails; warnings do not count as failures.`,
 		Flags:  append(specFlags(), &cli.BoolFlag{Name: "json", Usage: "print the findings as JSON"}),
 		Action: doctorAction,
 	}
@@ -39,7 +39,7 @@ Exits with 0 when nothing fails; warnings do not fail.`,
 
 func doctorAction(c *cli.Context) error {
 	if c.NArg() != 1 {
-		return usageError{fmt.Errorf("doctor takes one spec, and was given %d: fleetingd doctor HOST.hcl", c.NArg())}
+		return usageError{fmt.Errorf("doctor takes one spec; got %d: fleetingd doctor HOST.hcl", c.NArg())}
 	}
 	res, p, err := compileSpec(c, compile.Options{})
 	if err != nil {
@@ -69,7 +69,7 @@ func doctorAction(c *cli.Context) error {
 	return nil
 }
 
-// destinations are the servers that jobs need and that go by a name, each once.
+// destinations returns the servers that jobs need by name, without duplicates.
 func destinations(h *hostspec.Host) []host.Destination {
 	var all []host.Destination
 	for _, r := range h.Runners {
@@ -97,11 +97,11 @@ func probeDriver(ctx context.Context, h plan.Hypervisor) (binary, version string
 	return info.Binary, info.Version, err
 }
 
-// doctorReport is the JSON of doctor. A field is only ever added; anything else makes another version.
+// doctorReport is the JSON output of doctor. Adding fields keeps its version; other changes need a new one.
 type doctorReport struct {
 	Version int            `json:"version"`
 	Host    string         `json:"host"`
-	OK      bool           `json:"ok"` // nothing failed
+	OK      bool           `json:"ok"` // no check failed
 	Checks  []host.Finding `json:"checks"`
 }
 
@@ -113,7 +113,7 @@ func newDoctorReport(name string, found []host.Finding) doctorReport {
 func (r doctorReport) json(w io.Writer) error {
 	enc := json.NewEncoder(w)
 	enc.SetIndent("", "  ")
-	enc.SetEscapeHTML(false) // a cure is to be copied
+	enc.SetEscapeHTML(false) // cures are meant to be copied
 	return enc.Encode(r)
 }
 

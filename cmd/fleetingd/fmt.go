@@ -20,10 +20,10 @@ import (
 func fmtCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "fmt",
-		Usage:     "give host specs their canonical layout",
+		Usage:     "format host specs",
 		ArgsUsage: "HOST…",
 		Description: "Rewrites each HOST in place and prints the names of those that changed; - formats standard input to standard output.\n" +
-			"With -check the exit code is 1 where a file is not formatted, and nothing is written.",
+			"With -check it writes nothing, and the exit code is 1 if a file is not formatted.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "check", Usage: "write nothing; exit with 1 and name the files that are not formatted"},
 			&cli.BoolFlag{Name: "diff", Usage: "write nothing; print what would change"},
@@ -34,7 +34,7 @@ func fmtCommand() *cli.Command {
 
 func fmtSpecs(c *cli.Context) error {
 	if c.NArg() == 0 {
-		return usageError{errors.New("fmt: which spec? Write: fleetingd fmt HOST.hcl")}
+		return usageError{errors.New("fmt: missing spec: fleetingd fmt HOST.hcl")}
 	}
 	changed, failed := false, false
 	for _, path := range c.Args().Slice() {
@@ -54,7 +54,7 @@ func fmtSpecs(c *cli.Context) error {
 	return nil
 }
 
-// fmtSpec formats one file and reports whether its layout was another.
+// fmtSpec formats one file and reports whether that changes it.
 func fmtSpec(c *cli.Context, path string) (changed bool, err error) {
 	name, old, err := readForFmt(c, path)
 	if err != nil {
@@ -94,7 +94,7 @@ func readForFmt(c *cli.Context, path string) (name string, src []byte, err error
 		return stdinName, src, err
 	}
 	if strings.HasSuffix(path, ".json") {
-		return path, nil, fmt.Errorf("%s is JSON, which other tools lay out (jq, for example); fmt is for HCL's own syntax", path)
+		return path, nil, fmt.Errorf("%s is JSON, and fmt only formats HCL's native syntax; use jq, for example", path)
 	}
 	src, err = hostspec.ReadSource(path)
 	if err != nil {
@@ -103,8 +103,8 @@ func readForFmt(c *cli.Context, path string) (name string, src []byte, err error
 	return path, src, err
 }
 
-// replaceFile writes a file anew with the mode and owner that it has. Of a symbolic
-// link it is the target that is written.
+// replaceFile replaces a file, keeping its mode and owner. It follows symbolic
+// links.
 func replaceFile(path string, data []byte) error {
 	path, err := filepath.EvalSymlinks(path)
 	if err != nil {
@@ -119,7 +119,7 @@ func replaceFile(path string, data []byte) error {
 	}
 	if sys, ok := st.Sys().(*syscall.Stat_t); ok && int(sys.Uid) != os.Geteuid() {
 		if err := os.Chown(path, int(sys.Uid), int(sys.Gid)); err != nil {
-			return fmt.Errorf("%s is written, but has lost its owner: %w", path, err)
+			return fmt.Errorf("%s was written, but its owner has changed: %w", path, err)
 		}
 	}
 	return nil

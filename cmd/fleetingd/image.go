@@ -22,7 +22,7 @@ import (
 func imageCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "image",
-		Usage: "look at the images that workers are cloned from, and remove old ones",
+		Usage: "list the images that workers are cloned from, and remove old ones",
 		Subcommands: []*cli.Command{
 			{
 				Name:   "list",
@@ -42,20 +42,20 @@ func imageCommand() *cli.Command {
 	}
 }
 
-// planFlag names the compiled host.
+// planFlag is the flag for the compiled host.
 func planFlag() cli.Flag {
 	return &cli.StringFlag{Name: "plan", Usage: "the compiled host, a `FILE` that `fleetingd compile` wrote"}
 }
 
-// readPlan reads the --plan of a command that takes nothing else.
+// readPlan reads the --plan of a command without other arguments.
 func readPlan(c *cli.Context) (*plan.Plan, error) {
 	if c.NArg() > 0 {
-		return nil, usageError{fmt.Errorf("%s takes no arguments, and was given %q", c.Command.FullName(), c.Args().First())}
+		return nil, usageError{fmt.Errorf("%s takes no arguments; got %q", c.Command.FullName(), c.Args().First())}
 	}
 	path := c.String("plan")
 	if path == "" {
-		// The library's own "required" would print the whole help to standard output, and exit with 1.
-		return nil, usageErrorf("%s: of which host? Write --plan /etc/fleetingd/plan.json, or what fleetingd compile wrote", c.Command.FullName())
+		// The library's own "required" would print the whole help to standard output and exit with 1.
+		return nil, usageErrorf("%s: missing --plan: use /etc/fleetingd/plan.json, or a plan.json that fleetingd compile wrote", c.Command.FullName())
 	}
 	return state.ReadPlan(path)
 }
@@ -78,7 +78,7 @@ func listImages(c *cli.Context) error {
 	if c.Bool("json") {
 		e := json.NewEncoder(c.App.Writer)
 		e.SetIndent("", "  ")
-		return e.Encode(append([]image.Item{}, items...)) // no images are [], not null
+		return e.Encode(append([]image.Item{}, items...)) // without images [], not null
 	}
 	w := tabwriter.NewWriter(c.App.Writer, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "DIGEST\tKIND\tIMAGE\tBUILT\tUSED\tCURRENT")
@@ -106,7 +106,7 @@ func pruneImages(c *cli.Context) error {
 	removed, err := store.Prune(ctx, nil)
 	if os.Getuid() == 0 {
 		built, berr := image.NewBuilder(p, image.Options{Log: textLog(c.App.ErrWriter)}).Prune(ctx)
-		// The runtime user's folder is that user's to prune.
+		// Only the runtime user may prune that user's folder.
 		if _, theirs := errors.AsType[*image.OwnerError](err); theirs {
 			err = nil
 		}

@@ -45,7 +45,7 @@ func initCommand() *cli.Command {
 
 func initHost(c *cli.Context) error {
 	if c.NArg() != 0 {
-		return usageError{fmt.Errorf("init takes no arguments, and was given %q: fleetingd init -o host.hcl", c.Args().First())}
+		return usageError{fmt.Errorf("init takes no arguments; got %q: fleetingd init -o host.hcl", c.Args().First())}
 	}
 	out, force := c.String("output"), c.Bool("force")
 	if out == "" {

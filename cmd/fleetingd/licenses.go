@@ -7,8 +7,8 @@ import (
 	"github.com/urfave/cli/v2"
 )
 
-// licenses holds our licence and those of Go and of every module that is linked into the binaries. TestLicenses writes it
-// from the build's own list of modules, and fails when it is stale.
+// licenses holds the licences of fleetingd, of Go and of every module that is linked into the binaries. TestLicenses writes it
+// from the build's own list of modules, and fails if it is outdated.
 //
 //go:embed licenses.txt
 var licenses string

@@ -12,7 +12,7 @@ import (
 )
 
 func main() {
-	// Before the CLI is built: where there is no fleetingd-guest beside it, each millisecond here is one of every worker's boot.
+	// Before the CLI is built: without fleetingd-guest next to it, this program runs in every worker's boot, where milliseconds count.
 	if guest.IsCommand(os.Args) {
 		os.Exit(guest.Command(os.Args, version))
 	}
@@ -23,7 +23,7 @@ func main() {
 	os.Exit(run(os.Args))
 }
 
-// run is main for tests (testscript calls it in-process): the exit code is 0
+// run is main for tests (testscript calls it in-process). It returns the exit code: 0
 // for done, 1 for failed, 2 for wrong usage.
 func run(args []string) int {
 	app := &cli.App{
@@ -37,7 +37,7 @@ func run(args []string) int {
 		// --var 'list=["a", "b"]' is one value.
 		DisableSliceFlagSeparator: true,
 	}
-	// The library's own has the alias -v, which is --verbose elsewhere here.
+	// The library's own flag has the alias -v, which means --verbose in other commands.
 	cli.VersionFlag = &cli.BoolFlag{Name: "version", Usage: "print the version", DisableDefaultText: true}
 	strictUsage(app.Commands)
 	err := app.Run(flagsFirst(args, app.Commands))
@@ -54,12 +54,12 @@ func run(args []string) int {
 	return 1
 }
 
-// usageError is wrong usage: exit code 2.
+// usageError is an error for wrong usage: exit code 2.
 type usageError struct{ error }
 
 func (usageError) ExitCode() int { return 2 }
 
-// commands is every command; each has a file of its own.
+// commands returns all commands; each has its own file.
 func commands() []*cli.Command {
 	return []*cli.Command{
 		compileCommand(),

@@ -24,10 +24,10 @@ func networkCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			{
 				Name:  "up",
-				Usage: "set up the network as the plan says",
+				Usage: "set up the network according to the plan",
 				Description: "Needs root. It changes only what differs, so a second run changes nothing, and undoes its changes if it fails.\n" +
-					"It refuses, before it changes anything, to take an address range or a name that others use, or a TAP that a\n" +
-					"running VM has open. Warnings name what keeps workers from the internet although the network is up.",
+					"It refuses to take an address range or a name that others use, or a TAP that a running VM has open; it then\n" +
+					"changes nothing. It warns if the network is up but something else keeps workers from the internet.",
 				Flags: []cli.Flag{planFlag()},
 				Action: func(c *cli.Context) error {
 					return onNetwork(c, networkUp(c))
@@ -35,9 +35,9 @@ func networkCommand() *cli.Command {
 			},
 			{
 				Name:  "down",
-				Usage: "remove what up made, and restore the settings that it changed",
-				Description: "Needs root. A VM that still runs loses its network. --all needs no plan: it finds what is up by the kernel's state\n" +
-					"and by notes in " + plan.RunDir + "-network.",
+				Usage: "remove what up created, and restore the settings that it changed",
+				Description: "Needs root. Running VMs lose their network. --all needs no plan: it finds what is up from the kernel's state\n" +
+					"and from notes in " + plan.RunDir + "-network.",
 				Flags:  []cli.Flag{planFlag(), &cli.BoolFlag{Name: "all", Usage: "remove the network of every plan"}},
 				Action: networkDown,
 			},
@@ -52,7 +52,7 @@ func networkCommand() *cli.Command {
 	}
 }
 
-// onNetwork does something with the --plan, until a signal says to stop.
+// onNetwork runs do on the --plan, until a signal stops it.
 func onNetwork(c *cli.Context, do func(context.Context, *plan.Plan) error) error {
 	p, err := readPlan(c)
 	if err != nil {
@@ -81,12 +81,12 @@ func networkDown(c *cli.Context) error {
 		}
 	}
 	if err == nil && len(taps) == 0 {
-		fmt.Fprintln(c.App.Writer, "no network of fleetingd's is up")
+		fmt.Fprintln(c.App.Writer, "no network of fleetingd is up")
 	}
 	return err
 }
 
-// networkUp also warns of what keeps the workers from the internet and is not ours to change.
+// networkUp also warns about what keeps workers from the internet but is not for fleetingd to change.
 func networkUp(c *cli.Context) func(context.Context, *plan.Plan) error {
 	return func(ctx context.Context, p *plan.Plan) error {
 		if err := host.NetworkUp(ctx, p, host.Options{}); err != nil {
@@ -123,7 +123,7 @@ func checkNetwork(c *cli.Context) func(context.Context, *plan.Plan) error {
 		if c.Bool("json") {
 			e := json.NewEncoder(c.App.Writer)
 			e.SetIndent("", "  ")
-			if err := e.Encode(append([]host.Difference{}, found...)); err != nil { // none are [], not null
+			if err := e.Encode(append([]host.Difference{}, found...)); err != nil { // [] if there are none, not null
 				return err
 			}
 		} else {
@@ -136,7 +136,7 @@ func checkNetwork(c *cli.Context) func(context.Context, *plan.Plan) error {
 			return fmt.Errorf("the network differs from the plan in %d places; `fleetingd network up --plan %s` fixes them",
 				fixable, c.String("plan"))
 		case len(found) > 0:
-			return errors.New("the network is as planned, but other settings of this host keep it from working")
+			return errors.New("the network matches the plan, but other settings of this host keep it from working")
 		}
 		return nil
 	}

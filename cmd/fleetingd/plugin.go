@@ -21,20 +21,20 @@ import (
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
-// pluginName is the program's name when it is the plugin and nothing else: GitLab Runner looks
-// `fleeting-plugin-…` up in PATH.
+// pluginName is the name under which this program is only the plugin: GitLab Runner looks for
+// `fleeting-plugin-…` in PATH.
 const pluginName = "fleeting-plugin-fleetingd"
 
-// The magic cookie that go-plugin puts into a plugin's environment. fleeting keeps its own
+// The magic cookie that go-plugin sets in a plugin's environment. fleeting keeps its
 // constants for it internal (fleeting/internal/plugin/plugin.go).
 const (
 	cookieKey   = "FLEETING_INSTANCE_GROUP_PLUGIN"
 	cookieValue = "4c6410b1-cb78-4962-8c76-ab936d0ea908"
 )
 
-// isPlugin reports whether this process was started as the plugin: by its name, or by GitLab Runner with the
-// path of fleetingd itself. The runner gives no arguments; a command of fleetingd that a plugin starts inherits
-// the cookie, and has some.
+// isPlugin reports whether this process was started as the plugin: under its name, or by GitLab Runner with the
+// path of fleetingd itself. The runner passes no arguments; a fleetingd command that a plugin starts inherits
+// the cookie, but has arguments.
 func isPlugin(args []string) bool {
 	if filepath.Base(args[0]) == pluginName {
 		return true
@@ -42,7 +42,7 @@ func isPlugin(args []string) bool {
 	return len(args) == 1 && os.Getenv(cookieKey) == cookieValue
 }
 
-// servePlugin is the plugin's main function. It takes its arguments (`version`, `bootstrap`) from the command line.
+// servePlugin is the plugin's main function. It reads its arguments (`version`, `bootstrap`) from the command line.
 func servePlugin() {
 	v := plugin.VersionInfo{Name: pluginName, Version: version, Reference: version}
 	fleet.Serve(fleet.New(fleet.Options{
@@ -56,7 +56,7 @@ func servePlugin() {
 	}), v)
 }
 
-// routes sorts the troubles that the host's routing makes: without a way to its workers, the plugin cannot work.
+// routes sorts problems of the host's routing: without a route to its workers, the plugin cannot work.
 func routes(p *plan.Plan, slots []plan.Slot) (troubles []string, err error) {
 	found, err := host.Troubles(p, slots)
 	if err != nil {
@@ -73,11 +73,11 @@ func routes(p *plan.Plan, slots []plan.Slot) (troubles []string, err error) {
 	return troubles, errors.Join(lost...)
 }
 
-// readSecret reads a secret of a prebuild with this process's own rights and environment.
+// readSecret reads a secret of a prebuild with the rights and the environment of this process.
 func readSecret(from string) (string, error) { return hostspec.ReadSecret(from, os.Environ()) }
 
-// predecessorPlan compiles the predecessor's plugin_config to a Plan. There is no other user on such a host:
-// the plugin and the VMMs run as what the runner runs as, which was and is root.
+// predecessorPlan compiles the predecessor's plugin_config to a Plan. Such a host has no separate user:
+// the plugin and the VMMs run as the runner's user, which is root.
 func predecessorPlan(keys map[string]any) (*plan.Plan, error) {
 	machine, err := os.Hostname()
 	if err != nil {
@@ -97,18 +97,18 @@ func predecessorPlan(keys map[string]any) (*plan.Plan, error) {
 	return p, nil
 }
 
-// predecessorUp makes the host what the Plan says, as `apply` would for good.
+// predecessorUp sets up the host according to the Plan.
 func predecessorUp(ctx context.Context, p *plan.Plan) error {
 	if _, err := host.DisksUp(ctx, p, image.CanClone); err != nil {
 		return fmt.Errorf("vm_disk_directory: %w", err)
 	}
 	if err := host.NetworkUp(ctx, p, host.Options{}); err != nil {
-		return fmt.Errorf("bring the network up: %w", err)
+		return fmt.Errorf("set up the network: %w", err)
 	}
 	return nil
 }
 
-// oneLine is all errors among the findings as one line of the runner's log.
+// oneLine joins all errors among the findings into one line for the runner's log.
 func oneLine(diags hcl.Diagnostics) string {
 	var all []string
 	for _, d := range diags {

@@ -19,7 +19,7 @@ import (
 func refreshCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "refresh",
-		Usage: "build the workers' images anew where their sources have changed",
+		Usage: "rebuild the workers' images if their sources have changed",
 		Description: "Builds new images beside the ones in use and swaps when done: new workers start from the new images, running ones are not\n" +
 			"affected. If a source does not answer, its existing base is used with a warning; after a week without an answer, or three\n" +
 			"refresh intervals if those are longer, refresh fails as well. fleetingd-refresh.timer runs it: first --root-part as root, which\n" +
@@ -58,7 +58,7 @@ func refreshImages(c *cli.Context) error {
 	return refreshAll(ctx, c, store, p, log)
 }
 
-// refreshBuilt is root's part: what is built from packages.
+// refreshBuilt is root's part: images that are built from packages.
 func refreshBuilt(ctx context.Context, b *image.Builder, p *plan.Plan, log *slog.Logger) error {
 	var errs []error
 	for i := range p.Images {
@@ -66,7 +66,7 @@ func refreshBuilt(ctx context.Context, b *image.Builder, p *plan.Plan, log *slog
 		errs = append(errs, err)
 	}
 	if err := errors.Join(errs...); err != nil {
-		return err // what is in use stays: nothing is pruned after a failure
+		return err // nothing is pruned after a failure: images in use must stay
 	}
 	removed, err := b.Prune(ctx)
 	logPruned(log, removed)
@@ -89,7 +89,7 @@ func refreshAll(ctx context.Context, c *cli.Context, store *image.Store, p *plan
 			errs = append(errs, err)
 			continue
 		}
-		news := "built anew"
+		news := "rebuilt"
 		if sealed.Cached {
 			news = "unchanged"
 		}
@@ -97,7 +97,7 @@ func refreshAll(ctx context.Context, c *cli.Context, store *image.Store, p *plan
 		errs = append(errs, store.CheckAge(ctx, img))
 	}
 	if err := errors.Join(errs...); err != nil {
-		return err // what is in use stays: nothing is pruned after a failure
+		return err // nothing is pruned after a failure: images in use must stay
 	}
 	removed, err := store.Prune(ctx, nil)
 	logPruned(log, removed)

@@ -11,23 +11,23 @@ import (
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
-// errDiagnosed ends a command whose reasons have been printed already: exit code 1.
+// errDiagnosed ends a command with exit code 1 after its errors have been printed.
 var errDiagnosed = cli.Exit("", 1)
 
-// specFlags are the flags of every command that reads a host spec.
+// specFlags returns the flags of every command that reads a host spec.
 func specFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringSliceFlag{Name: "var", Usage: "set a variable: `NAME=VALUE` (may be repeated)"},
 		&cli.StringSliceFlag{Name: "var-file", Usage: "set variables from `FILE`, HCL or JSON (may be repeated; the last wins)"},
-		&cli.StringFlag{Name: "host", Usage: "the host block to take: `NAME` (default: the only one, or this machine's name)"},
+		&cli.StringFlag{Name: "host", Usage: "`NAME` of the host block to use (default: the only one, or the one with this machine's name)"},
 	}
 }
 
-// specOptions is what the flags and the one argument HOST ask for. HOST "-" is standard input.
+// specOptions returns the options from the flags and the one argument, HOST. HOST "-" is standard input.
 func specOptions(c *cli.Context) (hostspec.Options, error) {
 	path := c.Args().First()
 	if path == "" {
-		return hostspec.Options{}, usageError{fmt.Errorf("%s: which spec? Write: %s %s HOST.hcl", c.Command.Name, c.App.Name, c.Command.Name)}
+		return hostspec.Options{}, usageError{fmt.Errorf("%s: missing spec: %s %s HOST.hcl", c.Command.Name, c.App.Name, c.Command.Name)}
 	}
 	opts := hostspec.Options{
 		Path:     path,
@@ -49,18 +49,18 @@ func specOptions(c *cli.Context) (hostspec.Options, error) {
 	return opts, nil
 }
 
-// stdinName stands for standard input in diagnostics; files that the spec names are
-// then looked up from the working directory.
+// stdinName stands for standard input in diagnostics. Relative paths in such a spec
+// start at the working directory.
 const stdinName = "<stdin>"
 
 func readStdin(c *cli.Context) ([]byte, error) {
-	const most = 1 << 20 // as hostspec.ReadSource
+	const most = 1 << 20 // the same as hostspec.ReadSource
 	src, err := io.ReadAll(io.LimitReader(c.App.Reader, most+1))
 	if err != nil {
 		return nil, fmt.Errorf("cannot read standard input: %w", err)
 	}
 	if len(src) > most {
-		return nil, fmt.Errorf("standard input is larger than %d KiB, the most that is read", most>>10)
+		return nil, fmt.Errorf("standard input is larger than the limit of %d KiB", most>>10)
 	}
 	if src == nil {
 		src = []byte{}
@@ -68,8 +68,8 @@ func readStdin(c *cli.Context) ([]byte, error) {
 	return src, nil
 }
 
-// loadSpec reads the spec that the command line names and prints what there is to
-// say about it. After errors it returns errDiagnosed.
+// loadSpec reads the spec that the command line names and prints its diagnostics.
+// If there are errors, it returns errDiagnosed.
 func loadSpec(c *cli.Context) (*hostspec.Result, error) {
 	opts, err := specOptions(c)
 	if err != nil {
@@ -83,7 +83,7 @@ func loadSpec(c *cli.Context) (*hostspec.Result, error) {
 	return res, nil
 }
 
-// printDiagnostics writes findings for people.
+// printDiagnostics prints findings for people.
 func printDiagnostics(w io.Writer, files map[string]*hcl.File, diags hcl.Diagnostics) {
 	const most = 50
 	p := newDiagnosticPrinter(w)

@@ -13,8 +13,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
-// replaceTree writes a tree below dir, whole or not at all: it is made beside dir, and takes dir's place in one step. A
-// dir that holds anything but an earlier tree is left alone, with an error.
+// replaceTree writes a tree to dir, whole or not at all: it creates the tree next to dir, and exchanges the two in one step. If
+// dir holds anything but an earlier tree, it is an error and stays unchanged.
 func replaceTree(dir string, tree []plan.TreeFile) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -34,7 +34,7 @@ func replaceTree(dir string, tree []plan.TreeFile) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp) // after the exchange: what was there before
+	defer os.RemoveAll(tmp) // after the exchange, the former tree
 	if err := writeTree(tmp, tree); err != nil {
 		return err
 	}
@@ -42,20 +42,20 @@ func replaceTree(dir string, tree []plan.TreeFile) error {
 		return os.Rename(tmp, dir)
 	}
 	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
-		return fmt.Errorf("put the new tree in the place of %s: %w", dir, err)
+		return fmt.Errorf("replace %s with the new tree: %w", dir, err)
 	}
 	return nil
 }
 
-// writeTree writes the files below an empty dir. Modes are not subject to the umask, nor are those of folders: who copies
-// the tree onto a host copies them too, and after an umask of 077 that host's /etc would be root's alone.
+// writeTree writes the files below an empty dir. The modes of files and folders are not subject to the umask: copying the tree to
+// a host copies the modes as well, and with an umask of 077 only root could read that host's /etc.
 func writeTree(dir string, tree []plan.TreeFile) error {
 	for _, f := range tree {
 		path := filepath.Join(dir, f.Path)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
 		}
-		// 0600 first: nobody reads a secret before the mode is right.
+		// 0600 first: nobody may read a secret before the mode is right.
 		if err := os.WriteFile(path, f.Data, 0o600); err != nil {
 			return err
 		}
@@ -71,8 +71,8 @@ func writeTree(dir string, tree []plan.TreeFile) error {
 	})
 }
 
-// replaceable reports whether dir is there, and an error where something in it is not of
-// an earlier tree: that tree's own plan says what it wrote.
+// replaceable reports whether dir exists. It returns an error if something in dir is not part of
+// an earlier tree, which it knows from the plan in that tree.
 func replaceable(dir string) (exists bool, err error) {
 	entries, err := os.ReadDir(dir)
 	switch {
@@ -85,10 +85,10 @@ func replaceable(dir string) (exists bool, err error) {
 	}
 	p, err := state.ReadPlan(filepath.Join(dir, plan.Path))
 	if errors.Is(err, fs.ErrNotExist) {
-		return true, fmt.Errorf("%s is not empty, and holds no tree of an earlier compile: name another folder, or remove it", dir)
+		return true, fmt.Errorf("%s is not empty and was not written by compile: choose another folder, or remove it", dir)
 	}
 	if err != nil {
-		return true, fmt.Errorf("%s is not empty, and its plan does not tell what an earlier compile wrote: name another "+
+		return true, fmt.Errorf("%s is not empty, and its plan does not tell what an earlier compile wrote: choose another "+
 			"folder, or remove it: %w", dir, err)
 	}
 	files, err := p.Tree(nil)
@@ -101,8 +101,8 @@ func replaceable(dir string) (exists bool, err error) {
 	}
 	return true, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() && !known[path] {
-			err = fmt.Errorf("%s is in the way: no earlier compile wrote it, and %s is replaced whole. Move it away, "+
-				"or name another folder", path, dir)
+			err = fmt.Errorf("%s was not written by compile, which would remove it with the rest of %s: move it away, "+
+				"or choose another folder", path, dir)
 		}
 		return err
 	})

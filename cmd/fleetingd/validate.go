@@ -17,7 +17,7 @@ func validateCommand() *cli.Command {
 		Usage:     "check a host spec, without looking at any host",
 		ArgsUsage: "HOST",
 		Description: "Reads HOST (host.hcl, host.hcl.json, or - for standard input) and prints everything that is wrong with it.\n" +
-			"Secrets are not read. The exit code is 0 for a valid spec, 1 for one that is not, 2 for wrong usage.",
+			"It does not read secrets. The exit code is 0 for a valid spec, 1 for an invalid one and 2 for wrong usage.",
 		Flags: append(specFlags(),
 			&cli.BoolFlag{Name: "json", Usage: "print the result as JSON, in the format of terraform validate -json"}),
 		Action: validateSpec,
@@ -26,7 +26,7 @@ func validateCommand() *cli.Command {
 
 func validateSpec(c *cli.Context) error {
 	if c.NArg() != 1 {
-		return usageError{fmt.Errorf("validate takes one spec, and was given %d: fleetingd validate HOST.hcl", c.NArg())}
+		return usageError{fmt.Errorf("validate takes one spec; got %d: fleetingd validate HOST.hcl", c.NArg())}
 	}
 	opts, err := specOptions(c)
 	if err != nil {
@@ -50,8 +50,8 @@ func validateSpec(c *cli.Context) error {
 	return nil
 }
 
-// summary is "host metal-01, 2 pools, 22 slots": a slot for each worker, and one for
-// each image to be built at.
+// summary returns "host metal-01, 2 pools, 22 slots": one slot per worker, and one per
+// image for its prebuild.
 func summary(res *hostspec.Result) string {
 	slots := len(res.Host.Images)
 	for _, p := range res.Host.Pools {
@@ -71,7 +71,7 @@ func count(n int, noun string) string {
 	return fmt.Sprintf("%d %ss", n, noun)
 }
 
-// printValidationJSON prints what terraform validate -json does.
+// printValidationJSON prints the result in the format of terraform validate -json.
 func printValidationJSON(c *cli.Context, files map[string]*hcl.File, diags hcl.Diagnostics) error {
 	out := struct {
 		FormatVersion string       `json:"format_version"`
