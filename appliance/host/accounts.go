@@ -104,7 +104,40 @@ func (d users) read(name string) (State, error) {
 	if err != nil || f == nil {
 		return nil, err
 	}
-	return State{"comment": f[4], "home": f[5], "shell": f[6]}, nil
+	s := State{"comment": f[4], "home": f[5], "shell": f[6]}
+	whole, err := d.isWhole(f)
+	if !whole {
+		s["half"] = "yes"
+	}
+	return s, err
+}
+
+// isWhole reports whether a user has all that useradd makes, one file after the other: a primary group, and a line in shadow(5), if there is
+// such a file and we may read it.
+func (d users) isWhole(user []string) (bool, error) {
+	groups, err := d.lines("/etc/group", 4)
+	if err != nil {
+		return false, err
+	}
+	i := slices.IndexFunc(groups, func(g []string) bool { return g[2] == user[3] })
+	if i < 0 {
+		return false, nil
+	}
+	_, inShadow, err := d.shadowLine("/etc/shadow", user[0])
+	_, inGshadow, err1 := d.shadowLine("/etc/gshadow", groups[i][0])
+	return inShadow && inGshadow, errors.Join(err, err1)
+}
+
+// shadowLine returns a line of shadow(5) or gshadow(5). Where there is no such file, or we may not read it, every line is there, and nil.
+func (t *Tree) shadowLine(file, name string) (fields []string, ok bool, err error) {
+	if _, err := os.Lstat(t.onHost(file)); errors.Is(err, fs.ErrNotExist) {
+		return nil, true, nil
+	}
+	fields, err = t.line(file, name, 4)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, true, nil
+	}
+	return fields, fields != nil, err
 }
 
 func (d users) Write(ctx context.Context, name string, want State) error {
@@ -122,6 +155,12 @@ func (d users) write(ctx context.Context, name string, want State) error {
 	if err := onlyKeys(want, "comment", "home", "shell"); err != nil {
 		return err
 	}
+	if have["half"] != "" {
+		if err := d.removeHalf(ctx, name); err != nil {
+			return err
+		}
+		have = nil
+	}
 	set := []string{"--comment", want["comment"], "--home", want["home"], "--shell", want["shell"], name}
 	switch {
 	case maps.Equal(have, want):
@@ -138,6 +177,18 @@ func (d users) write(ctx context.Context, name string, want State) error {
 		own = []string{"--gid", name}
 	}
 	return d.tool(ctx, "useradd", slices.Concat([]string{"--system", "--no-create-home"}, own, set)...)
+}
+
+// removeHalf removes what a killed useradd left. It cannot be in use yet.
+func (d users) removeHalf(ctx context.Context, name string) error {
+	user, err := d.passwd(name)
+	if err != nil || user == nil {
+		return err
+	}
+	if uid, err := strconv.Atoi(user[2]); err != nil || uid >= firstOrdinary {
+		return fmt.Errorf("it has uid %s, but no primary group or no line in /etc/shadow; see what pwck and grpck say", user[2])
+	}
+	return d.remove(ctx, name)
 }
 
 func (d users) remove(ctx context.Context, name string) error {
@@ -212,12 +263,27 @@ func (d members) Read(_ context.Context, names []string) (map[string]State, erro
 		if err != nil {
 			return nil, err
 		}
-		of, err := d.groupsOf(user)
-		if err != nil || !slices.Contains(of, group) {
-			return nil, err
-		}
-		return State{"member": "yes"}, nil
+		return d.read(user, group)
 	})
+}
+
+// read looks at group(5) and gshadow(5): a killed usermod may have changed one of them alone.
+func (d members) read(user, group string) (State, error) {
+	of, err := d.groupsOf(user)
+	if err != nil {
+		return nil, err
+	}
+	is := slices.Contains(of, group)
+	line, ok, err := d.shadowLine("/etc/gshadow", group)
+	switch {
+	case err != nil:
+		return nil, err
+	case line != nil && slices.Contains(strings.Split(line[3], ","), user) != is, is && !ok:
+		return State{"member": "half"}, nil
+	case is:
+		return State{"member": "yes"}, nil
+	}
+	return nil, nil
 }
 
 func splitMember(name string) (user, group string, err error) {
@@ -249,9 +315,10 @@ func (d members) write(ctx context.Context, name string, want State) error {
 	if err != nil {
 		return err
 	}
-	of, err := d.groupsOf(user)
-	switch is := slices.Contains(of, group); {
-	case err != nil || is == (want != nil):
+	have, err := d.read(user, group)
+	of, err1 := d.groupsOf(user)
+	switch err := errors.Join(err, err1); {
+	case err != nil || maps.Equal(have, want) && (have == nil) == (want == nil):
 		return err
 	case want != nil:
 		return d.tool(ctx, "usermod", "--append", "--groups", group, user)

@@ -173,16 +173,23 @@ func (at *folder) makeNoted(part string) error {
 			return err
 		}
 	}
-	if err := at.Mkdir(part, 0o700); err != nil {
+	// Under another name until it has its mode: the umask applies to mkdir, and not to chmod.
+	tmp := partOf(part)
+	if err := gone(at.Remove(tmp)); err != nil {
 		return err
 	}
-	made, err := at.OpenRoot(part)
+	if err := at.Mkdir(tmp, 0o700); err != nil {
+		return err
+	}
+	made, err := at.OpenRoot(tmp)
 	if err != nil {
 		return err
 	}
-	defer made.Close()
-	// The umask does not apply to chmod.
-	return errors.Join(made.Chmod(".", 0o755), at.flush())
+	err = errors.Join(made.Chmod(".", 0o755), made.Close())
+	if err == nil {
+		err = at.Rename(tmp, part)
+	}
+	return errors.Join(err, at.flush())
 }
 
 // flush makes names that were made or removed in the folder survive a power cut.
@@ -222,8 +229,11 @@ func (t *Tree) removeMade(name string) error {
 	return nil
 }
 
-// removeFolder removes an empty folder. A missing one is no error.
+// removeFolder removes an empty folder, and what a crash left of making it. A missing one is no error.
 func (at *folder) removeFolder(part string) error {
+	if err := gone(at.Remove(partOf(part))); err != nil {
+		return err
+	}
 	fi, err := at.Lstat(part)
 	if err == nil {
 		err = mustBeFolder(at, part, fi)
