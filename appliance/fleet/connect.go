@@ -58,6 +58,9 @@ func (g *Group) ConnectInfo(_ context.Context, id string) (provider.ConnectInfo,
 	info.Protocol = provider.ProtocolSSH
 	info.ProtocolPort = g.sshPort()
 	info.Username = g.user()
+	if w.user != "" && !info.UseStaticCredentials {
+		info.Username = w.user
+	}
 	if !info.UseStaticCredentials {
 		info.Password, info.Key = "", w.key
 	}

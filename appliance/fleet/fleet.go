@@ -479,7 +479,7 @@ func (g *Group) giveSlotLocked(slot plan.Slot) {
 	}
 	if g.busy[slot.Index]--; g.busy[slot.Index] == 0 {
 		delete(g.busy, slot.Index)
-		g.free = append(g.free, slot)
+		g.free = append(g.free, g.plan.Slots[slot.Index]) // as it is now: an adopted worker had an earlier one
 	}
 }
 

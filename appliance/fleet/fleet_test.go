@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -569,16 +570,6 @@ func TestRecordsThatCannotBeAdopted(t *testing.T) {
 		}, "its record belongs to another worker"},
 		"no key":   {func(_ *host, g *Group, id string) error { return os.Remove(g.keyPath(id)) }, "its key"},
 		"torn key": {func(_ *host, g *Group, id string) error { return os.Truncate(g.keyPath(id), 40) }, "its key"},
-		"slot moved": {func(h *host, _ *Group, _ string) error {
-			h.plan.Slots[0].TAP = "other0"
-			h.write()
-			return nil
-		}, "the plan has changed: slot 0 was fltest0"},
-		"another user": {func(h *host, _ *Group, _ string) error {
-			h.plan.Images[0].User = "root"
-			h.write()
-			return nil
-		}, `its user is "ubuntu"`},
 		"VMM does not answer": {func(h *host, _ *Group, _ string) error {
 			tries := 0
 			h.driver.adopt = func(string) error {
@@ -611,21 +602,53 @@ func TestRecordsThatCannotBeAdopted(t *testing.T) {
 	}
 }
 
-func TestSlotGoneFromPlan(t *testing.T) {
-	h := newHost(t, 3)
-	a := h.start()
-	increase(t, a, 3)
-	waitState(t, a, provider.StateRunning, 3)
-	h.shutdown(a)
-	h.plan.Pools[0].MaxInstances = 1
-	h.write()
-	b := h.start()
-	waitState(t, b, provider.StateDeleted, 2)
-	if n := b.inState(provider.StateRunning); n != 1 || len(b.free) != 0 {
-		t.Errorf("%d running, free: %v", n, b.free)
-	}
-	if n := h.driver.alive(); n != 1 {
-		t.Errorf("%d VMs", n)
+// TestPlanChangesUnderWorkers: a worker that runs goes on where it is, whatever the new plan says of its slot, its user or the
+// hypervisor, and what it holds is given to nobody before it ends.
+func TestPlanChangesUnderWorkers(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*plan.Plan)
+		free   int // slots, while the worker runs
+		after  int // and when it has ended
+	}{
+		"fewer instances": {func(p *plan.Plan) { p.Pools[0].FirstSlot, p.Pools[0].MaxInstances = 1, 1 }, 1, 1},
+		"another TAP":     {func(p *plan.Plan) { p.Slots[0].TAP = "other0" }, 1, 2},
+		"another address": {func(p *plan.Plan) { p.Slots[0].Address = netip.MustParseAddr("127.77.0.200") }, 1, 2},
+		"slots exchanged": {func(p *plan.Plan) { p.Slots[0].TAP, p.Slots[1].TAP = p.Slots[1].TAP, p.Slots[0].TAP }, 1, 2},
+		"another user":    {func(p *plan.Plan) { p.Images[0].User = "ci" }, 1, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t, 2)
+			a := h.start()
+			increase(t, a, 1)
+			waitState(t, a, provider.StateRunning, 1)
+			id := ids(a)[0]
+			before, err := a.ConnectInfo(t.Context(), id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.shutdown(a)
+			c.change(h.plan)
+			h.write()
+			b := h.start()
+			after, err := b.ConnectInfo(t.Context(), id)
+			if err != nil || after.InternalAddr != before.InternalAddr || after.Username != before.Username {
+				t.Errorf("reached as %s@%s, then as %s@%s (%v)", before.Username, before.InternalAddr, after.Username, after.InternalAddr, err)
+			}
+			if err := b.Heartbeat(t.Context(), id); err != nil {
+				t.Error(err)
+			}
+			if len(b.free) != c.free {
+				t.Errorf("free: %v, want %d slots", b.free, c.free)
+			}
+			if _, err := b.Decrease(t.Context(), []string{id}); err != nil {
+				t.Fatal(err)
+			}
+			waitFor(t, "the worker is gone", func() bool { return len(ids(b)) == 0 })
+			if len(b.free) != c.after {
+				t.Errorf("free at the end: %v, want %d slots", b.free, c.after)
+			}
+			h.wantNothingLeft(b)
+		})
 	}
 }
 

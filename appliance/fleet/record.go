@@ -99,18 +99,18 @@ func readRecord(path string) (record, error) {
 	return r, nil
 }
 
-// slotOf returns the slot that a record names. With another Plan, the slot may belong to another pool.
-func (g *Group) slotOf(r record) (plan.Slot, error) {
+// slotOf returns the slot that a worker holds by its record. If the pool no longer has that slot, its index is -1; if the slot was given
+// another TAP or address, the worker keeps its own, and the slot is free once it ends.
+func (g *Group) slotOf(r record) plan.Slot {
+	held := plan.Slot{Index: -1, TAP: r.TAP, Address: r.Address}
 	for _, s := range g.plan.PoolSlots(g.pool) {
-		if s.Index != r.Slot {
+		switch {
+		case s.Index != r.Slot && s.TAP != r.TAP:
 			continue
+		case s.Index == r.Slot && s.TAP == r.TAP && s.Address == r.Address:
+			return s
 		}
-		if s.TAP != r.TAP || s.Address != r.Address {
-			return s, fmt.Errorf("the plan has changed: slot %d was %s (%s) and now is %s (%s)",
-				s.Index, r.TAP, r.Address, s.TAP, s.Address)
-		}
-		return s, nil
+		held.Index = s.Index
 	}
-	return plan.Slot{Index: -1, TAP: r.TAP, Address: r.Address},
-		fmt.Errorf("the plan has changed: slot %d no longer belongs to pool %q", r.Slot, g.pool.Name)
+	return held
 }

@@ -104,16 +104,15 @@ func (g *Group) recorded() ([]string, error) {
 	return ids, nil
 }
 
-// adopt returns the worker of a record, with an error if it cannot be used.
+// adopt returns the worker of a record, with an error if it cannot be used. A worker that an earlier plan placed, or started with another
+// hypervisor or user, is used as it is: a changed plan ends no job.
 func (g *Group) adopt(ctx context.Context, id string) (*worker, error) {
 	w := g.newWorker(id, plan.Slot{Index: -1})
 	r, err := readRecord(g.recordPath(id))
 	if err != nil {
 		return w, err
 	}
-	w.created = r.Created
-	var errSlot error
-	w.slot, errSlot = g.slotOf(r)
+	w.created, w.slot, w.user = r.Created, g.slotOf(r), r.User
 	if r.Driver != w.driver.Name() {
 		h := g.plan.Hypervisor
 		h.Driver, h.Binary = r.Driver, r.Driver
@@ -121,17 +120,12 @@ func (g *Group) adopt(ctx context.Context, id string) (*worker, error) {
 			w.driver = g.driver
 			return w, fmt.Errorf("it was started with %s: %w", r.Driver, err)
 		}
-		return w, fmt.Errorf("it was started with %s, but the plan now says %s", r.Driver, g.driver.Name())
 	}
 	switch {
-	case errSlot != nil:
-		return w, errSlot
 	case r.ID != id || r.Pool != g.pool.Name:
 		return w, errors.New("its record belongs to another worker")
 	case !r.Ready:
 		return w, errUnfinished
-	case r.User != g.image.User:
-		return w, fmt.Errorf("its user is %q, but the plan now says %q", r.User, g.image.User)
 	}
 	if w.key, err = os.ReadFile(g.keyPath(id)); err != nil {
 		return w, fmt.Errorf("its key: %w", err)

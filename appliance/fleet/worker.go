@@ -39,6 +39,8 @@ type worker struct {
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 
+	user string // of the image that it was made from, if an earlier process started it
+
 	first bool // it tries on behalf of the waiting workers (see pacer); only used by live and its callees
 
 	key []byte // private, PEM; never in a record or a log. Set before state becomes running, like vm
