@@ -14,7 +14,7 @@ var qemuPackages = map[string]string{
 	"qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qemu-system-arm", "qemu-system-riscv64": "qemu-system-misc",
 }
 
-// install adds what the host needs of its distribution, and what the spec says of packages from elsewhere.
+// install adds the distribution packages that the host needs, and the packages of the install block.
 func (c *compiler) install() {
 	if c.host.Install.Off {
 		return

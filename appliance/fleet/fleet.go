@@ -48,8 +48,8 @@ type Options struct {
 
 	// Secrets returns the value of a prebuild's secret by its place: see image.Options.
 	Secrets func(from string) (string, error)
-	// OnlyRemove: the Group is there to remove the workers that an earlier process left. Init then neither checks nor prepares what
-	// starting a worker takes.
+	// OnlyRemove makes a Group that only removes the workers of an earlier process. Its Init neither checks nor prepares what
+	// starting workers needs.
 	OnlyRemove bool
 	// Predecessor handles a plugin_config with the predecessor's keys; if nil, such a config is an error.
 	Predecessor *Predecessor

@@ -14,16 +14,16 @@ import (
 	"time"
 )
 
-// booted is a folder of the cache with a host that was up: its memory, and its disks as they were then. Labs go on from
+// booted is a folder of the cache with a host that was running: its memory, and its disks at that moment. Labs continue from
 // there, since an emulated boot costs a minute of CPU.
 type booted struct{ dir string }
 
 func (b booted) memory() string    { return filepath.Join(b.dir, "memory") }
 func (b booted) disk(i int) string { return (&Lab{Dir: b.dir}).disk(i) }
 
-// bootOnce returns the booted host for the options from the cache, after booting it where it is not there.
+// bootOnce returns the booted host for the options from the cache, and boots it first if it is missing.
 func bootOnce(ctx context.Context, cache string, base base, opts Options) (booted, error) {
-	// A memory image fits one machine of one QEMU alone.
+	// A memory image only fits the same machine in the same QEMU.
 	version, err := base.qemuVersion()
 	if err != nil {
 		return booted{}, err
@@ -62,7 +62,7 @@ func boot(ctx context.Context, b booted, base base, opts Options) (err error) {
 	if err := l.boot(ctx, "-monitor", "stdio"); err != nil {
 		return err
 	}
-	// Up means all of it; and sshd has had a session, so that its pages are in memory.
+	// Up means fully booted, and with an earlier session of sshd, so that its pages are in memory.
 	r, err := l.Run(ctx, "systemctl", "is-system-running", "--wait")
 	if err != nil {
 		return err
@@ -76,10 +76,10 @@ func boot(ctx context.Context, b booted, base base, opts Options) (err error) {
 
 var migrated = regexp.MustCompile(`(?i)status:\s+completed`)
 
-// saveMemory writes the running host's memory to a file and ends QEMU. What it had to write to its disks is on them
-// then.
+// saveMemory writes the running host's memory to a file and ends QEMU, which has flushed the host's disks
+// by then.
 func (l *Lab) saveMemory(ctx context.Context) error {
-	// In the human monitor "migrate" returns when it is done, and commands wait for one another.
+	// In the human monitor, "migrate" returns when it is done, and commands run one after another.
 	if _, err := fmt.Fprint(l.monitor, "migrate file:memory\ninfo migrate\nquit\n"); err != nil {
 		return fmt.Errorf("hostlab: QEMU's monitor: %w", err)
 	}
@@ -98,19 +98,19 @@ func (l *Lab) saveMemory(ctx context.Context) error {
 	return nil
 }
 
-// awake waits until QEMU has read the memory and the host runs. A connection made earlier would lose its first packet,
-// and QEMU's network sends that again after six seconds.
+// awake waits until QEMU has read the memory and the host is running. A connection made earlier would lose its first packet,
+// which QEMU's network only repeats after six seconds.
 func (l *Lab) awake(ctx context.Context) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		// A dead QEMU closes its end; done says so below.
+		// If QEMU has ended, its pipe is closed; the check of done below notices.
 		_, _ = fmt.Fprintln(l.monitor, "info status")
 		select {
 		case <-l.qemu.done:
 			return l.died()
 		case <-ctx.Done():
-			return fmt.Errorf("hostlab: the host does not wake: %w", ctx.Err())
+			return fmt.Errorf("hostlab: the host did not wake up: %w", ctx.Err())
 		case <-tick.C:
 		}
 		if log, err := os.ReadFile(l.qemuLog()); err == nil && bytes.Contains(log, []byte("VM status: running")) {

@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// recipe is what the base image is made of; its digest is the image's name in the cache.
+// recipe is the recipe of the base image; its digest is the image's name in the cache.
 //
 //go:embed recipe
 var recipe embed.FS
@@ -25,7 +25,7 @@ var recipe embed.FS
 const (
 	suite    = "trixie" // Linux 6.12: landlock ABI 3 and cgroup v2
 	diskSize = 40 << 30 // sparse: room for guest images, not a cost
-	// mke2fsOptions have everything done here: what is left for later ("lazy") a kernel thread does in the lab, emulated.
+	// mke2fsOptions do everything now: otherwise ("lazy") a kernel thread does the rest in the lab, emulated.
 	mke2fsOptions = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
 )
 
@@ -37,8 +37,8 @@ func (b base) disk() string            { return b.path("disk.raw") }
 func (b base) kernel() string          { return b.path("vmlinuz") }
 func (b base) initrd() string          { return b.path("initrd") }
 
-// recipeDigest names a base image by all that goes into it but Debian's own packages: a cached one is not rebuilt for
-// their updates.
+// recipeDigest returns a name for a base image that depends on everything except Debian's own packages: their
+// updates do not rebuild a cached image.
 func recipeDigest() (string, error) {
 	h := sha256.New()
 	fmt.Fprintln(h, suite, diskSize, mke2fsOptions, emulatorSuite)
@@ -74,7 +74,7 @@ func buildOnce(ctx context.Context, cache string, log io.Writer) (base, error) {
 	})
 }
 
-// makeOnce makes the folder dir of the cache unless it exists: fill writes to a temporary folder, which then gets that name. If several
+// makeOnce creates the folder dir of the cache unless it exists: fill writes to a temporary folder, which is then renamed. If several
 // processes want it, one works and the others wait.
 func makeOnce(ctx context.Context, cache, dir string, fill func(tmp string) error) error {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
@@ -104,7 +104,7 @@ func makeOnce(ctx context.Context, cache, dir string, fill func(tmp string) erro
 	return nil
 }
 
-// prune removes what other recipes left in the cache: a gigabyte each, that nothing here will ask for again.
+// prune removes what other recipes left in the cache: gigabytes that nothing here will use again.
 func prune(cache string, keep base) error {
 	var errs []error
 	for _, pattern := range []string{"base-*", "booted-*"} {
@@ -155,7 +155,7 @@ func build(ctx context.Context, b base, log io.Writer) error {
 	if err := errors.Join(f.Truncate(diskSize), f.Close()); err != nil {
 		return fmt.Errorf("hostlab: %w", err)
 	}
-	// Few inodes: their tables are written now.
+	// Few inodes, because their tables are written now.
 	if err := run(ctx, "mke2fs", "-q", "-t", "ext4", "-i", "65536", "-E", mke2fsOptions, "-d", root, b.disk()); err != nil {
 		return err
 	}
@@ -165,11 +165,11 @@ func build(ctx context.Context, b base, log io.Writer) error {
 	return errors.Join(os.RemoveAll(root), os.RemoveAll(b.path("recipe")))
 }
 
-// mmdebstrap makes a root file system of Debian's packages, working in dir.
+// mmdebstrap makes a root file system from Debian's packages, working in dir.
 func mmdebstrap(ctx context.Context, dir string, log io.Writer, args ...string) error {
 	cmd := exec.CommandContext(ctx, "mmdebstrap", append([]string{"--mode=root", "--components=main"}, args...)...)
 	cmd.Dir = dir
-	// On its own: killed alone, mmdebstrap would leave apt and dpkg at work.
+	// In its own process group: if only mmdebstrap were killed, apt and dpkg would continue.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = 10 * time.Second
@@ -194,7 +194,7 @@ func unpackRecipe(dir string) error {
 	return nil
 }
 
-// makeKeys makes the keys of the host and of who logs in. They live and die with the cached image.
+// makeKeys generates the keys of the host and of its user. They are part of the cached image.
 func makeKeys(ctx context.Context, b base) error {
 	for _, name := range []string{"id_ed25519", "host_ed25519"} {
 		if err := run(ctx, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "hostlab", "-f", b.path(name)); err != nil {
@@ -216,7 +216,7 @@ func packages() ([]string, error) {
 // MirrorVariable names the environment variable with the Debian mirror to build from, for machines whose apt has none.
 const MirrorVariable = "HOSTLAB_MIRROR"
 
-// mirror is the Debian mirror that apt on this machine uses, which may be the only one that it can reach.
+// mirror returns the Debian mirror that apt on this machine uses, which may be the only one that it can reach.
 func mirror(ctx context.Context) (string, error) {
 	if m := os.Getenv(MirrorVariable); m != "" {
 		return m, nil
@@ -231,10 +231,10 @@ func mirror(ctx context.Context) (string, error) {
 			}
 		}
 	}
-	return "", fmt.Errorf("hostlab: apt on this machine names no Debian mirror; set %s=https://mirror.example.com/debian", MirrorVariable)
+	return "", fmt.Errorf("hostlab: apt on this machine has no Debian mirror; set %s=https://mirror.example.com/debian", MirrorVariable)
 }
 
-// lastLines passes what is written on, and keeps it for an error.
+// lastLines passes on what is written, and keeps the end for an error.
 type lastLines struct {
 	to   io.Writer
 	said []byte
@@ -250,14 +250,14 @@ func (w *lastLines) Write(p []byte) (int, error) {
 
 func (w *lastLines) String() string { return string(w.said) }
 
-// newRunDir makes a lab's private folder and holds a lock in it. Folders that nobody holds are of processes
-// that were killed; they are removed.
+// newRunDir creates a lab's private folder and locks it. It removes folders without a lock, which belong to processes
+// that were killed.
 func newRunDir(ctx context.Context, cache string) (string, *os.File, error) {
 	labs := filepath.Join(cache, "labs")
 	if err := os.MkdirAll(labs, 0o700); err != nil {
 		return "", nil, fmt.Errorf("hostlab: %w", err)
 	}
-	// Or another process would sweep a folder between its making and its locking.
+	// Otherwise another process could remove a folder between its creation and its locking.
 	sweep, err := waitLock(ctx, filepath.Join(cache, "labs.lock"))
 	if err != nil {
 		return "", nil, fmt.Errorf("hostlab: %w", err)
@@ -285,7 +285,7 @@ func newRunDir(ctx context.Context, cache string) (string, *os.File, error) {
 	return dir, lock, nil
 }
 
-// tryLock takes the flock(2) of a file or folder, or fails at once. It ends with the file or the process.
+// tryLock takes the flock(2) of a file or folder, or fails at once. The lock ends when the file is closed or the process ends.
 func tryLock(path string) (*os.File, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -317,7 +317,7 @@ func waitLock(ctx context.Context, path string) (*os.File, error) {
 	}
 }
 
-// defaultCache is the git-ignored .cache of the source tree that the process works in, where need.Cache is, too.
+// defaultCache returns the git-ignored .cache of the source tree around the working folder, which need.Cache uses, too.
 func defaultCache() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {

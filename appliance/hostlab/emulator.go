@@ -12,20 +12,20 @@ import (
 	"strconv"
 )
 
-// The lab has a QEMU of its own, unpacked beside its base image and never installed. Up to 10.1, QEMU's emulation of SVM writes a
+// The lab has its own QEMU, unpacked next to its base image and never installed. Up to 10.1, QEMU's emulation of SVM writes a
 // CPU's pending interrupts back at each exit of a nested guest without a lock (do_vmexit in target/i386/tcg/system/svm_helper.c:
-// interrupt_request &= ~CPU_INTERRUPT_VIRQ), so an interrupt that came meanwhile was lost: a timer, and the nested guest slept for
-// good; or another CPU's call, and a task was runnable on no run queue. From 10.2 it is atomic. Debian 12 and 13 have 10.0.
+// interrupt_request &= ~CPU_INTERRUPT_VIRQ), so an interrupt that came meanwhile was lost: a timer, and the nested guest slept
+// forever; or another CPU's call, and a runnable task was on no run queue. Since 10.2 it is atomic. Debian 12 and 13 have 10.0.
 const (
 	emulatorSuite = suite + "-backports"
 	oldestMajor   = 10
 	oldestMinor   = 2
 )
 
-// emulator is the folder with that QEMU.
+// emulator returns the folder of that QEMU.
 func (b base) emulator() string { return b.path("qemu") }
 
-// qemu is a command of it. Its own loader runs it, with its own libraries: those of this machine may be older.
+// qemu returns one of its commands. It runs with its own loader and libraries, because this machine's may be older.
 func (b base) qemu(args ...string) *exec.Cmd {
 	usr := filepath.Join(b.emulator(), "usr")
 	return exec.Command(filepath.Join(usr, "lib64/ld-linux-x86-64.so.2"), append([]string{
@@ -35,18 +35,18 @@ func (b base) qemu(args ...string) *exec.Cmd {
 	}, args...)...)
 }
 
-// qemuVersion is what QEMU says of itself, such as "QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)…".
+// qemuVersion returns QEMU's version line, such as "QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)…".
 func (b base) qemuVersion() (string, error) {
 	out, err := b.qemu("--version").Output()
 	if err != nil {
-		return "", fmt.Errorf("hostlab: the lab's own QEMU in %s does not run (remove %s to have it unpacked again): %w", b.emulator(), b.dir, err)
+		return "", fmt.Errorf("hostlab: the lab's own QEMU in %s does not run (remove %s to unpack it again): %w", b.emulator(), b.dir, err)
 	}
 	return string(out), nil
 }
 
 var versionOfQEMU = regexp.MustCompile(`version (\d+)\.(\d+)`)
 
-// newEnough tells whether that QEMU loses no interrupts.
+// newEnough checks that a QEMU does not lose interrupts.
 func newEnough(version string) error {
 	m := versionOfQEMU.FindStringSubmatch(version)
 	if m == nil {
@@ -58,13 +58,13 @@ func newEnough(version string) error {
 		return fmt.Errorf("hostlab: QEMU's version is %q: %w", version, err)
 	}
 	if major < oldestMajor || major == oldestMajor && minor < oldestMinor {
-		return fmt.Errorf("hostlab: %s has QEMU %d.%d, which loses interrupts of hosts with nested guests; it takes %d.%d",
+		return fmt.Errorf("hostlab: %s has QEMU %d.%d, which loses interrupts of hosts with nested guests; it has to be %d.%d",
 			emulatorSuite, major, minor, oldestMajor, oldestMinor)
 	}
 	return nil
 }
 
-// unpackQEMU puts that QEMU and all that it needs into the base's folder.
+// unpackQEMU unpacks that QEMU and all its dependencies into the base's folder.
 func unpackQEMU(ctx context.Context, b base, log io.Writer) error {
 	mirror, err := mirror(ctx)
 	if err != nil {
@@ -76,7 +76,7 @@ func unpackQEMU(ctx context.Context, b base, log io.Writer) error {
 	if err != nil {
 		return err
 	}
-	// Devices of the package's root: nobody goes there.
+	// Nothing uses the device nodes of this root.
 	if err := os.RemoveAll(filepath.Join(b.emulator(), "dev")); err != nil {
 		return fmt.Errorf("hostlab: %w", err)
 	}

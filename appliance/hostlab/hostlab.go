@@ -1,9 +1,9 @@
-// Package hostlab makes throw-away Debian hosts: a virtual machine with systemd, nftables, cgroup v2, landlock and a
-// KVM that really runs guests, emulated by QEMU so that it is the same on every machine. Tests and people do to it what
-// must not be done to the machine they sit at: apply a host, reboot it, cut its power.
+// Package hostlab makes throw-away Debian hosts: virtual machines with systemd, nftables, cgroup v2, landlock and a
+// KVM that really runs guests, emulated by QEMU so that they are the same on every machine. Tests and people can do to them what
+// they must not do to their own machine: apply a host, reboot it, cut its power.
 //
-// It knows nothing of fleetingd, and no other package imports it outside of its tests. Only the standard library is
-// used; SSH is OpenSSH's client, whose one shared connection makes a command cost milliseconds.
+// It does not depend on fleetingd, and other packages import it only in tests. It only uses the standard library;
+// for SSH it uses OpenSSH's client, with one shared connection, so that a command costs milliseconds.
 package hostlab
 
 import (
@@ -19,17 +19,17 @@ import (
 	"time"
 )
 
-// Options say what the host is like; the zero value is a useful one.
+// Options describe the host; the zero value is useful.
 type Options struct {
-	Memory int64             // bytes; 0 is 4 GiB. It is taken from this machine as the lab uses it
+	Memory int64             // bytes; 0 is 4 GiB. It is allocated as the lab uses it
 	CPUs   int               // 0 is 2
 	Disks  []int64           // sizes in bytes of blank disks: /dev/vdb, /dev/vdc, …
-	Files  map[string]string // copied in once it is up: path in the lab → local file or folder
-	Cache  string            // folder for the base image; "" is .cache beside the go.mod above the working folder
-	Log    io.Writer         // progress of the first, slow build; nil is nowhere
+	Files  map[string]string // copied into the lab once it is up: path in the lab → local file or folder
+	Cache  string            // folder for the base image; "" is .cache next to the go.mod above the working folder
+	Log    io.Writer         // gets the progress of the first, slow build; may be nil
 }
 
-// Lab is one host. Its methods may be called at the same time, but for PowerCut, Boot, Reboot and Close.
+// Lab is one host. Its methods may be called concurrently, except PowerCut, Boot, Reboot and Close.
 type Lab struct {
 	// Dir is the lab's private folder on this machine; Close removes it.
 	Dir string
@@ -38,7 +38,7 @@ type Lab struct {
 	base    base
 	lock    *os.File
 	qemu    *process
-	monitor io.WriteCloser // QEMU's, where it is on its standard input
+	monitor io.WriteCloser // QEMU's monitor, if it uses its standard input
 	port    int
 	heard   int64 // bytes of the ready file that belong to earlier boots
 
@@ -46,12 +46,12 @@ type Lab struct {
 	master *process // the SSH connection that all commands share
 }
 
-// bootDeadline is for one boot on a machine that is busy; an idle one takes a tenth of it.
+// bootDeadline limits one boot, on a busy machine; an idle one needs a tenth of it.
 const bootDeadline = 5 * time.Minute
 
-// Start gives a host that is up. The first Start on a machine builds the base image from Debian's packages, which needs
+// Start returns a running host. The first Start on a machine builds the base image from Debian's packages, which needs
 // root, mmdebstrap and a Debian mirror, and takes two minutes; the first with these Options boots it. Every other takes
-// seconds: it goes on from the memory that the first had when it was up. The caller ends the host with Close; if the
+// seconds: it continues from the memory that the first had saved. The caller ends the host with Close; if the
 // process dies first, the kernel ends it.
 func Start(ctx context.Context, opts Options) (*Lab, error) {
 	if opts.Memory == 0 {
@@ -109,7 +109,7 @@ func (l *Lab) wake(ctx context.Context, b booted) error {
 	if err := l.connect(ctx); err != nil {
 		return errors.Join(err, l.died())
 	}
-	// It went to sleep when it was cached.
+	// Its clock stopped when it was cached.
 	if _, err := l.Sh(ctx, fmt.Sprintf("date --set=@%d >/dev/null", time.Now().Unix())); err != nil {
 		return err
 	}
@@ -121,8 +121,8 @@ func (l *Lab) wake(ctx context.Context, b booted) error {
 	return nil
 }
 
-// ForTest is Start for a test: failures are fatal, the lab ends with the test, and its console is shown when the test
-// failed. The caller asks need.VM first.
+// ForTest is Start for a test: failures are fatal, the lab ends with the test, and its console is logged if the test
+// fails. The caller has to call need.VM first.
 func ForTest(t testing.TB, opts Options) *Lab {
 	t.Helper()
 	if opts.Log == nil {
@@ -143,7 +143,7 @@ func ForTest(t testing.TB, opts Options) *Lab {
 	return l
 }
 
-// Boot starts a host that is off, and returns when sshd answers.
+// Boot starts a host that is off, and returns once sshd answers.
 func (l *Lab) Boot(ctx context.Context) error {
 	if l.running() {
 		return errors.New("hostlab: Boot: the host is already on")
@@ -185,20 +185,20 @@ func (l *Lab) waitReady(ctx context.Context) error {
 	}
 }
 
-// Reboot restarts the host in order, as `systemctl reboot` does, and returns when sshd answers again.
+// Reboot restarts the host gracefully, like `systemctl reboot`, and returns once sshd answers again.
 func (l *Lab) Reboot(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, bootDeadline)
 	defer cancel()
-	// No look at the result: the connection may go before the answer comes.
+	// The result does not matter: the connection may close before the answer comes.
 	if _, err := l.Run(ctx, "systemctl", "reboot"); err != nil && !errors.Is(err, ErrConnection) {
 		return err
 	}
 	return l.waitReady(ctx)
 }
 
-// PowerCut ends the host as a power cut does: nothing is written back, nobody is asked. What the guest had flushed
-// (fsync) is on its disks; the rest may or may not be. Boot starts the host again with the same disks. It is a success
-// where the host is off.
+// PowerCut stops the host as a power cut does: nothing is written back. What the guest has flushed (fsync) is on its
+// disks; the rest may or may not be. Boot starts the host again with the same disks. If the host is already off,
+// PowerCut succeeds.
 func (l *Lab) PowerCut() error {
 	l.disconnect()
 	if l.qemu == nil {
@@ -208,14 +208,14 @@ func (l *Lab) PowerCut() error {
 	return nil
 }
 
-// Close ends the host and removes all of it but the cached base image.
+// Close stops the host and removes everything except the cached base image.
 func (l *Lab) Close() error {
 	err := errors.Join(l.PowerCut(), os.RemoveAll(l.Dir))
 	l.lock.Close()
 	return err
 }
 
-// Console is the last lines of what the host wrote to its serial console, over all boots; 0 is all of it.
+// Console returns the last lines that the host wrote to its serial console, over all boots; 0 returns all of them.
 func (l *Lab) Console(lines int) string {
 	b, err := os.ReadFile(l.consoleFile())
 	if err != nil {

@@ -17,12 +17,12 @@ import (
 
 func (l *Lab) disk(i int) string { return filepath.Join(l.Dir, fmt.Sprintf("disk%d.qcow2", i)) }
 
-// disks is how many there are: the root disk and those of the options.
+// disks returns the number of disks: the root disk and those of the options.
 func (l *Lab) disks() int { return 1 + len(l.opts.Disks) }
 
-// overlay makes a disk that is another one until it is written to. qcow2 and not a raw copy: it is there at once, and its
-// tables are in QEMU's memory until the guest flushes, so that a killed QEMU loses unflushed writes as a disk with a
-// volatile cache does.
+// overlay creates a disk that reads like another one until it is written to. It is qcow2, not a raw copy, because it is created at once,
+// and because its tables are in QEMU's memory until the guest flushes, so that a killed QEMU loses unflushed writes like a disk with a
+// volatile cache.
 func overlay(ctx context.Context, disk, backing, format string) error {
 	return run(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-F", format, "-b", backing, disk)
 }
@@ -30,8 +30,8 @@ func overlay(ctx context.Context, disk, backing, format string) error {
 func (l *Lab) consoleFile() string { return filepath.Join(l.Dir, "console.log") }
 func (l *Lab) readyFile() string   { return filepath.Join(l.Dir, "ready") }
 
-// qemuArgs is the machine. SVM is on so that kvm_amd loads; what a PC has and a lab does not use is off, since each
-// device costs its driver's probing at every boot.
+// qemuArgs returns the options of the machine. SVM is on so that kvm_amd loads; devices that a lab does not use are off, since
+// probing them costs time at every boot.
 func (l *Lab) qemuArgs() []string {
 	args := []string{
 		"-name", "hostlab", "-nodefaults", "-no-user-config", "-display", "none",
@@ -39,8 +39,8 @@ func (l *Lab) qemuArgs() []string {
 		"-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt",
 		"-smp", fmt.Sprint(l.opts.CPUs), "-m", fmt.Sprintf("%dM", l.opts.Memory>>20),
 		"-kernel", l.base.kernel(), "-initrd", l.base.initrd(),
-		// The mitigations protect nobody here, and under emulation they are dear. On a busy machine the kernel distrusts
-		// the TSC, which is the machine's own and good, and falls back to clocks that need an exit each.
+		// Mitigations protect nobody here, and are expensive under emulation. On a busy machine the kernel distrusts
+		// the TSC, which is reliable here, and falls back to clocks that need an exit for every read.
 		"-append", "console=ttyS0 loglevel=5 net.ifnames=0 mitigations=off tsc=reliable",
 		"-chardev", "file,append=on,id=console,path=" + escape(l.consoleFile()), "-serial", "chardev:console",
 		"-chardev", "file,append=on,id=ready,path=" + escape(l.readyFile()), "-serial", "chardev:ready",
@@ -56,12 +56,12 @@ func (l *Lab) qemuArgs() []string {
 	return args
 }
 
-// escape is for a file name in a QEMU option.
+// escape escapes a file name for a QEMU option.
 func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }
 
-// on starts QEMU, with further arguments. With "-monitor", "stdio" its monitor is l.monitor.
+// on starts QEMU with additional arguments. With "-monitor", "stdio" its monitor is l.monitor.
 func (l *Lab) on(ctx context.Context, args ...string) error {
-	// The port is chosen here and taken by QEMU a moment later: somebody else may have been faster.
+	// Another process may take the port between its choice here and its use by QEMU.
 	for try := 1; ; try++ {
 		err := l.startQEMU(ctx, args)
 		if err == nil || try == 5 || !strings.Contains(err.Error(), "Could not set up host forwarding rule") {
@@ -93,7 +93,7 @@ func (l *Lab) startQEMU(ctx context.Context, args []string) error {
 	return l.listening(ctx)
 }
 
-// listening waits until QEMU has the port: then all its options were good.
+// listening waits until QEMU listens on the port, which means that it has accepted all its options.
 func (l *Lab) listening(ctx context.Context) error {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
@@ -102,7 +102,7 @@ func (l *Lab) listening(ctx context.Context) error {
 		case <-l.qemu.done:
 			return l.died()
 		case <-ctx.Done():
-			return errors.Join(fmt.Errorf("hostlab: QEMU does not start: %w", ctx.Err()), l.PowerCut())
+			return errors.Join(fmt.Errorf("hostlab: QEMU did not start: %w", ctx.Err()), l.PowerCut())
 		case <-tick.C:
 		}
 		if listens(l.port) {
@@ -111,7 +111,7 @@ func (l *Lab) listening(ctx context.Context) error {
 	}
 }
 
-// listens looks for a listener without connecting: slirp would hand a connection on to the guest.
+// listens looks for a listener without connecting, because slirp would pass a connection on to the guest.
 func listens(port int) bool {
 	b, err := os.ReadFile("/proc/net/tcp")
 	// local_address rem_address st: 0A is TCP_LISTEN (proc_net(5)).
@@ -120,7 +120,7 @@ func listens(port int) bool {
 
 func (l *Lab) qemuLog() string { return filepath.Join(l.Dir, "qemu.log") }
 
-// died says how QEMU ended, and nil while it runs.
+// died returns how QEMU ended, or nil while it runs.
 func (l *Lab) died() error {
 	if l.running() {
 		return nil
@@ -129,14 +129,14 @@ func (l *Lab) died() error {
 	return errors.Join(fmt.Errorf("hostlab: QEMU ended: %w\n%s", l.qemu.err, tail(string(log), 10)), err)
 }
 
-// process is a child that dies with us.
+// process is a child that dies with this process.
 type process struct {
 	cmd  *exec.Cmd
 	done chan struct{}
 	err  error // of Wait; set before done is closed
 }
 
-// spawn starts cmd. PR_SET_PDEATHSIG tells of the death of the thread that forked, not of the process: so one
+// spawn starts cmd. PR_SET_PDEATHSIG reports the death of the thread that forked, not of the process, so one
 // thread is kept for as long as the child lives.
 func spawn(cmd *exec.Cmd) (*process, error) {
 	p := &process{cmd: cmd, done: make(chan struct{})}
@@ -183,7 +183,7 @@ func freePort() (int, error) {
 	return ln.Addr().(*net.TCPAddr).Port, nil
 }
 
-// run runs a program to its end; its error holds what it said.
+// run runs a program to its end; its error includes the end of the output.
 func run(ctx context.Context, argv ...string) error {
 	out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).CombinedOutput()
 	if err != nil {
@@ -200,7 +200,7 @@ func size(path string) int64 {
 	return st.Size()
 }
 
-// tail is the last n lines of s; 0 is all.
+// tail returns the last n lines of s; 0 returns all.
 func tail(s string, n int) string {
 	s = strings.TrimRight(s, "\r\n")
 	lines := slices.Collect(strings.Lines(s))

@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// ErrConnection is what Run's error wraps when the connection went before the command ended: the host is off, or
+// ErrConnection is wrapped by Run's error if the connection closed before the command ended: the host is off, or
 // rebooting.
-var ErrConnection = errors.New("the connection to the host is gone")
+var ErrConnection = errors.New("the connection to the host was lost")
 
 // control is the socket of the shared SSH connection, relative to Dir: a cache folder may be too deep for
 // sun_path's 108 bytes.
@@ -57,25 +57,25 @@ func (l *Lab) disconnect() {
 		l.master.kill()
 		l.master = nil
 	}
-	// A killed master leaves its socket, and the next one would refuse to listen there.
+	// A killed master leaves its socket behind, and the next one would refuse to listen there.
 	os.Remove(filepath.Join(l.Dir, control))
 }
 
-// connected reports whether the shared connection stands.
+// connected reports whether the shared connection is up.
 func (l *Lab) connected() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.master != nil && l.master.running()
 }
 
-// ssh is the client with all options that make it ask nobody and read no configuration.
+// ssh returns the client with options that make it non-interactive and ignore all configuration.
 func (l *Lab) ssh(args ...string) *exec.Cmd {
 	cmd := exec.Command("ssh", append([]string{
 		"-F", "none", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR",
 		"-o", "HostName=127.0.0.1", "-o", fmt.Sprintf("Port=%d", l.port), "-o", "HostKeyAlias=hostlab",
 		"-o", "IdentityFile=" + l.base.path("id_ed25519"), "-o", "IdentitiesOnly=yes",
 		"-o", "UserKnownHostsFile=" + l.base.path("known_hosts"), "-o", "StrictHostKeyChecking=yes",
-		// AES is a helper call to the emulator, ChaCha is emulated instruction by instruction.
+		// AES is a helper call to the emulator, but ChaCha is emulated instruction by instruction.
 		"-o", "Ciphers=aes128-ctr", "-o", "MACs=umac-64@openssh.com",
 		// A host whose power was cut sends no FIN.
 		"-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=12",
@@ -85,31 +85,31 @@ func (l *Lab) ssh(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// Result is how a command ended.
+// Result is the outcome of a command.
 type Result struct {
 	Stdout, Stderr string
 	ExitCode       int
 }
 
-// Cmd is a command as root in the lab, not yet started, for who needs its input or its output as it comes. The
-// arguments reach the program as they are. Its exit code is the program's; 255 may also be a lost connection. Killing
-// it kills the local end only.
+// Cmd returns a command to run as root in the lab, not yet started, for callers that stream its input or output. The
+// arguments reach the program unchanged. Its exit code is the program's; 255 can also be a lost connection. Killing
+// it only kills the local end.
 func (l *Lab) Cmd(argv ...string) *exec.Cmd {
 	quoted := make([]string, len(argv))
 	for i, a := range argv {
 		quoted[i] = quote(a)
 	}
 	cmd := l.ssh("-o", "ControlMaster=no", "root@hostlab", "--", strings.Join(quoted, " "))
-	// The shared connection holds our pipes too: without this, Wait of a killed cmd would wait for the remote program.
+	// The shared connection also holds the pipes: without this, Wait of a killed cmd would wait for the remote program.
 	cmd.WaitDelay = 2 * time.Second
 	return cmd
 }
 
-// quote is for sshd, which hands the line to the account's shell.
+// quote quotes an argument for the account's shell, to which sshd passes the line.
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// Run runs a command as root to its end. A command that fails is a Result; the error is for one that could not be run,
-// or whose end is not known (ErrConnection, or ctx's).
+// Run runs a command as root to its end. A failed command is a Result; an error means that the command could not be run
+// or its outcome is unknown (ErrConnection, or ctx's error).
 func (l *Lab) Run(ctx context.Context, argv ...string) (Result, error) {
 	var stdout, stderr bytes.Buffer
 	cmd := l.Cmd(argv...)
@@ -118,8 +118,8 @@ func (l *Lab) Run(ctx context.Context, argv ...string) (Result, error) {
 	return Result{stdout.String(), stderr.String(), code}, err
 }
 
-// Sh runs a shell script as root, with -eu, and returns its output. Here a script that fails is an error, which says
-// how and shows what it wrote.
+// Sh runs a shell script as root, with -eu, and returns its output. A failed script is an error, which includes
+// the exit code and the end of the output.
 func (l *Lab) Sh(ctx context.Context, script string) (string, error) {
 	r, err := l.Run(ctx, "sh", "-euc", script)
 	if err == nil && r.ExitCode != 0 {
@@ -128,7 +128,7 @@ func (l *Lab) Sh(ctx context.Context, script string) (string, error) {
 	return strings.TrimSuffix(r.Stdout, "\n"), err
 }
 
-// wait runs cmd and tells its exit code from a lost connection, for which ssh exits with 255, too.
+// wait runs cmd, and distinguishes exit code 255 of the program from a lost connection, for which ssh exits with 255, too.
 func (l *Lab) wait(ctx context.Context, cmd *exec.Cmd) (int, error) {
 	if !l.connected() {
 		return -1, fmt.Errorf("hostlab: %w: the host is off, or was rebooted by other means than Reboot", ErrConnection)
@@ -153,14 +153,14 @@ func (l *Lab) wait(ctx context.Context, cmd *exec.Cmd) (int, error) {
 	return exit.ExitCode(), nil
 }
 
-// Copy copies a local file or folder into the lab, with its modes and holes, owned by root. A file replaces what is at
-// remote, in one step; a folder's content is added to remote. Missing parents are made.
+// Copy copies a local file or folder into the lab, with its modes and holes, owned by root. A file replaces remote
+// atomically; a folder's content is added to remote. Missing parents are created.
 func (l *Lab) Copy(ctx context.Context, local, remote string) error {
 	st, err := os.Stat(local)
 	if err != nil {
 		return fmt.Errorf("hostlab: copy: %w", err)
 	}
-	// A sparse disk image is to cost its content only: tar carries holes, SFTP does not.
+	// tar preserves the holes of a sparse disk image; SFTP does not.
 	pack := []string{"--create", "--sparse", "--numeric-owner", "--owner=0", "--group=0"}
 	unpack := `mkdir -p "$1" && exec tar -C "$1" -xf - --no-overwrite-dir`
 	if st.IsDir() {
@@ -215,7 +215,7 @@ func (l *Lab) pipe(ctx context.Context, from, to *exec.Cmd) error {
 	if err == nil {
 		err = to.Start()
 	}
-	// Each end belongs to its child alone, or the other would never see it closed.
+	// Only the children may hold the ends of the pipe, or they would never see it closed.
 	r.Close()
 	w.Close()
 	if err != nil {
@@ -248,7 +248,7 @@ func (l *Lab) Shell() error {
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
-		return nil // how their last command ended is theirs to know
+		return nil // the exit code of their last command does not matter
 	}
 	return err
 }

@@ -1,6 +1,6 @@
-// Package need says what a test needs of the machine. Where it is missing the
-// test skips and says why; with FLEETINGD_TEST=full (make test, CI) it fails
-// instead, so that nothing that can run there is skipped unseen. Only tests
+// Package need states what a test needs of the machine. If it is missing, the
+// test is skipped with the reason; with FLEETINGD_TEST=full (make test, CI) it fails
+// instead, so that nothing is skipped unnoticed where it should run. Only tests
 // import it.
 package need
 
@@ -69,7 +69,7 @@ func VM(t testing.TB) {
 }
 
 // CloudHypervisor needs the real binary, named by CLOUD_HYPERVISOR or on PATH, and
-// returns it. It always skips where there is none: no package registry carries it.
+// returns its path. If there is none it always skips, because no package registry has it.
 func CloudHypervisor(t testing.TB) string {
 	t.Helper()
 	if p := os.Getenv("CLOUD_HYPERVISOR"); p != "" {
@@ -82,8 +82,8 @@ func CloudHypervisor(t testing.TB) string {
 	return p
 }
 
-// Cache is a folder for what tests make and later runs may reuse, named by its content. It is
-// git-ignored and may be empty at any time.
+// Cache returns a folder for results that later test runs may reuse, named by their content. It is
+// git-ignored and may be emptied at any time.
 func Cache(t testing.TB) string {
 	t.Helper()
 	dir, err := os.Getwd()

@@ -1,5 +1,5 @@
-// Package netrange knows address ranges: those that software on many machines takes by default, with a
-// range for workers that collides with none of them, and those that workers do not reach unless a spec allows it.
+// Package netrange knows address ranges: those that common software uses by default, a range for workers
+// that collides with none of them, and those that workers cannot reach unless a spec allows it.
 package netrange
 
 import (
@@ -7,20 +7,20 @@ import (
 	"slices"
 )
 
-// Default is a range that some software takes unless it is told otherwise.
+// Default is a range that some software uses by default.
 type Default struct {
 	Prefix netip.Prefix
 	By     string // the name of the software
 }
 
-// Defaults are ranges that a job in a worker, or a service on the host, may take
-// without asking. dockerd and the others look for a route that overlaps theirs first, but
-// a worker has only a default route and the route to its gateway, so they find none.
+// Defaults are ranges that a job in a worker, or a service on the host, may use
+// without asking. dockerd and others first look for routes that overlap, but a
+// worker has only a default route and the route to its gateway, so they find none.
 //
-// 172.16.0.0/16 is in no list: Docker's pools start at 172.17. LXD, Incus and Multipass pick a random /24 of
-// 10.0.0.0/8, which makes no part of it likelier to collide than another.
+// 172.16.0.0/16 is not included: Docker's pools start at 172.17. Neither are LXD, Incus and Multipass, which pick a random
+// /24 of 10.0.0.0/8, so that no part of it is more likely to collide than another.
 var Defaults = []Default{
-	// docker0 and the networks that Compose makes:
+	// docker0 and the networks that Compose creates:
 	// https://docs.docker.com/engine/network/#subnet-allocation. (172.17 to 172.31, and 192.168 in /20 steps.)
 	{netip.MustParsePrefix("172.17.0.0/16"), "Docker"},
 	{netip.MustParsePrefix("172.18.0.0/15"), "Docker"},
@@ -46,8 +46,8 @@ var Defaults = []Default{
 	{netip.MustParsePrefix("100.64.0.0/10"), "Tailscale"},
 }
 
-// Takers names who takes a part of a range by default, each once, in the order of Defaults;
-// nil if nobody does.
+// Takers returns the names of the software that uses a part of a range by default, without duplicates, in the order of Defaults;
+// nil if there is none.
 func Takers(p netip.Prefix) []string {
 	var by []string
 	for _, d := range Defaults {
@@ -58,14 +58,14 @@ func Takers(p netip.Prefix) []string {
 	return by
 }
 
-// Workers is the range that workers have unless the spec names another.
+// Workers is the default range of the workers.
 var Workers = netip.MustParsePrefix("172.16.120.0/22")
 
-// candidates are where Free looks, in order: RFC 1918 without what Docker takes.
+// candidates are the ranges that Free searches, in order: RFC 1918 without Docker's.
 var candidates = []netip.Prefix{netip.MustParsePrefix("172.16.0.0/16"), netip.MustParsePrefix("10.0.0.0/8")}
 
-// Free finds an IPv4 range with a prefix length of 8 to 32 bits that nobody takes by
-// default and for which used is false. It tries Workers' own place first, and some 300 others.
+// Free returns an IPv4 range with a prefix length of 8 to 32 bits that no software uses by
+// default and for which used returns false. It tries Workers first, and some 300 others.
 func Free(bits int, used func(netip.Prefix) bool) (netip.Prefix, bool) {
 	free := func(p netip.Prefix) bool { return len(Takers(p)) == 0 && !used(p) }
 	if first := netip.PrefixFrom(Workers.Addr(), bits).Masked(); bits >= 16 && free(first) {
@@ -75,7 +75,7 @@ func Free(bits int, used func(netip.Prefix) bool) (netip.Prefix, bool) {
 		if bits < c.Bits() {
 			continue
 		}
-		// A range inside a taken /20 (of 172.16.0.0/16) or /16 (of 10.0.0.0/8) is not worth a try of its own.
+		// Ranges inside a taken /20 (of 172.16.0.0/16) or /16 (of 10.0.0.0/8) are not worth trying.
 		step := min(bits, c.Bits()+4)
 		if c.Bits() == 8 {
 			step = min(bits, 16)
@@ -92,14 +92,14 @@ func Free(bits int, used func(netip.Prefix) bool) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-// Private4 is what a worker does not reach by default: what IANA's IPv4 Special-Purpose Address Registry has as
-// not globally reachable, and multicast. Metadata services live in 169.254.0.0/16, carriers' NAT in 100.64.0.0/10.
+// Private4 is what workers cannot reach by default: everything that is not globally reachable according to IANA's IPv4
+// Special-Purpose Address Registry, and multicast. 169.254.0.0/16 has metadata services, 100.64.0.0/10 carriers' NAT.
 var Private4 = prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
 	"192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3")
 
-// Private6 is all but global unicast (2000::/3), and of that what embeds or replaces other addresses: Teredo and the
-// rest of 2001::/23, documentation, and 6to4, through which 10.0.0.1 is 2002:a00:1::. 64:ff9b::/96 (NAT64) is in
-// the first: a translator would lead to private IPv4.
+// Private6 is everything except global unicast (2000::/3), plus those parts of it that embed or replace other addresses: Teredo and
+// the rest of 2001::/23, documentation, and 6to4, in which 10.0.0.1 is 2002:a00:1::. The first prefix includes
+// 64:ff9b::/96 (NAT64), because a translator would lead to private IPv4.
 var Private6 = prefixes("::/3", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20", "4000::/2", "8000::/1")
 
 func prefixes(texts ...string) []netip.Prefix {

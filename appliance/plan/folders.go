@@ -2,20 +2,20 @@ package plan
 
 import "path"
 
-// Folder is a folder of the host that must be there before what is to lie in it.
+// Folder is a folder that has to exist on the host.
 type Folder struct {
 	Path, Mode, Owner, Group string
-	// Mounted: it lies on the file system of the disks, and can only be made once that is mounted.
+	// Mounted means that it is on the disks' file system, and can only be created once that is mounted.
 	Mounted bool
 }
 
-// ConfigFolder holds GitLab Runner's config.toml, its system id and the tokens that it renews.
+// ConfigFolder holds GitLab Runner's config.toml, its system id and the tokens that it has renewed.
 const ConfigFolder = "/etc/gitlab-runner"
 
-// RunnerFolder is the home and working directory of the runtime user.
+// RunnerFolder returns the home and working directory of the runtime user.
 func (p *Plan) RunnerFolder() string { return path.Join(p.Paths.State, "runner") }
 
-// Folders are those of the host, each after the one that it lies in. systemd-tmpfiles makes them at boot.
+// Folders returns the host's folders, parents first. systemd-tmpfiles creates them at boot.
 func (p *Plan) Folders() []Folder {
 	own := func(path, mode string) Folder { return Folder{Path: path, Mode: mode, Owner: p.User, Group: p.User} }
 	mounted := func(f Folder) Folder { f.Mounted = true; return f }
@@ -37,10 +37,10 @@ func (p *Plan) Folders() []Folder {
 // Account is a system user.
 type Account struct {
 	Name, Comment, Home, Shell string
-	Groups                     []string // it is a member of these, beside its own
+	Groups                     []string // supplementary groups
 }
 
-// Account is the runtime user. systemd-sysusers makes it at boot where it is missing.
+// Account returns the runtime user. systemd-sysusers creates it at boot if it is missing.
 func (p *Plan) Account() Account {
 	return Account{Name: p.User, Comment: "fleetingd runner and VMs", Home: p.RunnerFolder(), Shell: "/usr/sbin/nologin", Groups: []string{"kvm"}}
 }

@@ -7,41 +7,41 @@ import (
 	"strings"
 )
 
-// Install is what apply installs on a host with Debian's packages.
+// Install lists what apply installs on a host with Debian packages.
 type Install struct {
-	Packages []string    `json:"packages"`           // by their Debian names, sorted; those of Sources and Debs among them
-	Sources  []AptSource `json:"sources,omitempty"`  // repositories that some of Packages come from
-	Debs     []Download  `json:"debs,omitempty"`     // those of Packages that come as a file
-	Programs []Download  `json:"programs,omitempty"` // single files, for ProgramPath
+	Packages []string    `json:"packages"`           // Debian names, sorted, including those of Sources and Debs
+	Sources  []AptSource `json:"sources,omitempty"`  // repositories of some of the Packages
+	Debs     []Download  `json:"debs,omitempty"`     // those of the Packages that are downloaded as files
+	Programs []Download  `json:"programs,omitempty"` // single files, installed at their ProgramPath
 }
 
-// AptSource is a package repository and the key that signs it.
+// AptSource is a package repository and the key that signs it. Its files are named after Package.
 type AptSource struct {
-	Package     string   `json:"package"` // that it is for; it names the files below /etc/apt
+	Package     string   `json:"package"` // the package that it is for
 	URL         string   `json:"url"`
 	Suite       string   `json:"suite"`
-	Components  []string `json:"components,omitempty"` // none where the suite is a path and ends in "/"
+	Components  []string `json:"components,omitempty"` // none if the suite is a path that ends in "/"
 	Fingerprint string   `json:"fingerprint"`          // of the key, in upper-case hex
 	KeyURL      string   `json:"key_url"`
 }
 
-// Download is a file elsewhere.
+// Download is a file to be downloaded.
 type Download struct {
 	Package string `json:"package"`
 	URL     string `json:"url"`
 	SHA256  string `json:"sha256"` // hex
 }
 
-// ProgramPath is where a program of Install lies on the host.
+// ProgramPath returns where a program of Install is installed on the host.
 func (d Download) ProgramPath() string { return path.Join("/usr/local/bin", d.Package) }
 
-// KeyPath is where the source's key lies on the host.
+// KeyPath returns the path of the source's key on the host.
 func (s AptSource) KeyPath() string { return "/etc/apt/keyrings/fleetingd-" + s.Package + ".asc" }
 
-// File is the source as apt reads it (sources.list(5), deb822 style).
+// File returns the source as a file for apt (sources.list(5), deb822 style).
 func (s AptSource) File() File {
 	var b strings.Builder
-	fmt.Fprintf(&b, "# Written by fleetingd for the package %s. Change the spec and apply it again: changes made here are drift.\n", s.Package)
+	fmt.Fprintf(&b, "# Written by fleetingd for the package %s. Change the spec and apply it again: changes made here are reported as drift.\n", s.Package)
 	fmt.Fprintf(&b, "Types: deb\nURIs: %s\nSuites: %s\n", s.URL, s.Suite)
 	if len(s.Components) > 0 {
 		fmt.Fprintf(&b, "Components: %s\n", strings.Join(s.Components, " "))
@@ -69,7 +69,7 @@ func (p *Plan) checkInstall(f *findings) {
 	}
 	for i, s := range p.Install.Sources {
 		f.unless(packageName.MatchString(s.Package), "install.sources[%d]: %q is not the name of a package", i, s.Package)
-		// Each is a line, or a part of one, in a file that apt reads.
+		// Each becomes a line, or a part of one, in a file that apt reads.
 		for _, word := range append([]string{s.URL, s.Suite, s.KeyURL}, s.Components...) {
 			f.unless(oneWord.MatchString(word), "install.sources[%d]: %q is not one word", i, word)
 		}

@@ -85,7 +85,7 @@ func (l *Lock) convert(how int) error {
 	return err
 }
 
-// TryShare takes a share of the lock at path, or returns ErrLocked at once if a process holds it alone.
+// TryShare takes a shared lock at path, or returns ErrLocked at once if another process holds it exclusively.
 func TryShare(path string) (*Lock, error) { return tryLock(path, unix.LOCK_SH) }
 
 // WaitLock takes the lock at path, or gives up when ctx ends. flock has no

@@ -1,5 +1,5 @@
-// Package visible makes text that comes from elsewhere (a guest, a server, a file name) fit for a terminal and for one line of a log:
-// nothing in it can move the cursor, change a title or reorder what stands beside it.
+// Package visible makes text that comes from elsewhere (a guest, a server, a file name) safe for a terminal and for one line of a log:
+// nothing in it can move the cursor, change a title or reorder the text around it.
 package visible
 
 import (

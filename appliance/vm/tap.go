@@ -10,11 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TUNVariable is in the environment if TAPs are to be opened by another node than /dev/net/tun: `fleetingd run` makes one for its user
-// on a host where that is closed, rather than open it to everybody.
+// TUNVariable names another node than /dev/net/tun for opening TAPs, if it is in the environment: on a host where that is closed,
+// `fleetingd run` creates a node for its user instead of opening it to everybody.
 const TUNVariable = "FLEETINGD_TUN"
 
-// TUN is the device node that TAPs are opened by.
+// TUN returns the device node for opening TAPs.
 func TUN() string { return cmp.Or(os.Getenv(TUNVariable), "/dev/net/tun") }
 
 // openTAP opens an existing TAP, with one descriptor for each of the pairs; the TAP may have more. Its owner needs

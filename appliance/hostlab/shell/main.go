@@ -1,5 +1,5 @@
 // Command shell gives a person a shell in a throw-away Debian host, with the files named on the command line copied to
-// /usr/local/bin. The host is gone when they leave it. `make hostlab` runs it.
+// /usr/local/bin. The host is removed when they leave it. `make hostlab` runs it.
 package main
 
 import (
@@ -48,7 +48,7 @@ func run() (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, lab.Close()) }()
-	fmt.Fprintf(os.Stderr, "hostlab: up in %s; console in %s/console.log; leave the shell and it is gone\n",
+	fmt.Fprintf(os.Stderr, "hostlab: up in %s; console in %s/console.log; leaving the shell removes it\n",
 		time.Since(start).Round(100*time.Millisecond), lab.Dir)
 	return lab.Shell()
 }
