@@ -120,6 +120,18 @@ func (d *SecretFiles) Write(_ context.Context, name string, want State) error {
 	return nil
 }
 
+// Undo is Write of a former state after a crash: a file that was not written since the last Confirm is left alone, whatever is in it.
+func (d *SecretFiles) Undo(ctx context.Context, name string, before State) error {
+	n, err := d.readNotes()
+	if err != nil {
+		return named(KindSecretFile, name, err)
+	}
+	if before != nil && !n.file(name).Pending {
+		return nil
+	}
+	return d.Write(ctx, name, before)
+}
+
 func (d *SecretFiles) write(name string, want State) error {
 	n, err := d.readNotes()
 	if err != nil {

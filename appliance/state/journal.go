@@ -35,6 +35,8 @@ type JournalHead struct {
 	From       int       `json:"from"`       // the generation that was current; 0: none
 	Started    time.Time `json:"started"`
 	Boot       string    `json:"boot"` // the kernel's boot id
+	// Fresh is set if the generation did not exist before: it goes when the apply is taken back.
+	Fresh bool `json:"fresh,omitempty"`
 }
 
 // JournalStep is one step that was begun.
