@@ -14,42 +14,64 @@ import (
 // ErrNothing is the answer to a question for the current generation on a host that fleetingd has nothing on.
 var ErrNothing = errors.New("fleetingd has applied nothing on this host")
 
+// DestroyOptions say how much of a host is taken back, and how.
+type DestroyOptions struct {
+	Packages bool // also those that apply installed
+	Drain    bool // running jobs end first; else they are ended
+}
+
 // LookDestroy returns the change that leaves the host as it was found before the first apply. What is in the folders that fleetingd made for
 // images, clones and downloads goes with them, and that has no undo.
-func (e *Engine) LookDestroy(ctx context.Context) (*Change, error) {
-	c := &Change{}
+func (e *Engine) LookDestroy(ctx context.Context, o DestroyOptions) (*Change, error) {
+	c := &Change{packages: o.Packages}
 	if err := e.look(ctx, c); err != nil {
 		return nil, err
 	}
 	if c.Current == nil {
 		return nil, ErrNothing
 	}
-	paths := c.Current.Plan.Paths
-	configDirs := map[string]bool{}
-	for _, o := range c.Current.Objects {
-		if host.Kind(o.Kind) == host.KindSecretFile {
-			configDirs[path.Dir(o.Name)] = true
+	configFolders := map[string]bool{}
+	for _, owned := range c.Current.Objects {
+		if host.Kind(owned.Kind) == host.KindSecretFile {
+			configFolders[path.Dir(owned.Name)] = true
 		}
 	}
 	var steps []Step
-	for _, s := range c.Steps {
-		if s.Kind == host.KindFolder && s.After == nil && e.Doors[KindEmpty] != nil {
-			switch {
-			case isData(s.Name, paths):
-				steps = append(steps, doNow(KindEmpty, s.Name))
-			case configDirs[s.Name]:
-				steps = append(steps, doNow(KindEmpty, s.Name+"/.runner_system_id"))
-			}
+	add := func(s Step) {
+		if e.Doors[s.Kind] != nil {
+			steps = append(steps, s)
 		}
-		steps = append(steps, s)
+	}
+	for _, s := range c.Steps {
+		switch unit := s.Kind == host.KindUnit; {
+		case unit && s.Name == runnerUnit && !o.Drain:
+			// Its stop waits until all jobs have ended.
+			add(doNow(KindEnd, runnerUnit))
+			add(s)
+		case unit && s.Name == runnerUnit:
+			// Idle workers outlive the runner.
+			add(s)
+			add(doNow(KindEnd, runnerUnit))
+		case unit && s.Name == refreshTimer:
+			add(s)
+			add(doNow(KindEnd, refreshUnit))
+		case s.Kind == host.KindFolder && s.After == nil && isData(s.Name, c.Current.Plan):
+			add(doNow(KindEmpty, s.Name))
+			add(s)
+		case s.Kind == host.KindFolder && s.After == nil && configFolders[s.Name]:
+			add(doNow(KindEmpty, s.Name+"/.runner_system_id"))
+			add(s)
+		default:
+			add(s)
+		}
 	}
 	c.Steps = steps
 	return c, nil
 }
 
 // isData reports whether all that is in a folder of the plan's is fleetingd's own, or its runner's.
-func isData(name string, paths plan.Paths) bool {
-	own := []string{paths.Disks, paths.Workers, paths.Cache, paths.Run, paths.State + "/runner"}
+func isData(name string, p *plan.Plan) bool {
+	own := []string{p.Paths.Disks, p.Paths.Workers, p.Paths.Cache, p.Paths.Run, p.RunnerFolder()}
 	return slices.ContainsFunc(own, func(dir string) bool { return name == dir || strings.HasPrefix(name, dir+"/") })
 }
 

@@ -36,13 +36,14 @@ const (
 	KindRestart  host.Kind = "restart"  // of the unit
 	KindTmpfiles host.Kind = "tmpfiles" // systemd-tmpfiles makes what a file names
 	KindEmpty    host.Kind = "empty"    // a folder's content is removed; that has no undo
+	KindEnd      host.Kind = "end"      // what still runs in a unit is ended, whatever it is
 )
 
 // tmpfilesPath is where every plan has its folders for systemd-tmpfiles.
 const tmpfilesPath = "/etc/tmpfiles.d/fleetingd.conf"
 
 func isAction(kind host.Kind) bool {
-	return kind == KindReload || kind == KindRestart || kind == KindTmpfiles || kind == KindEmpty
+	return kind == KindReload || kind == KindRestart || kind == KindTmpfiles || kind == KindEmpty || kind == KindEnd
 }
 
 func doNow(kind host.Kind, name string) Step {
@@ -128,7 +129,7 @@ func drifted(kind host.Kind, have, written host.State) bool {
 // setting or a package is not lost by being turned on.
 func isForeign(kind host.Kind, have host.State) bool {
 	switch kind {
-	case host.KindFile, host.KindUser, host.KindDiskImage:
+	case host.KindFile, host.KindUser, host.KindDiskImage, host.KindProgram, host.KindAptKey:
 		return have != nil
 	case host.KindSecretFile:
 		// gitlab-runner writes a file without runners by itself.
@@ -180,7 +181,7 @@ func restartsFor(steps []Step) []string {
 	var units []string
 	for _, s := range steps {
 		unit := ""
-		if s.Kind == host.KindFile {
+		if s.Kind == host.KindFile && forRunning(s.Before["content"]) != forRunning(s.After["content"]) {
 			unit = unitOf(s.Name)
 		}
 		starts := func(s Step) bool { return s.Kind == host.KindUnit && s.Name == unit }
@@ -189,6 +190,15 @@ func restartsFor(steps []Step) []string {
 		}
 	}
 	return units
+}
+
+// forRunning is as much of a unit file as matters to a unit that runs: no comments, and nothing that is only asked when it starts.
+func forRunning(text string) string {
+	lines := strings.Split(text, "\n")
+	return strings.Join(slices.DeleteFunc(lines, func(line string) bool {
+		return line == "" || strings.HasPrefix(line, "#") || strings.HasPrefix(line, "Description=") ||
+			strings.HasPrefix(line, "Assert") || strings.HasPrefix(line, "Condition")
+	}), "\n")
 }
 
 func lastIndex(steps []Step, is func(Step) bool) int {

@@ -11,8 +11,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/fleetingd/fleetingd/appliance/host"
 	"github.com/fleetingd/fleetingd/appliance/plan"
@@ -31,6 +34,9 @@ type Host struct {
 	// Secret gives the value of a secret of the Plan by its place.
 	Secret  func(from string) (string, error)
 	Version string
+	// Fetch and Get download what the plan installs from elsewhere.
+	Fetch host.Fetch
+	Get   host.Get
 }
 
 // Open returns the engine of a host. Close it when done. The caller locks the engine's Dir if it is going to change anything.
@@ -84,7 +90,85 @@ func Open(ctx context.Context, h Host) (*Engine, func(), error) {
 	e.Doors[KindRestart] = action(func(ctx context.Context, name string) error { return restart(ctx, units, name) })
 	e.Doors[KindTmpfiles] = action(tmpfiles)
 	e.Doors[KindEmpty] = action(empty)
+	e.Doors[KindEnd] = action(endUnit)
+	e.Arm = arm
+	if h.Fetch != nil && h.Get != nil {
+		installs(e, tree, h, plans)
+	}
 	return e, units.Close, nil
+}
+
+// installs adds the doors to packages and programs.
+func installs(e *Engine, tree *host.Tree, h Host, plans []*plan.Plan) {
+	debs, urls := map[string]host.Deb{}, map[string]string{}
+	for _, p := range slices.Backward(plans) { // what is to be applied comes first, so it wins
+		if p.Install == nil {
+			continue
+		}
+		for _, d := range p.Install.Debs {
+			debs[d.Package] = host.Deb{URL: d.URL, SHA256: d.SHA256}
+		}
+		for _, d := range p.Install.Programs {
+			urls[d.SHA256] = d.URL
+		}
+	}
+	e.Doors[host.KindProgram] = tree.Programs(StateDir+"/programs", urls, h.Fetch)
+	if host.HasApt() {
+		e.Doors[host.KindAptKey] = tree.AptKeys(h.Get)
+		e.Doors[host.KindPackage] = host.NewPackages(StateDir+"/packages", debs, h.Fetch)
+	}
+}
+
+// arm has systemd run the rollback: it outlives this process, its session and its terminal. A boot ends it, and the recover unit takes over.
+func arm(ctx context.Context, after time.Duration) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	const unit = "fleetingd-unconfirmed"
+	// An earlier one, of the same apply: the time runs from its last step.
+	if err := command(ctx, "systemctl", "stop", unit+".timer"); err != nil && !strings.Contains(err.Error(), "not loaded") {
+		return err
+	}
+	return command(ctx, "systemd-run", "--quiet", "--collect", "--unit="+unit, "--on-active="+fmt.Sprintf("%.3fs", after.Seconds()),
+		"--timer-property=AccuracySec=100ms", self, "rollback", "--unconfirmed")
+}
+
+// endLimit is how long what is killed may take to be gone.
+const endLimit = 30 * time.Second
+
+// endUnit stops a unit and kills all that still runs in its control group, VMs above all. It waits for none of their jobs.
+func endUnit(ctx context.Context, name string) error {
+	// Queued first: otherwise a service that always restarts would come back.
+	if err := command(ctx, "systemctl", "stop", "--no-block", name); err != nil && !strings.Contains(err.Error(), "not loaded") {
+		return err
+	}
+	group := "/sys/fs/cgroup/system.slice/" + name
+	err := os.WriteFile(group+"/cgroup.kill", []byte("1"), 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // nothing runs in it
+	}
+	if err != nil {
+		return fmt.Errorf("end what runs in %s: %w", name, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, endLimit)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		events, err := os.ReadFile(group + "/cgroup.events")
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || err == nil && strings.Contains(string(events), "populated 0") {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s: what was killed in it is still there: %w", name, ctx.Err())
+		case <-tick.C:
+		}
+	}
 }
 
 // knownPlans are the plans whose networks this host may have, the likeliest first.

@@ -25,6 +25,8 @@ type Engine struct {
 	Dir   *state.Dir
 	// Version is that of this fleetingd, for the generations that it writes.
 	Version string
+	// Arm has `fleetingd rollback --unconfirmed` run after a while, whatever becomes of this process. nil: it cannot be done here.
+	Arm func(ctx context.Context, after time.Duration) error
 	// Progress is told of each step before it is done. nil: nobody is.
 	Progress func(s Step, i, of int)
 }
@@ -47,7 +49,8 @@ type Change struct {
 	Skipped   []host.Object // no door of this host leads to them
 	Have      map[host.Object]host.State
 
-	want []Item
+	want     []Item
+	packages bool // packages that are no longer wanted are removed
 }
 
 // Empty reports whether there is nothing to do: the host is what the plan says, and the current generation says so.
@@ -83,7 +86,9 @@ func (e *Engine) look(ctx context.Context, c *Change) error {
 	})
 	var owned []state.Owned
 	if c.Current != nil {
-		owned = slices.DeleteFunc(slices.Clone(c.Current.Objects), func(o state.Owned) bool { return e.Doors[host.Kind(o.Kind)] == nil })
+		owned = slices.DeleteFunc(slices.Clone(c.Current.Objects), func(o state.Owned) bool {
+			return e.Doors[host.Kind(o.Kind)] == nil || host.Kind(o.Kind) == host.KindPackage && !c.packages
+		})
 	}
 	objects := make([]host.Object, 0, len(c.want))
 	for _, w := range c.want {
@@ -192,6 +197,11 @@ func (e *Engine) Apply(ctx context.Context, c *Change, o Options) (Result, error
 	if err := e.confirmDoors(); err != nil { // of an apply that was killed between its last two deeds
 		return Result{}, err
 	}
+	if o.Confirm > 0 {
+		if err := e.arm(ctx, o.Confirm); err != nil {
+			return Result{}, err
+		}
+	}
 	r := &run{Engine: e, change: c, original: map[host.Object]host.State{}}
 	if err := r.begin(o); err != nil {
 		return Result{}, err
@@ -204,6 +214,13 @@ func (e *Engine) Apply(ctx context.Context, c *Change, o Options) (Result, error
 		return Result{}, r.takeBack(context.WithoutCancel(ctx), err)
 	}
 	return r.finish(context.WithoutCancel(ctx), o)
+}
+
+func (e *Engine) arm(ctx context.Context, after time.Duration) error {
+	if e.Arm == nil {
+		return errors.New("--confirm needs a running systemd, which would take the change back if nobody confirms it")
+	}
+	return e.Arm(ctx, after)
 }
 
 // unmoved refuses a change that was made for another state of the host.
@@ -392,10 +409,12 @@ func (r *run) owned() []state.Owned {
 		}
 		all = append(all, state.Owned{Kind: string(w.Kind), Name: w.Name, State: w.State, Original: original})
 	}
-	// What no door of this host leads to stays as it was noted: somebody else, on the live host, may know it.
-	for _, s := range r.change.Skipped {
-		wanted[s] = true
-		if o, ok := known[s]; ok {
+	if r.change.Current == nil {
+		return all
+	}
+	// What no door of this host leads to stays as it was noted, and so do packages, which destroy may take back.
+	for _, o := range r.change.Current.Objects {
+		if !wanted[objectOf(o)] && (r.Doors[host.Kind(o.Kind)] == nil || host.Kind(o.Kind) == host.KindPackage) {
 			all = append(all, o)
 		}
 	}
@@ -411,6 +430,9 @@ func (r *run) finish(ctx context.Context, o Options) (Result, error) {
 		if o.Confirm > 0 {
 			// The kept generation that a rollback returns to must stay as it is until then.
 			res.Deadline = time.Now().Add(o.Confirm)
+			if err := r.arm(ctx, o.Confirm); err != nil {
+				return Result{}, r.takeBack(ctx, err)
+			}
 			if err := r.Dir.Save(r.generation); err != nil {
 				return Result{}, r.takeBack(ctx, err)
 			}

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"testing"
 
 	"github.com/fleetingd/fleetingd/appliance/compile"
@@ -140,7 +139,7 @@ func (d fakeDoor) Write(_ context.Context, name string, want host.State) error {
 
 var allKinds = []host.Kind{
 	host.KindFile, host.KindFolder, host.KindSecretFile, host.KindUser, host.KindMember, host.KindSysctl, host.KindDiskImage, host.KindUnit,
-	KindNetwork, KindReload, KindRestart, KindTmpfiles, KindEmpty,
+	host.KindPackage, host.KindProgram, host.KindAptKey, KindNetwork, KindReload, KindRestart, KindTmpfiles, KindEmpty, KindEnd,
 }
 
 // engine opens the host anew, as the next process does.
@@ -234,14 +233,4 @@ func mustApply(t *testing.T, e *Engine, p *plan.Plan, o Options) Result {
 		t.Fatal(err)
 	}
 	return res
-}
-
-func kindsOf(steps []Step) []host.Kind {
-	var kinds []host.Kind
-	for _, s := range steps {
-		if !slices.Contains(kinds, s.Kind) {
-			kinds = append(kinds, s.Kind)
-		}
-	}
-	return kinds
 }

@@ -92,7 +92,7 @@ func (m matrix) look(t *testing.T, h *fakeHost, dir string) *Change {
 	if m.plan != nil {
 		return mustLook(t, h.engine(t, dir), m.plan)
 	}
-	c, err := h.engine(t, dir).LookDestroy(t.Context())
+	c, err := h.engine(t, dir).LookDestroy(t.Context(), DestroyOptions{Packages: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,7 +146,7 @@ func (m matrix) converges(t *testing.T, h *fakeHost, dir string) error {
 		if !c.Empty() {
 			return fmt.Errorf("after the apply there are still the steps %v", c.Steps)
 		}
-		c, err := e.LookDestroy(t.Context())
+		c, err := e.LookDestroy(t.Context(), DestroyOptions{Packages: true})
 		if err == nil {
 			err = e.Destroy(t.Context(), c, Allow{})
 		}

@@ -4,7 +4,6 @@ package apply
 
 import (
 	"fmt"
-	"path"
 	"slices"
 	"strings"
 
@@ -25,6 +24,15 @@ const KindNetwork host.Kind = "network"
 // runnerUnit is started last, when all is there that it needs.
 const runnerUnit = "gitlab-runner.service"
 
+// The timer that rebuilds images, and what it starts.
+const (
+	refreshTimer = "fleetingd-refresh.timer"
+	refreshUnit  = "fleetingd-refresh.service"
+)
+
+// recoverUnit is the unit that runs Recover at boot.
+const recoverUnit = "fleetingd-recover.service"
+
 // unitDir is where systemd reads units of the administrator.
 const unitDir = "/etc/systemd/system/"
 
@@ -32,7 +40,7 @@ const unitDir = "/etc/systemd/system/"
 func Want(p *plan.Plan) ([]Item, error) {
 	w := &wants{plan: p}
 	for _, add := range []func() error{
-		w.accounts, w.folders, w.files, w.settings, w.unitFiles, w.mounts, w.network, w.planFile, w.units, w.secretFiles, w.runner,
+		w.recoverUnit, w.packages, w.account, w.folders, w.files, w.settings, w.unitFiles, w.mounts, w.network, w.planFile, w.units, w.secretFiles, w.runner,
 	} {
 		if err := add(); err != nil {
 			return nil, err
@@ -50,81 +58,62 @@ func (w *wants) add(kind host.Kind, name string, s host.State, origin string) {
 	w.items = append(w.items, Item{host.Object{Kind: kind, Name: name}, s, origin})
 }
 
-func (w *wants) file(dir string) *plan.File {
-	i := slices.IndexFunc(w.plan.Files, func(f plan.File) bool { return path.Dir(f.Path) == dir })
-	if i < 0 {
+// packages are what the distribution and others bring. A source's key comes before the source, and both before what they are for.
+func (w *wants) packages() error {
+	in := w.plan.Install
+	if in == nil {
 		return nil
 	}
-	return &w.plan.Files[i]
+	for _, s := range in.Sources {
+		origin := w.plan.Origin(plan.KindPackage, s.Package)
+		w.add(host.KindAptKey, s.KeyPath(), host.State{"fingerprint": s.Fingerprint, "url": s.KeyURL}, origin)
+		f := s.File()
+		w.add(host.KindFile, f.Path, fileState(f), origin)
+	}
+	for _, name := range in.Packages {
+		w.add(host.KindPackage, name, host.State{"installed": "yes"}, w.plan.Origin(plan.KindPackage, name))
+	}
+	for _, d := range in.Programs {
+		w.add(host.KindProgram, d.ProgramPath(), host.State{"sha256": d.SHA256, "mode": "0755", "owner": "root", "group": "root"},
+			w.plan.Origin(plan.KindPackage, d.Package))
+	}
+	return nil
 }
 
-// lines are the fields of each line of the plan's file in a folder of systemd's. That file makes at every boot what apply makes now.
-func (w *wants) lines(dir string, least int) (lines [][]string, origin string, err error) {
-	f := w.file(dir)
-	if f == nil {
-		return nil, "", nil
+func (w *wants) account() error {
+	a := w.plan.Account()
+	w.add(host.KindUser, a.Name, host.State{"comment": a.Comment, "home": a.Home, "shell": a.Shell}, "")
+	for _, g := range a.Groups {
+		w.add(host.KindMember, a.Name+"/"+g, host.State{"member": "yes"}, "")
 	}
-	for line := range strings.Lines(f.Content) {
-		line = strings.TrimSpace(line)
-		if line == "" || strings.HasPrefix(line, "#") {
-			continue
-		}
-		fields := split(line)
-		if len(fields) < least {
-			return nil, "", fmt.Errorf("%s: the plan's line %q has fewer than %d fields", f.Path, line, least)
-		}
-		lines = append(lines, fields)
-	}
-	return lines, w.plan.Origin(plan.KindFile, f.Path), nil
+	return nil
 }
 
-// split splits a line at its spaces, but for those between double quotes.
-func split(line string) []string {
-	var fields []string
-	for i, part := range strings.Split(line, `"`) {
-		if i%2 == 1 {
-			fields = append(fields, part)
-			continue
-		}
-		fields = append(fields, strings.Fields(part)...)
-	}
-	return fields
-}
-
-// accounts are the users and memberships of sysusers.d(5).
-func (w *wants) accounts() error {
-	lines, origin, err := w.lines("/etc/sysusers.d", 3)
-	for _, f := range lines {
-		switch {
-		case f[0] == "u" && len(f) == 6:
-			w.add(host.KindUser, f[1], host.State{"comment": f[3], "home": f[4], "shell": f[5]}, origin)
-		case f[0] == "m" && len(f) == 3:
-			w.add(host.KindMember, f[1]+"/"+f[2], host.State{"member": "yes"}, origin)
-		default:
-			return fmt.Errorf("the plan's sysusers.d has the line %q, which apply does not know", strings.Join(f, " "))
-		}
-	}
-	return err
-}
-
-// folders are those of tmpfiles.d(5). What lies on the disks' file system is made once that is mounted (see KindTmpfiles).
+// folders are the plan's. What lies on the disks' file system is made once that is mounted (see KindTmpfiles).
 func (w *wants) folders() error {
-	lines, origin, err := w.lines("/etc/tmpfiles.d", 5)
-	for _, f := range lines {
-		if f[0] != "d" {
-			return fmt.Errorf("the plan's tmpfiles.d has the line %q, which apply does not know", strings.Join(f, " "))
-		}
-		if w.mounted() && strings.HasPrefix(f[1], w.plan.Paths.Disks+"/") {
+	for _, f := range w.plan.Folders() {
+		if f.Mounted && w.mounted() && f.Path != w.plan.Paths.Disks {
 			continue
 		}
-		w.add(host.KindFolder, f[1], host.State{"mode": f[2], "owner": f[3], "group": f[4]}, origin)
+		w.add(host.KindFolder, f.Path, host.State{"mode": f.Mode, "owner": f.Owner, "group": f.Group}, "")
 	}
-	return err
+	return nil
 }
 
 // mounted reports whether something is mounted on the disks' folder.
 func (w *wants) mounted() bool {
 	return slices.ContainsFunc(w.plan.Units, func(u plan.Unit) bool { return strings.HasSuffix(u.Name, ".mount") && u.Start })
+}
+
+func fileState(f plan.File) host.State {
+	return host.State{"content": f.Content, "mode": f.Mode, "owner": f.Owner, "group": f.Group}
+}
+
+// recoverUnit takes back, after a power cut, what was not finished or confirmed. It comes before all that it may have to take back.
+func (w *wants) recoverUnit() error {
+	w.filesIf(func(f plan.File) bool { return f.Path == unitDir+recoverUnit }, host.KindFile)
+	w.unitsIf(func(name string) bool { return name == recoverUnit })
+	return nil
 }
 
 func isUnitFile(name string) bool { return strings.HasPrefix(name, unitDir) }
@@ -135,7 +124,9 @@ func (w *wants) files() error {
 }
 
 func (w *wants) unitFiles() error {
-	w.filesIf(func(f plan.File) bool { return len(f.Secrets) == 0 && isUnitFile(f.Path) }, host.KindFile)
+	w.filesIf(func(f plan.File) bool {
+		return len(f.Secrets) == 0 && isUnitFile(f.Path) && f.Path != unitDir+recoverUnit
+	}, host.KindFile)
 	return nil
 }
 
@@ -147,7 +138,7 @@ func (w *wants) secretFiles() error {
 func (w *wants) filesIf(is func(plan.File) bool, kind host.Kind) {
 	for _, f := range w.plan.Files {
 		if is(f) {
-			w.add(kind, f.Path, host.State{"content": f.Content, "mode": f.Mode, "owner": f.Owner, "group": f.Group},
+			w.add(kind, f.Path, fileState(f),
 				w.plan.Origin(plan.KindFile, f.Path))
 		}
 	}
@@ -188,7 +179,7 @@ func (w *wants) mounts() error {
 }
 
 func (w *wants) units() error {
-	w.unitsIf(func(name string) bool { return !isMount(name) && name != runnerUnit })
+	w.unitsIf(func(name string) bool { return !isMount(name) && name != runnerUnit && name != recoverUnit })
 	return nil
 }
 

@@ -41,7 +41,7 @@ var mayImport = []struct {
 	{pkg: "appliance/state", own: []string{"appliance/plan"}},
 	{pkg: "appliance/need", own: []string{"appliance/state"}},
 	{pkg: "appliance/host", own: []string{"appliance/visible", "appliance/landlockabi", "appliance/netrange", "appliance/plan", "appliance/state"}},
-	{pkg: "appliance/apply", own: []string{"appliance/plan", "appliance/state", "appliance/host"}},
+	{pkg: "appliance/apply", own: []string{"appliance/visible", "appliance/plan", "appliance/state", "appliance/host"}},
 	{pkg: "appliance/vm", own: []string{"appliance/landlockabi", "appliance/visible", "appliance/plan", "appliance/state"}},
 	{pkg: "appliance/guest", own: []string{"appliance/visible", "seed", "appliance/plan"}},
 	{pkg: "appliance/image", own: []string{"appliance/visible", "appliance/plan", "seed", "appliance/state", "appliance/vm", "appliance/guest"}},
