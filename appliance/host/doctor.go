@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/fleetingd/fleetingd/appliance/plan"
@@ -26,6 +27,8 @@ type Finding struct {
 	Status Status `json:"status"`
 	Detail string `json:"detail"`         // what is, in one line
 	Cure   string `json:"cure,omitempty"` // a command where there is one, else what to do; "" when ok
+	// ByApply: apply cures it, by what the plan installs or writes. It is no reason not to begin.
+	ByApply bool `json:"by_apply,omitempty"`
 }
 
 // Probes answer what Doctor cannot find out itself, since this package knows neither hypervisors nor images nor the spec.
@@ -91,6 +94,22 @@ func (d *doctor) warn(check, cure, format string, args ...any) {
 
 func (d *doctor) fail(check, cure, format string, args ...any) {
 	d.add(check, StatusFail, cure, format, args...)
+}
+
+// byApply notes that apply cures the last finding, where that is so.
+func (d *doctor) byApply(cures bool) { d.found[len(d.found)-1].ByApply = cures }
+
+// installs reports whether apply installs a package, given its Debian name.
+func (d *doctor) installs(name string) bool {
+	in := d.plan.Install
+	if in == nil {
+		return false
+	}
+	if slices.ContainsFunc(in.Programs, func(p plan.Download) bool { return p.Package == name }) {
+		return true
+	}
+	_, err := d.machine.lookPath("apt-get")
+	return err == nil && slices.Contains(in.Packages, name)
 }
 
 // asRoot is the cure where a check is root's.

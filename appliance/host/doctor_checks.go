@@ -74,16 +74,19 @@ func (d *doctor) hypervisor(ctx context.Context) {
 		d.ok("hypervisor", "%s %s (%s)", d.plan.Hypervisor.Driver, version, binary)
 		return
 	}
-	cure := d.install("qemu-system-x86", "qemu-kvm")
+	cure, name := d.install("qemu-system-x86", "qemu-kvm"), "qemu-system-x86"
 	if d.plan.Hypervisor.Driver == "cloud-hypervisor" {
 		asset := "cloud-hypervisor-static"
 		if d.machine.arch == "arm64" {
 			asset += "-aarch64"
 		}
 		const releases = "https://github.com/cloud-hypervisor/cloud-hypervisor/releases/latest/download/"
+		name = "cloud-hypervisor"
 		cure = "curl -fsSLo /usr/local/bin/cloud-hypervisor " + releases + asset + " && chmod 0755 /usr/local/bin/cloud-hypervisor"
 	}
 	d.fail("hypervisor", cure, "%v", err)
+	_, missing := d.machine.lookPath(d.plan.Hypervisor.Binary)
+	d.byApply(missing != nil && d.installs(name))
 }
 
 // minSystemd brought DelegateSubgroup=, without which the runner sits in the cgroup whose children get the limits.
@@ -159,6 +162,17 @@ func (d *doctor) landlock() {
 	}
 }
 
+// groupWouldDo reports a device that its group may open, and an account that is not in that group yet.
+func (d *doctor) groupWouldDo(a *account, device string) bool {
+	fi, err := d.machine.stat(device)
+	if err != nil {
+		return false
+	}
+	st := stat(fi)
+	const groupOpens = 0o060
+	return st.Gid != 0 && st.Mode&groupOpens == groupOpens && !slices.Contains(a.groups, int(st.Gid))
+}
+
 func (d *doctor) user() {
 	const check = "user"
 	name := d.plan.User
@@ -180,6 +194,7 @@ func (d *doctor) user() {
 		switch {
 		case errors.Is(err, fs.ErrPermission):
 			d.add(check, d.withoutKVM(), "usermod -aG kvm "+name, "user %s may not open /dev/kvm", name)
+			d.byApply(d.groupWouldDo(a, "/dev/kvm"))
 		case err != nil: // the kvm check says so
 			d.ok(check, "user %s, uid %d", name, a.uid)
 		default:
@@ -560,6 +575,7 @@ func (d *doctor) disks() {
 func (d *doctor) haveXFS(check string) bool {
 	if _, err := d.machine.lookPath("mkfs.xfs"); err != nil {
 		d.fail(check, d.install("xfsprogs", "xfsprogs"), "the disks need an XFS image, but mkfs.xfs is not installed")
+		d.byApply(d.installs("xfsprogs"))
 		return false
 	}
 	return true
@@ -665,6 +681,7 @@ func (d *doctor) tools() {
 	if _, err := d.machine.stat(keyring); err != nil {
 		d.fail("debian-archive-keyring", d.install("debian-archive-keyring", "debian-keyring"),
 			"it verifies Debian's packages: %v", err)
+		d.byApply(d.installs("debian-archive-keyring"))
 		return
 	}
 	d.ok("debian-archive-keyring", "%s", keyring)
@@ -674,6 +691,7 @@ func (d *doctor) tool(name, deb, rpm, why string) {
 	path, err := d.machine.lookPath(name)
 	if err != nil {
 		d.fail(name, d.install(deb, rpm), "%s is not on PATH: %s", name, why)
+		d.byApply(d.installs(deb))
 		return
 	}
 	d.ok(name, "%s", path)
@@ -731,6 +749,7 @@ func (d *doctor) runner(ctx context.Context) {
 	path, err := d.machine.lookPath("gitlab-runner")
 	if err != nil {
 		d.fail(check, cure, "gitlab-runner is not on PATH")
+		d.byApply(d.installs("gitlab-runner"))
 		return
 	}
 	out, err := d.machine.output(ctx, path, "--version")

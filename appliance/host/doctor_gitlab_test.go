@@ -26,17 +26,17 @@ func TestDoctorDestinations(t *testing.T) {
 		want    Finding
 	}{
 		{"public", []string{"198.51.100.7"}, nil, nil,
-			Finding{"reach", StatusOK, "workers may connect to GitLab at gitlab.example.com", ""}},
+			Finding{"reach", StatusOK, "workers may connect to GitLab at gitlab.example.com", "", false}},
 		{"private", []string{"::ffff:10.20.0.3"}, nil, nil,
-			Finding{"reach", StatusWarn, "workers cannot connect to GitLab at gitlab.example.com:443 (10.20.0.3): it is private", "egress for ::ffff:10.20.0.3"}},
+			Finding{"reach", StatusWarn, "workers cannot connect to GitLab at gitlab.example.com:443 (10.20.0.3): it is private", "egress for ::ffff:10.20.0.3", false}},
 		{"one of two", []string{"198.51.100.7", "10.20.0.3"}, nil, nil,
-			Finding{"reach", StatusWarn, "workers cannot connect to GitLab at gitlab.example.com:443 (10.20.0.3): it is private", "egress for 10.20.0.3"}},
+			Finding{"reach", StatusWarn, "workers cannot connect to GitLab at gitlab.example.com:443 (10.20.0.3): it is private", "egress for 10.20.0.3", false}},
 		{"private IPv6, which workers do not have", []string{"198.51.100.7", "fd00::3"}, nil, nil,
-			Finding{"reach", StatusOK, "workers may connect to GitLab at gitlab.example.com", ""}},
+			Finding{"reach", StatusOK, "workers may connect to GitLab at gitlab.example.com", "", false}},
 		{"private IPv6, which they have", []string{"198.51.100.7", "fd00::3"}, nil, &subnet6,
-			Finding{"reach", StatusWarn, "workers cannot connect to GitLab at gitlab.example.com:443 (fd00::3): it is private", "egress for fd00::3"}},
+			Finding{"reach", StatusWarn, "workers cannot connect to GitLab at gitlab.example.com:443 (fd00::3): it is private", "egress for fd00::3", false}},
 		{"no name", nil, errors.New("no such host"), nil,
-			Finding{"reach", StatusWarn, "GitLab at gitlab.example.com: no such host", "getent ahosts gitlab.example.com"}},
+			Finding{"reach", StatusWarn, "GitLab at gitlab.example.com: no such host", "getent ahosts gitlab.example.com", false}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			d := &doctor{plan: &plan.Plan{Network: plan.Network{Subnet6: tt.subnet6}}, probes: Probes{
