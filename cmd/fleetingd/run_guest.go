@@ -352,7 +352,8 @@ func (r *hostRun) ownTUN() error {
 	if st.Mode().Perm()&0o006 == 0o006 {
 		return nil
 	}
-	r.own.TUN = fmt.Sprintf("%s-fleetingd-run%d", tun, r.own.Number)
+	// With the pid: a run in a container may have another guestDir and the same /dev.
+	r.own.TUN = fmt.Sprintf("%s-fleetingd-run%d-%d", tun, r.own.Number, os.Getpid())
 	if err := r.record(); err != nil {
 		return err
 	}

@@ -261,7 +261,7 @@ func TestSilentGuest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.asUser(r.user, silentConfig+"="+string(config), "FLEETINGD_TEST_PLUGIN="+l.plug, "FLEETINGD_TEST_RUN="+r.plan.Paths.Run)
+	l.asUser(r.user, append(r.tunEnviron(), silentConfig+"="+string(config), "FLEETINGD_TEST_PLUGIN="+l.plug, "FLEETINGD_TEST_RUN="+r.plan.Paths.Run)...)
 	for _, dir := range []string{r.plan.Paths.Workers, r.plan.Paths.Clones} {
 		out, err := exec.Command("find", dir, "-mindepth", "2").CombinedOutput()
 		if err != nil || len(out) > 0 {

@@ -399,7 +399,7 @@ func TestUpstreamProvisioning(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.asUser(r.user, "FLEETINGD_TEST_PROVISIONING="+string(config), "FLEETINGD_TEST_PLUGIN="+l.plug)
+	l.asUser(r.user, append(r.tunEnviron(), "FLEETINGD_TEST_PROVISIONING="+string(config), "FLEETINGD_TEST_PLUGIN="+l.plug)...)
 }
 
 // syncBuffer is a buffer that may be looked at while a process writes to it.
@@ -469,7 +469,14 @@ func (l *lab) nothingLeft() {
 		{"ls", "-A", "/run/fleetingd"},
 		{"find", l.state + "/workers", "-type", "f"},
 	} {
-		out, _ := exec.Command(look[0], look[1:]...).Output() // most exit with 1 where there is nothing
+		// With a deadline: a mount namespace that another test made meanwhile holds a loop device until it ends.
+		var out []byte
+		for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+			out, _ = exec.Command(look[0], look[1:]...).Output() // most exit with 1 if there is nothing
+			if len(bytes.TrimSpace(out)) == 0 || time.Now().After(end) {
+				break
+			}
+		}
 		if len(bytes.TrimSpace(out)) > 0 {
 			l.t.Errorf("left behind: %s says %s", strings.Join(look, " "), out)
 		}
@@ -485,7 +492,7 @@ func (l *lab) nothingLeft() {
 }
 
 // TestRun tells the story of a newcomer: a job, a job again, several at once, one that
-// fails, one that is interrupted.
+// fails, one beside another, one that is interrupted.
 func TestRun(t *testing.T) {
 	l := newLab(t)
 	// The package mirror is outside of the namespace: all but the base image is left to the first run.
@@ -515,6 +522,9 @@ func TestRun(t *testing.T) {
 	waitFor(t, 5*time.Minute, "the job's first line", func() bool {
 		return strings.Contains(fmt.Sprint(cmd.Stdout), "started")
 	})
+	if beside := l.run(l.spec, "--", "echo beside"); beside.code != 0 || beside.stdout != "beside\n" {
+		t.Errorf("a run beside the first: exit code %d, output %q", beside.code, beside.stdout)
+	}
 	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
 		t.Fatal(err)
 	}
