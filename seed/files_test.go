@@ -13,7 +13,7 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-// TestFiles compares what cloud-init is given, for a prebuild and for a worker.
+// TestFiles compares the files for cloud-init, for a prebuild and for a worker.
 func TestFiles(t *testing.T) {
 	const golden = "testdata/files.txtar"
 	network := &Network{
@@ -62,7 +62,7 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// TestYAMLComesBack: text that means something in YAML stays text.
+// TestYAMLComesBack: text with a meaning in YAML stays text.
 func TestYAMLComesBack(t *testing.T) {
 	for _, text := range []string{
 		"yes", "0644", "1e3", "~", "", " ", "a\nb\n", "- x", "{{ y }}", "#cloud-config", "\t", "é\u2028", "'\"", "!!binary x", "&a *a", "\x00\x1b[2J",

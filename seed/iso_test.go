@@ -57,7 +57,7 @@ func TestISOComesBack(t *testing.T) {
 	}
 }
 
-// TestISOUnderLinux mounts the ISO: the names must be what cloud-init opens.
+// TestISOUnderLinux mounts the ISO: cloud-init opens the files by these names.
 func TestISOUnderLinux(t *testing.T) {
 	need.Root(t)
 	need.Tools(t, "losetup", "blkid", "mount")
@@ -132,7 +132,7 @@ type failing struct{}
 
 func (failing) Write([]byte) (int, error) { return 0, unix.ENOSPC }
 
-// FuzzReadISO changes the parts of an image that say where the others are, and not its 40 KB of zeroes.
+// FuzzReadISO changes the parts of an image that locate the others, instead of its 40 KB of zeroes.
 func FuzzReadISO(f *testing.F) {
 	good := iso(f, worker())
 	const volume, root, dir = 16 * 2048, 16*2048 + 156, 18 * 2048

@@ -15,7 +15,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// TestUnitsVerify has systemd read the units, beside those that a host brings.
+// TestUnitsVerify lets systemd read the units, next to those of a host.
 func TestUnitsVerify(t *testing.T) {
 	need.Tools(t, "systemd-analyze")
 	golden(t, func(t *testing.T, _, _ string, p *plan.Plan) {
@@ -26,10 +26,10 @@ func TestUnitsVerify(t *testing.T) {
 			if !ok {
 				continue
 			}
-			// verify looks for the programs, which are not installed here.
+			// verify checks that the programs exist, which are not installed here.
 			text := replaceAll(f.Content, "/usr/bin/gitlab-runner", "/bin/true", "/usr/bin/fleetingd", "/bin/true",
 				"/usr/sbin/mkfs.xfs", "/bin/true", "/usr/bin/systemd-tmpfiles", "/bin/true",
-				// systemd before 254 does not know it, says so and goes on.
+				// systemd before 254 does not know it, logs that and continues.
 				"DelegateSubgroup=", "X-DelegateSubgroup=")
 			write(t, filepath.Join(dir, name), text)
 			if !strings.Contains(name, "/") {
@@ -56,7 +56,7 @@ func TestUnitsVerify(t *testing.T) {
 	})
 }
 
-// TestMountUnitName compares the mount unit's name with what systemd wants for its path.
+// TestMountUnitName compares the mount unit's name with the one that systemd requires for its path.
 func TestMountUnitName(t *testing.T) {
 	need.Tools(t, "systemd-escape")
 	h := host(1)
@@ -72,7 +72,7 @@ func TestMountUnitName(t *testing.T) {
 	}
 }
 
-// TestSettingsLoad has tmpfiles and sysusers read their files, below a folder.
+// TestSettingsLoad lets tmpfiles and sysusers read their files, below a folder.
 func TestSettingsLoad(t *testing.T) {
 	need.Root(t)
 	need.Tools(t, "systemd-tmpfiles", "systemd-sysusers")
@@ -118,7 +118,7 @@ func TestRulesetLoads(t *testing.T) {
 	})
 }
 
-// documented are the keys of config.toml that GitLab Runner knows, as far as a spec without settings may use them:
+// documented lists the keys of config.toml that GitLab Runner knows, as far as a spec without settings may use them:
 // https://docs.gitlab.com/runner/configuration/advanced-configuration/, read in November 2026. [] is an array of tables.
 var documented = []string{
 	"concurrent", "log_level", "log_format", "check_interval", "sentry_dsn", "connection_max_age", "listen_address",
@@ -160,11 +160,11 @@ var documented = []string{
 	"runners[].autoscaler.policy[].scale_factor", "runners[].autoscaler.policy[].scale_factor_limit",
 	"runners[].autoscaler.policy[].preemptive_mode",
 
-	// The plugin's own, which it refuses when it does not know them.
+	// The plugin's own keys, of which it refuses unknown ones.
 	"runners[].autoscaler.plugin_config.plan", "runners[].autoscaler.plugin_config.pool",
 }
 
-// TestConfigKeysAreKnown: GitLab Runner ignores an unknown key without a word.
+// TestConfigKeysAreKnown: GitLab Runner silently ignores unknown keys.
 func TestConfigKeysAreKnown(t *testing.T) {
 	golden(t, func(t *testing.T, _, _ string, p *plan.Plan) {
 		if len(p.Runners) == 0 {
@@ -189,7 +189,7 @@ func TestConfigKeysAreKnown(t *testing.T) {
 	})
 }
 
-// keys are the paths of all values in a table.
+// keys returns the paths of all values in a table.
 func keys(at string, v any) []string {
 	switch v := v.(type) {
 	case map[string]any:
@@ -208,7 +208,7 @@ func keys(at string, v any) []string {
 	return []string{at}
 }
 
-// TestConfigValues checks what no golden file explains: that the numbers fit together.
+// TestConfigValues checks what golden files do not explain: that the numbers fit together.
 func TestConfigValues(t *testing.T) {
 	h := host(20)
 	h.Runners[0].CapacityPerInstance = 3
@@ -247,7 +247,7 @@ func TestConfigValues(t *testing.T) {
 	}
 }
 
-// TestSecretsFillIn puts a token into config.toml. Whatever is in it, it is one string there.
+// TestSecretsFillIn puts a token into config.toml. Whatever its content, it stays one string.
 func TestSecretsFillIn(t *testing.T) {
 	p := compiled(t, host(1))
 	for _, value := range []string{"glrt-@SECRET:runner.r.token@x", "glrt-\"\nconcurrent = 99 #", `glrt-\u0022`, "glrt-\x7f\x01\t\r\u0085é"} {

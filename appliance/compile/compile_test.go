@@ -24,7 +24,7 @@ import (
 
 var update = flag.Bool("update", false, "write the golden trees anew")
 
-// load reads a spec out of text.
+// load loads a spec from text.
 func load(t testing.TB, name, source string) *hostspec.Host {
 	t.Helper()
 	r, diags := hostspec.Load(hostspec.Options{Path: name, Source: []byte(source)})
@@ -43,7 +43,7 @@ func compiled(t testing.TB, h *hostspec.Host) *plan.Plan {
 	return p
 }
 
-// golden calls test with each case of testdata/golden: its spec, and what it compiles to.
+// golden calls test for each case of testdata/golden, with its spec and what it compiles to.
 func golden(t *testing.T, test func(t *testing.T, name, spec string, p *plan.Plan)) {
 	t.Helper()
 	cases, err := filepath.Glob("testdata/golden/*.txtar")
@@ -62,7 +62,7 @@ func golden(t *testing.T, test func(t *testing.T, name, spec string, p *plan.Pla
 	}
 }
 
-// TestGolden compares each spec's tree, file by file. The ISO images stand there by their digest.
+// TestGolden compares each spec's tree, file by file. ISO images are compared by their digests.
 func TestGolden(t *testing.T) {
 	golden(t, func(t *testing.T, name, _ string, p *plan.Plan) {
 		archive, err := txtar.ParseFile(name)
@@ -93,7 +93,7 @@ func TestGolden(t *testing.T) {
 	})
 }
 
-// TestPlanComesBack reads each plan as the plugin would.
+// TestPlanComesBack reads each plan as the plugin does.
 func TestPlanComesBack(t *testing.T) {
 	golden(t, func(t *testing.T, _, _ string, p *plan.Plan) {
 		first, err := p.JSON()
@@ -117,7 +117,7 @@ func TestPlanComesBack(t *testing.T) {
 	})
 }
 
-// TestSameBytesAnywhere compiles each spec again somewhere else: another folder, time zone, locale and environment.
+// TestSameBytesAnywhere compiles each spec again in another folder, time zone, locale and environment.
 func TestSameBytesAnywhere(t *testing.T) {
 	golden(t, func(t *testing.T, _, spec string, p *plan.Plan) {
 		first, err := p.Tree(nil)
@@ -131,7 +131,7 @@ func TestSameBytesAnywhere(t *testing.T) {
 		time.Local = time.FixedZone("elsewhere", 14*3600)
 		t.Cleanup(func() { time.Local = local })
 		t.Chdir(t.TempDir())
-		for range 10 { // Go walks maps in another order each time
+		for range 10 { // Go iterates over maps in random order
 			again, err := compiled(t, load(t, "/some/where/else/host.hcl", spec)).Tree(nil)
 			if err != nil {
 				t.Fatal(err)
@@ -185,7 +185,7 @@ func host(slots int) *hostspec.Host {
 	}
 }
 
-// TestPlaceholderInSettings: text that looks like a secret's placeholder would be replaced by the secret.
+// TestPlaceholderInSettings: text that looks like the placeholder of a secret would be replaced by the secret.
 func TestPlaceholderInSettings(t *testing.T) {
 	h := host(1)
 	h.Runners[0].Settings = map[string]any{"pre_build_script": "echo @SECRET:runner.r.token@"}
@@ -268,7 +268,7 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// BenchmarkCompile is a spec's way to plan.json and its digest. Goal: 4,000 slots in less than 100 ms.
+// BenchmarkCompile compiles a spec to plan.json and its digest. Goal: 4,000 slots in less than 100 ms.
 func BenchmarkCompile(b *testing.B) {
 	for _, slots := range []int{10, 1000, 4000} {
 		b.Run(fmt.Sprint(slots), func(b *testing.B) {

@@ -13,7 +13,7 @@ import (
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
-// TestReachIsTheRuleset: what hostspec says of a destination is what the compiled ruleset does with a packet to it.
+// TestReachIsTheRuleset: hostspec's answer about a destination agrees with what the compiled ruleset does with a packet to it.
 func TestReachIsTheRuleset(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	addrs := []string{"10.64.0.1", "10.64.0.9", "10.20.0.3", "10.20.0.200", "192.168.7.7", "169.254.169.254", "100.64.1.1", "8.8.8.8", "1.1.1.3", "10.0.0.53",
@@ -53,7 +53,7 @@ func TestReachIsTheRuleset(t *testing.T) {
 	}
 }
 
-// accepts runs the rules for the first packet of a TCP connection that a worker begins, out of the egress interface.
+// accepts applies the rules to the first packet of a TCP connection that a worker opens, through the egress interface.
 func accepts(t *testing.T, p *plan.Plan, to netip.Addr, port uint16) bool {
 	t.Helper()
 	table := p.Network.Ruleset.Tables[0]
@@ -87,7 +87,7 @@ func accepts(t *testing.T, p *plan.Plan, to netip.Addr, port uint16) bool {
 		t.Fatalf("the test knows no %s", f)
 		return false
 	}
-	family := func(f plan.Field) bool { // what looks at the other family's header matches nothing, negated or not
+	family := func(f plan.Field) bool { // a match on the other family's header never matches, negated or not
 		return f != plan.IPDest && f != plan.IP6Dest || (f == plan.IPDest) == to.Is4()
 	}
 	matches := func(m plan.Match) bool {

@@ -19,7 +19,7 @@ var update = flag.Bool("update-ruleset", false, "write the golden nft texts anew
 func prefixOf(s string) *netip.Prefix { p := netip.MustParsePrefix(s); return &p }
 func addrOf(s string) *netip.Addr     { a := netip.MustParseAddr(s); return &a }
 
-// network is a small network with one of everything.
+// network returns a small network with one of everything.
 func network(six bool) plan.Network {
 	n := plan.Network{
 		Subnet: netip.MustParsePrefix("172.16.120.0/22"), Gateway: netip.MustParseAddr("172.16.120.1"),
@@ -80,7 +80,7 @@ func TestRulesetText(t *testing.T) {
 	}
 }
 
-// Slots are looked up in sets: a rule more for each would cost every packet of every worker.
+// Slots are looked up in sets: one rule per slot would slow down every packet of every worker.
 func TestRulesDoNotGrowWithSlots(t *testing.T) {
 	n := network(true)
 	n.Subnet = netip.MustParsePrefix("172.16.0.0/16")
@@ -102,7 +102,7 @@ func TestRulesDoNotGrowWithSlots(t *testing.T) {
 	t.Logf("%d rules at 10 and at 4,000 slots", r10)
 }
 
-// An interval set takes no overlaps: what the user wrote is made a list of what it covers.
+// An interval set accepts no overlaps: the user's ranges become a list of what they cover.
 func TestIntervals(t *testing.T) {
 	var nets []netip.Prefix
 	for _, s := range []string{"10.1.0.0/16", "10.0.0.0/8", "192.0.2.7/32", "10.0.0.0/8", "192.0.2.0/30", "192.0.2.1/32"} {
@@ -118,7 +118,7 @@ func TestIntervals(t *testing.T) {
 	}
 }
 
-// An allow that names no destination, or all of them, means the internet: neither the LAN nor the host itself.
+// An allow without destinations, or with all of them, means the internet: neither the LAN nor the host itself.
 func TestAllowAnyStaysOutside(t *testing.T) {
 	for _, to := range [][]netip.Prefix{nil, {*prefixOf("0.0.0.0/0"), *prefixOf("10.0.0.0/8"), *prefixOf("::/0")}} {
 		n := network(true)

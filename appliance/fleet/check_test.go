@@ -16,10 +16,10 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// TestCheckLinks asks the kernel about real interfaces, in a namespace of their own.
+// TestCheckLinks uses real interfaces, in a network namespace of its own.
 func TestCheckLinks(t *testing.T) {
 	need.Root(t)
-	// The thread is in the wrong namespace afterwards: it is not unlocked, and so ends with the test.
+	// The thread stays in that namespace: it is not unlocked, so it ends with the test.
 	runtime.LockOSThread()
 	ns, err := netns.New()
 	if err != nil {
@@ -61,7 +61,7 @@ func TestCheckLinks(t *testing.T) {
 	}
 }
 
-// TestInitRoutes logs what keeps jobs from the internet, and refuses to serve where the host does not reach its workers.
+// TestInitRoutes: Init logs what keeps jobs from the internet, and fails if the host cannot reach its workers.
 func TestInitRoutes(t *testing.T) {
 	h := newHost(t, 1)
 	var asked []string
@@ -86,7 +86,7 @@ func TestInitRoutes(t *testing.T) {
 	if !strings.Contains(h.log.String(), "link eth0 is a port of br0") {
 		t.Errorf("the log does not name the trouble:\n%s", h.log)
 	}
-	if !slices.Equal(asked, []string{"fltest0", "fltest0"}) { // not the slot that prebuilds use
+	if !slices.Equal(asked, []string{"fltest0", "fltest0"}) { // without the slot for prebuilds
 		t.Errorf("asked about %q", asked)
 	}
 }

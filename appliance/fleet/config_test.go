@@ -21,10 +21,10 @@ var oldKeys = []string{"egress_interface", "vm_subnet"}
 func TestConfig(t *testing.T) {
 	tests := []struct {
 		in   string
-		want []string // of the error; nil: none
+		want []string // in the error; nil for success
 	}{
 		{`{"plan":"/p","pool":"small"}`, nil},
-		{`{"egress_interface":"eth0","vm_subnet":3}`, nil}, // values: who compiles them
+		{`{"egress_interface":"eth0","vm_subnet":3}`, nil}, // values are checked when they are compiled
 		{`{}`, []string{`plan and pool are missing: write plan = "/etc/fleetingd/plan.json"`}},
 		{`null`, []string{"plan and pool are missing"}},
 		{`[]`, []string{"plugin_config is not a table"}},
@@ -58,7 +58,7 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-// FuzzConfig: no plugin_config may panic, what is accepted is whole, and an error is one short line.
+// FuzzConfig: no plugin_config may panic, an accepted one is complete, and an error is one short line.
 func FuzzConfig(f *testing.F) {
 	for _, s := range []string{
 		`{"plan":"/p","pool":"small"}`, `{"egress_interface":"eth0"}`, `{"plan":3}`, `{"a":{"b":[1,null]}}`, `[]`,
@@ -158,8 +158,8 @@ func TestInitTwice(t *testing.T) {
 	}
 }
 
-// TestPredecessor has a plan of keys: the host is brought up before anything of it is looked at, and the image
-// is refreshed by the plugin, which removes the old ones, too: but not from under a worker that is being made.
+// TestPredecessor uses a plan from the predecessor's keys: the host is set up before anything else, and the plugin refreshes
+// the image and removes old ones, but not one that a worker is being created from.
 func TestPredecessor(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("skipped: the predecessor's keys need root")
@@ -223,7 +223,7 @@ func TestIDs(t *testing.T) {
 	var all []string
 	for i := range 1000 {
 		if i == 500 {
-			now = now.Add(-time.Hour) // a clock that is set back
+			now = now.Add(-time.Hour) // the clock is set back
 		}
 		all = append(all, long.next())
 	}

@@ -25,12 +25,12 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// fakeDriver keeps VMs by their folder, as a host does: a second Group on the same fakeDriver finds what the
-// first has started.
+// fakeDriver keeps VMs by their folder, as a host does: a second Group with the same fakeDriver finds the VMs of
+// the first.
 type fakeDriver struct {
 	mu    sync.Mutex
 	vms   map[string]*fakeVM
-	start func(context.Context, vm.Config) error // nil: it works
+	start func(context.Context, vm.Config) error // nil: no fault
 	kill  func(dir string) error
 	probe func() error
 	adopt func(dir string) error
@@ -118,7 +118,7 @@ func (v *fakeVM) Kill() error {
 	return nil
 }
 
-// die is the VMM's sudden end.
+// die ends the VMM suddenly.
 func (v *fakeVM) die() {
 	v.once.Do(func() {
 		v.d.mu.Lock()
@@ -128,19 +128,19 @@ func (v *fakeVM) die() {
 	})
 }
 
-// fakeImages has an image at once and clones with a small file, unless told otherwise.
+// fakeImages returns an image at once and clones it as a small file, unless told otherwise.
 type fakeImages struct {
-	noGuest bool // no guest part: found ready over SSH
+	noGuest bool // without the guest part: ready once SSH answers
 	ensure  func(context.Context) error
 	refresh func()
 	prune   func(inUse func(string) bool) ([]string, error)
 	clone   func(ctx context.Context, dst string) error
 
 	mu     sync.Mutex
-	digest string // of the image that there is; another one was removed
+	digest string // of the existing image; any other was removed
 }
 
-// replace makes another image and removes the one before.
+// replace makes another image and removes the previous one.
 func (f *fakeImages) replace(digest string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -188,11 +188,11 @@ func (f *fakeImages) Clone(ctx context.Context, img *image.Sealed, dst string, _
 	return os.WriteFile(dst, []byte("disk"), 0o600)
 }
 
-// host is a host for tests: a plan on disk and the fakes that outlive a Group.
+// host is a host for tests: a plan on disk, and fakes that outlive a Group.
 type host struct {
 	t      testing.TB
 	plan   *plan.Plan
-	path   string // of plan.json
+	path   string // path of plan.json
 	driver *fakeDriver
 	images *fakeImages
 	ready  func(context.Context, *worker) error
@@ -256,7 +256,7 @@ func testPlan(dir string, slots int) *plan.Plan {
 	return p
 }
 
-// group is a Group of the host before its Init.
+// group returns a Group of the host, before its Init.
 func (h *host) group() *Group {
 	g := New(Options{Version: "1.2.3", BuildInfo: "test", Driver: func(plan.Hypervisor, *slog.Logger) (vm.Driver, error) { return h.driver, nil }})
 	g.openImages = func(*plan.Plan, image.Options) (images, error) { return h.images, nil }
@@ -283,7 +283,7 @@ func (h *host) logger() hclog.Logger {
 	return hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: h.log, DisableTime: true})
 }
 
-// start is a Group of the host after its Init. It is shut down when the test ends.
+// start returns a Group of the host, after its Init. It is shut down when the test ends.
 func (h *host) start() *Group {
 	h.t.Helper()
 	g := h.group()
@@ -310,7 +310,7 @@ func (h *host) shutdown(g *Group) {
 	}
 }
 
-// crash is the sudden end of a Group's process: nothing is cleaned up, the lock is free.
+// crash ends a Group's process suddenly: nothing is cleaned up, and the lock is released.
 func (h *host) crash(g *Group) {
 	h.t.Helper()
 	if err := g.lock.Unlock(); err != nil {
@@ -318,7 +318,7 @@ func (h *host) crash(g *Group) {
 	}
 }
 
-// left is all that is on the host of workers: files, folders, VMs. Locks and the plan are no worker's.
+// left lists everything that workers left on the host: files, folders, VMs. Locks and the plan do not count.
 func (h *host) left() []string {
 	h.t.Helper()
 	var left []string
@@ -358,7 +358,7 @@ func (h *host) wantNothingLeft(g *Group) {
 	}
 }
 
-// states is one Update.
+// states returns the result of one Update.
 func states(t testing.TB, g *Group) map[string]provider.State {
 	t.Helper()
 	all := map[string]provider.State{}
@@ -384,7 +384,7 @@ func waitFor(t testing.TB, what string, cond func() bool) {
 	}
 }
 
-// inState is how many workers are in a state, without the bookkeeping of an Update.
+// inState returns how many workers are in a state, without the bookkeeping of an Update.
 func (g *Group) inState(s provider.State) int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -422,7 +422,7 @@ func ids(g *Group) []string {
 	return all
 }
 
-// logBuffer is a log that may be read while it is written.
+// logBuffer is a log that can be read while it is written.
 type logBuffer struct {
 	mu sync.Mutex
 	b  strings.Builder

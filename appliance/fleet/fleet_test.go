@@ -72,7 +72,7 @@ func TestWorkerLife(t *testing.T) {
 	if _, err := g.ConnectInfo(t.Context(), gone); err == nil || !strings.Contains(err.Error(), "is deleted, not running") {
 		t.Errorf("ConnectInfo of a deleted worker: %v", err)
 	}
-	// It was never shown alive: deleting once, deleted for some rounds, then forgotten.
+	// It was never reported alive: reported as deleting once, as deleted for some rounds, then forgotten.
 	var seen []provider.State
 	for range tombstoneRounds + 3 {
 		if s, ok := states(t, g)[gone]; ok {
@@ -94,8 +94,8 @@ func TestWorkerLife(t *testing.T) {
 	}
 }
 
-// wantPrivate checks that a worker's key is nowhere but in its own 0600 file, and that the seed has the public
-// half and the names.
+// wantPrivate checks that a worker's key is only in its own 0600 file, and that the seed has the public half and the
+// names.
 func wantPrivate(t *testing.T, h *host, g *Group, id string, key []byte) {
 	t.Helper()
 	st, err := os.Stat(g.keyPath(id))
@@ -131,7 +131,7 @@ func wantPrivate(t *testing.T, h *host, g *Group, id string, key []byte) {
 	}
 }
 
-// steps are the places where the making of a worker can be stopped: stop blocks there, or fails, or makes the
+// steps are the steps of a worker's start at which it can be stopped: stop blocks there, or fails, or makes the
 // step fail.
 var steps = map[string]func(h *host, stop func(context.Context) error){
 	"image": func(h *host, stop func(context.Context) error) { h.images.ensure = stop },
@@ -151,7 +151,7 @@ var steps = map[string]func(h *host, stop func(context.Context) error){
 	},
 }
 
-// obstacles make a step of the Group's own fail: something lies where it would write, or the folder is not there.
+// obstacles make the Group's own steps fail: something exists where they write, or a folder is missing.
 var obstacles = map[string]func(h *host, g *Group){
 	"folders": func(h *host, g *Group) { os.RemoveAll(filepath.Dir(g.cloneDir("x"))) },
 	"seed": func(h *host, _ *Group) {
@@ -168,7 +168,7 @@ func TestStepFails(t *testing.T) {
 	errInjected := errors.New("injected")
 	for name, inject := range steps {
 		if name == "image" {
-			continue // is tried again: TestImageRetried
+			continue // is retried: see TestImageRetried
 		}
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t, 2)
@@ -186,13 +186,13 @@ func TestStepFails(t *testing.T) {
 	}
 }
 
-// wantFailure asks for two workers whose making fails.
+// wantFailure asks for two workers, which are expected to fail.
 func wantFailure(t *testing.T, h *host, g *Group, reason string) {
 	t.Helper()
 	increase(t, g, 2)
 	waitState(t, g, provider.StateDeleted, 2)
 	for id, s := range states(t, g) {
-		if s != provider.StateDeleting { // never shown alive before
+		if s != provider.StateDeleting { // never reported alive before
 			t.Errorf("%s is shown as %s first", id, s)
 		}
 		err := g.Heartbeat(t.Context(), id)
@@ -207,14 +207,14 @@ func wantFailure(t *testing.T, h *host, g *Group, reason string) {
 	h.wantNothingLeft(g)
 }
 
-// TestStopAtEachStep stops a worker that is held at each step of its making, in each way.
+// TestStopAtEachStep stops a worker at each step of its start, in each way.
 func TestStopAtEachStep(t *testing.T) {
 	ways := map[string]struct {
 		stop  func(t *testing.T, h *host, g *Group)
 		final provider.State
 		// patience is the pool's start_timeout.
 		patience time.Duration
-		only     []string // steps; nil is all
+		only     []string // steps; nil means all
 	}{
 		"Decrease": {stop: func(t *testing.T, _ *host, g *Group) {
 			if _, err := g.Decrease(t.Context(), ids(g)); err != nil {
@@ -258,7 +258,7 @@ func TestStopAtEachStep(t *testing.T) {
 				if s := states(t, g); len(s) != 1 {
 					t.Errorf("shown: %v", s)
 				}
-				if w.patience == 0 { // a busy machine may run out of time one step before
+				if w.patience == 0 { // on a busy machine, time may run out one step earlier
 					<-held
 				}
 				w.stop(t, h, g)
@@ -384,7 +384,7 @@ func TestImageNeverThere(t *testing.T) {
 	h.wantNothingLeft(g)
 }
 
-// TestImageIsMadeOnce counts builders while 50 workers wait.
+// TestImageIsMadeOnce counts builds while 50 workers wait.
 func TestImageIsMadeOnce(t *testing.T) {
 	h := newHost(t, 50)
 	var mu sync.Mutex
@@ -438,7 +438,7 @@ func TestBootsAreBounded(t *testing.T) {
 	waitState(t, g, provider.StateRunning, 12)
 }
 
-// TestImageReplacedWhileInLine: workers that stand in line take the image that there is when it is their turn.
+// TestImageReplacedWhileInLine: workers that have waited use the image that is current when it is their turn.
 func TestImageReplacedWhileInLine(t *testing.T) {
 	h := newHost(t, 3)
 	booting, release := make(chan struct{}, 3), make(chan struct{})
@@ -452,7 +452,7 @@ func TestImageReplacedWhileInLine(t *testing.T) {
 	h.init(g)
 	increase(t, g, 3)
 	<-booting
-	// The others have the old one in hand by now, and if not, this test sees nothing.
+	// By now the others have the old one; if not, this test proves nothing.
 	time.Sleep(50 * time.Millisecond)
 	h.images.replace("d2")
 	close(release)
@@ -506,8 +506,8 @@ func TestShutdownLeavesRunning(t *testing.T) {
 	h.wantNothingLeft(b)
 }
 
-// TestCrashAtEachStep kills the plugin (nothing is cleaned up) with a worker held at each step; the next one
-// removes all of it.
+// TestCrashAtEachStep kills the plugin, without any cleanup, with a worker at each step of its start; the next one
+// removes everything.
 func TestCrashAtEachStep(t *testing.T) {
 	for step, inject := range steps {
 		t.Run(step, func(t *testing.T) {
@@ -547,7 +547,7 @@ func TestCrashAtEachStep(t *testing.T) {
 	}
 }
 
-// TestRecordsThatCannotBeAdopted has a running worker whose record, key, VM or plan is not what it was.
+// TestRecordsThatCannotBeAdopted changes the record, key, VM or plan of a running worker.
 func TestRecordsThatCannotBeAdopted(t *testing.T) {
 	tests := map[string]struct {
 		change func(h *host, g *Group, id string) error
@@ -602,8 +602,8 @@ func TestRecordsThatCannotBeAdopted(t *testing.T) {
 	}
 }
 
-// TestPlanChangesUnderWorkers: a worker that runs goes on where it is, whatever the new plan says of its slot, its user or the
-// hypervisor, and what it holds is given to nobody before it ends.
+// TestPlanChangesUnderWorkers: a running worker is not affected by a new plan with another slot, user or
+// hypervisor, and nobody else gets its slot before it ends.
 func TestPlanChangesUnderWorkers(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*plan.Plan)
@@ -652,7 +652,7 @@ func TestPlanChangesUnderWorkers(t *testing.T) {
 	}
 }
 
-// TestTwoRecordsForOneSlot cannot happen, and must not end with two VMs on one TAP.
+// TestTwoRecordsForOneSlot tests what cannot happen: it must not end with two VMs on one TAP.
 func TestTwoRecordsForOneSlot(t *testing.T) {
 	h := newHost(t, 2)
 	a := h.start()
@@ -681,7 +681,7 @@ func TestTwoRecordsForOneSlot(t *testing.T) {
 	}
 }
 
-// TestPowerCut has clones without records, and files that are nobody's: those stay.
+// TestPowerCut has clones without records, and unrelated files, which must stay.
 func TestPowerCut(t *testing.T) {
 	h := newHost(t, 1)
 	a := h.start()
@@ -759,7 +759,7 @@ func TestConsoleIsKept(t *testing.T) {
 	}
 }
 
-// TestVMConfig compares what the driver is handed with the plan.
+// TestVMConfig compares the driver's configuration with the plan.
 func TestVMConfig(t *testing.T) {
 	h := newHost(t, 2)
 	h.plan.Pools[0].Limits = plan.Limits{CPUQuotaPercent: 150, DiskIOPS: 500, NetworkMbps: 10}
@@ -782,7 +782,7 @@ func TestVMConfig(t *testing.T) {
 	if diff := cmp.Diff(want, h.driver.cfgs[0]); diff != "" {
 		t.Error(diff)
 	}
-	// sun_path: what lies in the folder is a socket.
+	// sun_path: the folder holds sockets.
 	if n := len(want.Dir) - len(h.plan.Paths.Run); n > 80-40 {
 		t.Errorf("the VM's folder is %d bytes below the run folder", n)
 	}
@@ -816,7 +816,7 @@ func TestStaticCredentials(t *testing.T) {
 	}
 }
 
-// TestRace calls everything at once.
+// TestRace calls everything concurrently.
 func TestRace(t *testing.T) {
 	h := newHost(t, 100)
 	g := h.start()
@@ -867,9 +867,9 @@ func TestRace(t *testing.T) {
 	}
 }
 
-// BenchmarkIncrease100 is the fleet's own part of a start: from Increase until all are running, with a driver,
-// images and guests that take no time. Records, keys and seeds are real. They lie in memory, where the disk's
-// speed is no part of the figure.
+// BenchmarkIncrease100 measures the fleet's own part of a start: from Increase until all are running, with a driver,
+// images and guests that take no time. Records, keys and seeds are real, but in memory, so that the speed of the disk
+// does not matter.
 func BenchmarkIncrease100(b *testing.B) {
 	if _, err := os.Stat("/dev/shm"); err == nil {
 		b.Setenv("TMPDIR", "/dev/shm")

@@ -22,7 +22,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// soon is how long a killed back may cost the runner.
+// soon is how long the runner may have to wait after a back was killed.
 const soon = 3 * time.Second
 
 func frontPID(t testing.TB) int { return pidOf(t, os.Getenv(envPID)) }
@@ -46,7 +46,7 @@ func killBack(t testing.TB) (pid int) {
 	return pid
 }
 
-// errorLines are the lines of the log that a person would be called for.
+// errorLines returns the lines of the log that would alert a person.
 func errorLines(log string) []string {
 	var lines []string
 	for line := range strings.Lines(log) {
@@ -57,7 +57,7 @@ func errorLines(log string) []string {
 	return lines
 }
 
-// TestBackIsKilled: what ran runs on, the next worker comes soon, and the log has one line of it.
+// TestBackIsKilled: running workers are not affected, the next worker starts soon, and the log has one line about it.
 func TestBackIsKilled(t *testing.T) {
 	h := processHost(t)
 	_, g := h.initPlugin()
@@ -97,7 +97,7 @@ func TestBackIsKilled(t *testing.T) {
 	}
 }
 
-// TestBackIsKilledInCalls kills it while each call is under way, and while a worker is being made.
+// TestBackIsKilledInCalls kills the back during each call, and while a worker is being created.
 func TestBackIsKilledInCalls(t *testing.T) {
 	h := processHost(t)
 	_, g := h.initPlugin()
@@ -113,7 +113,7 @@ func TestBackIsKilledInCalls(t *testing.T) {
 		}
 		waitFor(t, "one running", func() bool {
 			ids := running(t, g)
-			if len(ids) == 0 && creating(t, g) == 0 { // it was begun by a back that died: fleeting asks for another
+			if len(ids) == 0 && creating(t, g) == 0 { // the killed back had begun it: fleeting asks for another
 				if _, err := g.Increase(t.Context(), 1); err != nil {
 					t.Fatal(err)
 				}
@@ -139,7 +139,7 @@ func TestBackIsKilledInCalls(t *testing.T) {
 			t.Fatalf("round %d: Decrease: %v\n%s", round, err, h.log)
 		}
 		waitFor(t, "nothing is left", func() bool {
-			// A Decrease that the back took and did not carry out is asked for again: fleeting does so.
+			// The killed back may have accepted a Decrease without carrying it out: fleeting repeats it.
 			if _, err := g.Decrease(t.Context(), running(t, g)); err != nil {
 				t.Fatal(err)
 			}
@@ -164,7 +164,7 @@ func creating(t *testing.T, g provider.InstanceGroup) int {
 	return n
 }
 
-// atomicInstances is what the Provisioner has told of instances.
+// atomicInstances holds what the Provisioner has reported about instances.
 type atomicInstances struct {
 	mu  sync.Mutex
 	all map[string]fleeting.Instance
@@ -181,7 +181,7 @@ func (a *atomicInstances) see(updated []fleeting.Instance) {
 	}
 }
 
-// running is an instance that runs and that nobody has asked to remove, or nil.
+// running returns a running instance that nobody has asked to remove, or nil.
 func (a *atomicInstances) running() fleeting.Instance {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -194,7 +194,7 @@ func (a *atomicInstances) running() fleeting.Instance {
 }
 
 // TestHundredKills drives the plugin with fleeting's own Provisioner while its back is killed again and again. In the end nothing is
-// left: no worker, VM, folder or record, no process, no descriptor.
+// left: no worker, VM, folder, record, process or descriptor.
 func TestHundredKills(t *testing.T) {
 	need.Slow(t)
 	h := processHost(t)
@@ -234,7 +234,7 @@ func TestHundredKills(t *testing.T) {
 	before := fds()
 	for kill := range 100 {
 		old := killBack(t)
-		if kill%10 == 0 { // a job now and then
+		if kill%10 == 0 { // an occasional job
 			p.Request(1)
 			waitFor(t, fmt.Sprintf("a worker after kill %d", kill), func() bool { return alive.running() != nil })
 			inst := alive.running()
@@ -257,7 +257,7 @@ func TestHundredKills(t *testing.T) {
 	waitGone(t, last)
 }
 
-// TestFrontIsKilled: GitLab Runner would never start another plugin, so it is ended in order, and nobody else is.
+// TestFrontIsKilled: GitLab Runner would never start another plugin, so it is stopped gracefully, but no other parent is.
 func TestFrontIsKilled(t *testing.T) {
 	for name, quits := range map[string]bool{runnerName: true, "another-program": false} {
 		t.Run(name, func(t *testing.T) {
@@ -307,7 +307,7 @@ func TestFrontIsKilled(t *testing.T) {
 			if _, err := os.Stat(h.path + ".quit"); err != nil {
 				t.Errorf("it was not ended by SIGQUIT: %v", err)
 			}
-			// What ran is there for the next runner.
+			// The running workers stay for the next runner.
 			_, g := h.initPlugin()
 			if n := len(running(t, g)); n != 2 {
 				t.Errorf("%d workers were adopted\n%s", n, h.log)
@@ -330,7 +330,7 @@ func (h *host) rewrite(change func(*plan.Plan)) {
 	}
 }
 
-// TestPlanChanges: a changed plan is taken without an end of the runner or of a worker; one that cannot be used is not.
+// TestPlanChanges: a changed plan takes effect without restarting the runner or a worker; an unusable plan does not.
 func TestPlanChanges(t *testing.T) {
 	h := processHost(t)
 	_, g := h.initPlugin()
@@ -370,7 +370,7 @@ func TestPlanChanges(t *testing.T) {
 	h.removeAll(g)
 }
 
-// TestBackDoesNotStart: calls are answered with the reason, and all goes on once it is gone.
+// TestBackDoesNotStart: calls return the reason, and everything works again once it is fixed.
 func TestBackDoesNotStart(t *testing.T) {
 	h := processHost(t)
 	_, g := h.initPlugin()
@@ -395,7 +395,7 @@ func TestBackDoesNotStart(t *testing.T) {
 	}
 }
 
-// TestBinaryChanges: an upgraded program takes over as a changed plan does.
+// TestBinaryChanges: an upgraded program takes over like a changed plan.
 func TestBinaryChanges(t *testing.T) {
 	h := processHost(t)
 	self, err := os.Executable()

@@ -18,8 +18,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm"
 )
 
-// TestFailuresArePaced drives the Group with fleeting's own Provisioner on a host where no VM starts, for a minute and more of its
-// clock, and then on one where VMs start again.
+// TestFailuresArePaced drives the Group with fleeting's own Provisioner on a host where no VM starts, for more than a minute of fake
+// time, and then on one where VMs start again.
 func TestFailuresArePaced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHost(t, 8)
@@ -40,7 +40,7 @@ func TestFailuresArePaced(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		// What taskscaler does: it asks for as many as are missing.
+		// taskscaler asks for as many as are missing, too.
 		demand := func(n int) {
 			c := p.Capacity()
 			if have := c.Creating + c.Running + c.Requested; have < n {
@@ -136,11 +136,11 @@ func TestPacer(t *testing.T) {
 		}
 		blocked() // one is enough
 	}
-	// Another reason begins anew, and the longer pause counts.
+	// Another reason starts from the beginning, and the longer pause counts.
 	if v := p.ended(true, false, "b"); !v.news || v.pause != time.Second {
 		t.Errorf("another reason: %+v", v)
 	}
-	// One that was deleted while it tried says nothing: the next one tries.
+	// One that was deleted while it tried proves nothing: the next one tries.
 	now = now.Add(time.Second)
 	if !pass() {
 		t.Error("nobody tries")

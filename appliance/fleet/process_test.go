@@ -36,13 +36,13 @@ import (
 	"github.com/fleetingd/fleetingd/seed"
 )
 
-// The tests here run the plugin as GitLab Runner does, as a process of its own behind gRPC. The program is this
-// test binary, which is the plugin where go-plugin's cookie is in its environment, and a VM or a runner by
+// These tests run the plugin as GitLab Runner does, as a separate process behind gRPC. The program is this
+// test binary: it is the plugin if go-plugin's cookie is in its environment, and a VM or a runner depending on
 // these variables.
 const (
 	envVM     = "FLEET_TEST_VM"     // address:port to serve SSH on, seed ISO
 	envRunner = "FLEET_TEST_RUNNER" // plan.json: start the plugin and two workers, then wait
-	envPort   = "FLEET_TEST_PORT"   // of SSH, in all VMs
+	envPort   = "FLEET_TEST_PORT"   // the SSH port of all VMs
 	envPID    = "FLEET_TEST_PID"    // file that the plugin writes its pid to
 	envHold   = "FLEET_TEST_HOLD"   // TAP of the slot whose VM never starts
 )
@@ -70,7 +70,7 @@ func exit(err error) {
 	os.Exit(0)
 }
 
-// servePlugin is the plugin with VMs that are processes.
+// servePlugin is the plugin, with processes instead of VMs.
 func servePlugin() error {
 	watchInterval = 50 * time.Millisecond
 	pidFile := os.Getenv(envPID)
@@ -88,7 +88,7 @@ func servePlugin() error {
 	return nil
 }
 
-// beRunner starts the plugin and waits for its own end, which comes as SIGKILL.
+// beRunner starts the plugin and waits to be killed with SIGKILL.
 func beRunner(planPath string) error {
 	cfg, err := json.Marshal(map[string]string{"plan": planPath, "pool": pool})
 	if err != nil {
@@ -123,7 +123,7 @@ func testSettings() provider.Settings {
 	return provider.Settings{ConnectorConfig: provider.ConnectorConfig{ProtocolPort: port, Timeout: 10 * time.Second, Keepalive: 10 * time.Second}}
 }
 
-// processDriver has processes for VMs: they outlive the plugin, and can be killed.
+// processDriver uses processes as VMs: they outlive the plugin, and can be killed.
 type processDriver struct{}
 
 func (processDriver) Name() string                           { return "qemu" }
@@ -178,7 +178,7 @@ func (processDriver) Adopt(_ context.Context, dir string) (vm.VM, error) {
 	return p, err
 }
 
-// vmsBelow are the pids of the VMs whose seed has folder in its path.
+// vmsBelow returns the pids of the VMs whose seed is below folder.
 func vmsBelow(folder string) []int {
 	var pids []int
 	environs, _ := filepath.Glob("/proc/[0-9]*/environ")
@@ -238,7 +238,7 @@ func (p *process) Kill() error {
 	return nil
 }
 
-// serveVM is a "VM": an SSH server that lets in who the seed names, and runs commands.
+// serveVM is a "VM": an SSH server that admits the users of the seed, and runs commands.
 func serveVM(spec string) error {
 	addr, isoPath, _ := strings.Cut(spec, " ")
 	iso, err := os.Open(isoPath)
@@ -316,7 +316,7 @@ func serveSSH(conn net.Conn, cfg *ssh.ServerConfig) {
 	}
 }
 
-// processHost is a host for the plugin as a process.
+// processHost returns a host for the plugin as a process.
 func processHost(t *testing.T) *host {
 	t.Helper()
 	h := newHost(t, 3)
@@ -332,7 +332,7 @@ func processHost(t *testing.T) *host {
 	return h
 }
 
-// killVMs ends the VMs that a failed test has left.
+// killVMs kills the VMs that a failed test left.
 func (h *host) killVMs() {
 	for _, pid := range vmsBelow(h.plan.Paths.Clones) {
 		unix.Kill(pid, unix.SIGKILL)
@@ -341,7 +341,7 @@ func (h *host) killVMs() {
 
 func (h *host) config() map[string]string { return map[string]string{"plan": h.path, "pool": pool} }
 
-// runPlugin starts the plugin as the runner does.
+// runPlugin starts the plugin like the runner does.
 func (h *host) runPlugin(config any) (*fleeting.Runner, provider.InstanceGroup) {
 	h.t.Helper()
 	cfg, err := json.Marshal(config)
@@ -451,13 +451,13 @@ func TestPluginIsKilled(t *testing.T) {
 func waitGone(t *testing.T, pid int) {
 	t.Helper()
 	waitFor(t, fmt.Sprintf("process %d is gone", pid), func() bool {
-		// A zombie whose parent is this test is gone, too.
+		// A zombie whose parent is this test has ended, too.
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		return err != nil || strings.Contains(string(b), ") Z ")
 	})
 }
 
-// TestParentDies has a runner that is killed while one worker runs and one is being made.
+// TestParentDies kills a runner while one worker is running and one is being created.
 func TestParentDies(t *testing.T) {
 	orphan(t, func(runner *exec.Cmd, _ int) error { return runner.Process.Kill() })
 }
@@ -486,7 +486,7 @@ func TestOtherSignals(t *testing.T) {
 	}
 }
 
-// records counts the workers' records that say "ready" so.
+// records counts the workers' records that are marked as ready.
 func (h *host) records(ready string) int {
 	n := 0
 	files, err := filepath.Glob(filepath.Join(h.plan.Paths.Workers, pool, "*.json"))
@@ -501,7 +501,7 @@ func (h *host) records(ready string) int {
 	return n
 }
 
-// orphan ends a plugin without a word: what ran goes on and is adopted, what was being made is cleaned up.
+// orphan kills a plugin: running workers are adopted, and those being created are cleaned up.
 func orphan(t *testing.T, end func(runner *exec.Cmd, plugin int) error) {
 	h := processHost(t)
 	t.Setenv(envHold, "fltest1")
@@ -542,7 +542,7 @@ func orphan(t *testing.T, end func(runner *exec.Cmd, plugin int) error) {
 	h.removeAll(g)
 }
 
-// TestOverGRPC is about what the runner sees of errors.
+// TestOverGRPC: the runner sees errors with their reasons.
 func TestOverGRPC(t *testing.T) {
 	h := processHost(t)
 	_, g := h.runPlugin(map[string]any{"plan": h.path, "pol": pool, "pool": 3})
@@ -554,7 +554,7 @@ func TestOverGRPC(t *testing.T) {
 	}
 
 	_, g = h.initPlugin()
-	// An error would have cost the count: gRPC sends one or the other.
+	// An error would have lost the count: gRPC carries one or the other.
 	if n, err := g.Increase(t.Context(), 5); n != 3 || err != nil {
 		t.Errorf("Increase(5) with 3 slots = %d, %v", n, err)
 	}

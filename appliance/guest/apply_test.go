@@ -17,7 +17,7 @@ import (
 	"github.com/fleetingd/fleetingd/seed"
 )
 
-// tree makes a root directory: a name that ends in / is a folder, "-> x" a link, else a file's content.
+// tree creates a root directory: a name that ends in / is a folder, "-> x" a link, anything else a file's content.
 func tree(t *testing.T, files map[string]string) string {
 	t.Helper()
 	root := t.TempDir()
@@ -41,7 +41,7 @@ func tree(t *testing.T, files map[string]string) string {
 	return root
 }
 
-// listing gives what tree takes, for the names below root that keep lets through.
+// listing returns, in the format of tree, the names below root that keep accepts.
 func listing(t *testing.T, root string) map[string]string {
 	t.Helper()
 	files := map[string]string{}
@@ -120,7 +120,7 @@ func TestApplyIdentity(t *testing.T) {
 			t.Errorf("%s: %v, %v", name, i.Mode(), err)
 		}
 	}
-	// The second time, as after a reboot of the worker, changes nothing: its host key too stays.
+	// The second time, as after a reboot of the worker, changes nothing, not even its host key.
 	before := listing(t, root)
 	if err := id.apply(testSeed()); err != nil {
 		t.Fatal(err)
@@ -146,13 +146,13 @@ func TestApplyMakesUser(t *testing.T) {
 	if ran != "useradd --create-home --shell /bin/bash --user-group -- ci" || got["etc/sudoers.d/90-fleetingd"] != "ci ALL=(ALL) NOPASSWD:ALL\n" {
 		t.Errorf("ran %q, sudoers %q", ran, got["etc/sudoers.d/90-fleetingd"])
 	}
-	// No systemd-resolved: what pointed at another manager's file is a file now.
+	// Without systemd-resolved, the link to another manager's file becomes a file.
 	if got["etc/resolv.conf"] != "nameserver 1.1.1.3\nnameserver fd00::53\n" {
 		t.Errorf("resolv.conf %q", got["etc/resolv.conf"])
 	}
 }
 
-// TestApplyFollowsNoLink: the home folder belongs to a user, and a job of the prebuild may have been it.
+// TestApplyFollowsNoLink: the home folder belongs to a user who may have run code in the prebuild.
 func TestApplyFollowsNoLink(t *testing.T) {
 	for name, link := range map[string]string{
 		"folder": "home/ci/.ssh", "file": "home/ci/.ssh/authorized_keys",

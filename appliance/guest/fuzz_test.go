@@ -16,7 +16,7 @@ import (
 	"unicode"
 )
 
-// script is a stream that says what it is given, and ends the test's context then.
+// script is a stream with the given content, which ends the test's context afterwards.
 type script struct {
 	r   io.Reader
 	end context.CancelFunc
@@ -161,7 +161,7 @@ func TestReadExport(t *testing.T) {
 				e.Bytes = c.bytes
 			}
 			dir := t.TempDir()
-			// The disk goes on behind what was written.
+			// The disk continues after what was written.
 			err := ReadExport(io.MultiReader(bytes.NewReader(data), strings.NewReader("left over")), dir, e)
 			left, _ := os.ReadDir(dir)
 			switch {

@@ -23,9 +23,9 @@ import (
 	"github.com/fleetingd/fleetingd/seed"
 )
 
-// TestDockerTakesTheGateway: a bridge in the worker takes the range that the gateway is in, or its very address. What the
-// host has open and opens to the worker goes on, so does the worker's way out, and the bridge works for its containers. Both for a worker that the
-// guest part sets up and for one that cloud-init does, as commands of its seed do there.
+// TestDockerTakesTheGateway: a bridge in the worker takes the gateway's range, or its very address. Connections between the host and the
+// worker still work, so does the worker's route to the outside, and the bridge works for its containers. It tests a worker that the guest
+// part sets up, and one that cloud-init sets up with the commands of its seed.
 func TestDockerTakesTheGateway(t *testing.T) {
 	need.Root(t)
 	need.Tools(t, "ip")
@@ -62,7 +62,7 @@ func TestDockerTakesTheGateway(t *testing.T) {
 
 				l.ping(open, "an open connection")
 				l.ping(l.dial(l.host, work), "a new connection to the worker")
-				if !strings.Contains(c.also, "51820") { // else all that the worker sends goes into the VPN
+				if !strings.Contains(c.also, "51820") { // otherwise everything that the worker sends goes into the VPN
 					l.ping(l.dial(l.guest, out), "the worker's way out")
 				}
 				if c.name == "is closer than a bridge's network" {
@@ -82,7 +82,7 @@ func nodad(addr string) string {
 	return ""
 }
 
-// gateLab is a host, a worker on one link to it, and a container in the worker: a network namespace each.
+// gateLab is a host, a worker on a link to it, and a container in the worker, each in a network namespace.
 type gateLab struct {
 	t                         *testing.T
 	host, guest, box          netns.NsHandle
@@ -143,7 +143,7 @@ func (l *gateLab) sysctl(ns netns.NsHandle, name, value string) {
 	}
 }
 
-// setUp is what the network unit does on a host, and what a worker's boot does.
+// setUp does what the network unit does on a host, and what a worker's boot does.
 func (l *gateLab) setUp(cloudInit bool) {
 	t := l.t
 	t.Helper()
@@ -196,7 +196,7 @@ func (l *gateLab) setUp(cloudInit bool) {
 	l.rules()
 }
 
-// rules checks that the local addresses have one rule, and that it is the first.
+// rules checks that there is one rule for local addresses, and that it is the first.
 func (l *gateLab) rules() {
 	l.t.Helper()
 	out, err := exec.Command("ip", l.family, "rule").Output()
@@ -208,7 +208,7 @@ func (l *gateLab) rules() {
 	}
 }
 
-// bootCommands are the commands that cloud-init runs at each boot of a seed's guest.
+// bootCommands returns the commands that cloud-init runs at each boot of a seed's guest.
 func bootCommands(t *testing.T, s seed.Seed) [][]string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "seed.iso")
@@ -270,7 +270,7 @@ func (l *gateLab) container(bridge string) {
 	l.ip(l.box, "addr add "+addr+"/"+length+" dev box0"+nodad(addr), "link set box0 up")
 }
 
-// listen answers each byte in a namespace, and gives its address.
+// listen answers each byte in a namespace, and returns its address.
 func (l *gateLab) listen(ns netns.NsHandle, addr string) string {
 	l.t.Helper()
 	l.in(ns)
@@ -295,7 +295,7 @@ func (l *gateLab) listen(ns netns.NsHandle, addr string) string {
 func (l *gateLab) dial(ns netns.NsHandle, addr string) net.Conn {
 	l.t.Helper()
 	l.in(ns)
-	// Neighbours are not found at once while a link or a bridge's port comes up.
+	// Neighbours are not found immediately while a link or a bridge's port comes up.
 	for end := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
 		c, err := net.DialTimeout("tcp", addr, 10*time.Second)
 		if err == nil {

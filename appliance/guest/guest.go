@@ -77,6 +77,7 @@ func (e *StepError) Error() string {
 	return text
 }
 
+// Unwrap returns the reason why the step was abandoned, or nil.
 func (e *StepError) Unwrap() error { return e.err }
 
 // Ready is what a guest reports once it accepts jobs.

@@ -21,11 +21,11 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/visible"
 )
 
-// link joins both real ends: each dial makes a pipe, whose other end the agent gets.
+// link connects both real ends: each dial makes a pipe, whose other end the agent gets.
 type link struct {
 	conns chan net.Conn
 	dials int
-	wrap  func(net.Conn) net.Conn // the host's end, to break it
+	wrap  func(net.Conn) net.Conn // the host's end, for breaking it
 }
 
 func newLink() *link {
@@ -52,7 +52,7 @@ func (l *link) open(ctx context.Context) (io.ReadWriteCloser, error) {
 	}
 }
 
-// pair is a Session and an agent that do's commands, on a link.
+// pair returns a Session and an agent with the given do, connected by a link.
 func pair(t *testing.T, mode string, do func(context.Context, command, func(string)) result) (*Session, *agent, *link) {
 	t.Helper()
 	l := newLink()
@@ -89,7 +89,7 @@ func TestReady(t *testing.T) {
 		if err != nil || r != (Ready{BootID: "0f1e2d3c-boot", Version: "v1", Took: 1500 * time.Millisecond, Hostname: "w1"}) {
 			t.Fatalf("%+v, %v", r, err)
 		}
-		// Whoever asks later is told at once.
+		// Whoever asks later gets the answer at once.
 		if r, err = s.WaitReady(t.Context()); err == nil {
 			t.Fatalf("said twice in one session: %+v", r)
 		} else if !strings.Contains(err.Error(), "sent nothing for 1m0s") {
@@ -114,7 +114,7 @@ func TestReadyForTheNextHost(t *testing.T) {
 }
 
 // TestReadyAfterRestart: a guest that reboots while its host waits, or whose guest part is restarted, may be ready before the
-// host has found it again. The host has seen heartbeats of the one before, and must not take "ready" for one of them.
+// host has found it again. The host has seen heartbeats of the previous one, and must not take "ready" for one of them.
 func TestReadyAfterRestart(t *testing.T) {
 	for name, boots := range map[string][2]string{"reboot": {"boot-1", "boot-2"}, "restart": {"boot-1", "boot-1"}} {
 		t.Run(name, func(t *testing.T) {
@@ -213,7 +213,7 @@ func TestPrebuild(t *testing.T) {
 	})
 }
 
-// breaking fails after it has read so many bytes.
+// breaking fails after it has read a number of bytes.
 type breaking struct {
 	net.Conn
 	left int
@@ -254,8 +254,8 @@ func TestPrebuildOverBrokenStreams(t *testing.T) {
 	})
 }
 
-// TestReconnectsInAChattyStep: each time that the stream breaks, the new one begins with what the step said meanwhile, as much as
-// the buffers of vsock and of the socket behind it hold. That is no reason to take the guest for a stranger.
+// TestReconnectsInAChattyStep: each time the stream breaks, the new one begins with the output since then, as much as
+// the buffers of vsock and of its socket hold. That must not make the host give up on the guest.
 func TestReconnectsInAChattyStep(t *testing.T) {
 	const streams, buffered = 20, 5000
 	streamsLeft, seq := streams, uint64(0)
@@ -282,8 +282,8 @@ func TestReconnectsInAChattyStep(t *testing.T) {
 	})
 }
 
-// TestStepWithoutEnd: a step that is still running when the prebuild's time is over is named, with its own last lines, cut to
-// what a person reads, and with a word on the network if they say that it is missing.
+// TestStepWithoutEnd: the error names the step that is still running when the prebuild's time is over, with its last lines, cut to
+// a readable length, and with a hint about the network if the lines suggest that.
 func TestStepWithoutEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines := []string{"about to hang", strings.Repeat("é", maxText/4), "curl: (6) Could not resolve host: deb.invalid\x1b[2J"}
@@ -335,7 +335,7 @@ func TestNetworkHint(t *testing.T) {
 	}
 }
 
-// TestHostGone: nobody takes the output any more, so the step ends.
+// TestHostGone: a step ends when nobody reads its output any more.
 func TestHostGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ended := make(chan error, 1)
@@ -357,7 +357,7 @@ func TestHostGone(t *testing.T) {
 	})
 }
 
-// hostile is a guest that is none of ours: it is handed each stream that the host opens, and the host's first line.
+// hostile is a guest of an attacker: it gets each stream that the host opens, and the host's first line.
 func hostile(t *testing.T, guest func(c net.Conn, session string)) *Session {
 	var guests sync.WaitGroup
 	t.Cleanup(guests.Wait)
@@ -381,7 +381,7 @@ func hostile(t *testing.T, guest func(c net.Conn, session string)) *Session {
 	return s
 }
 
-// say writes messages, and reports whether the host took them.
+// say writes messages, and reports whether the host read them.
 func say(c net.Conn, ms ...message) bool {
 	for _, m := range ms {
 		b, err := json.Marshal(m)
@@ -399,7 +399,7 @@ func helloOf(session, mode, boot string) message {
 	return message{Type: typeHello, V: protocolVersion, Session: session, Mode: mode, Boot: boot}
 }
 
-// endless writes the same again and again, until the host has had enough.
+// endless repeats the same until the host gives up.
 func endless(c net.Conn, text string) {
 	for b := []byte(text); ; {
 		if _, err := c.Write(b); err != nil {
@@ -415,7 +415,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 		guest func(c net.Conn, session string)
 		want  string
 		step  bool // a prebuild step, else WaitReady
-		flood bool // it goes on until ctx ends, not until the host has had enough
+		flood bool // it continues until ctx ends: the host does not give up
 	}{
 		"endless line":    {guest: func(c net.Conn, _ string) { endless(c, strings.Repeat("a", 5000)) }, want: "bytes that are not messages of protocol 1"},
 		"garbage":         {guest: func(c net.Conn, _ string) { endless(c, "\x00\xff{]\n") }, want: "bytes that are not messages"},
@@ -507,7 +507,7 @@ func TestSessionWithHostileGuest(t *testing.T) {
 				if c.flood {
 					patience = 3 * time.Second
 				}
-				// Time is synctest's: no case waits, but a flood is read as fast as a host would read it all that time.
+				// The time is synctest's: no case waits, but a flood is read as fast as a host would read it in that time.
 				ctx, cancel := context.WithTimeout(t.Context(), patience)
 				defer cancel()
 				var err error

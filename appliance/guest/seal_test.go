@@ -53,7 +53,7 @@ func TestSealTree(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(root, "etc/crypttab"), []byte("data /dev/vdc\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// The fstrim timer was enabled by a step: it was asked for.
+	// A step enabled the fstrim timer, so it must stay.
 	stock := enabledUnits(root)
 	delete(stock, "fstrim.timer")
 	got := sealTree(t, root, stock)
@@ -107,7 +107,7 @@ func TestSealTree(t *testing.T) {
 	}
 }
 
-// TestLoadsModules: the service that loads modules stays where there is one to load.
+// TestLoadsModules: the service that loads modules stays enabled if there is one to load.
 func TestLoadsModules(t *testing.T) {
 	for name, c := range map[string]struct {
 		files map[string]string
@@ -135,7 +135,7 @@ func TestLoadsModules(t *testing.T) {
 	}
 }
 
-// TestWantedMounts: a file system that the owner configured otherwise is left to systemd.
+// TestWantedMounts: a file system that the image's owner configured is left to systemd.
 func TestWantedMounts(t *testing.T) {
 	s := sealer{root: tree(t, map[string]string{
 		"usr/lib/systemd/system/sysinit.target.wants/dev-mqueue.mount":       "-> ../dev-mqueue.mount",
@@ -151,14 +151,14 @@ func TestWantedMounts(t *testing.T) {
 	}
 }
 
-// TestAnswerCloudInit: what cloud-init would say of itself comes at once, and everything else from it.
+// TestAnswerCloudInit: the status is answered at once, and everything else is passed on to cloud-init.
 func TestAnswerCloudInit(t *testing.T) {
 	root := tree(t, map[string]string{"usr/bin/cloud-init": "#!/bin/sh\necho real \"$@\"; exit 5\n"})
 	s := sealer{root: root, log: slog.New(slog.DiscardHandler)}
 	if err := s.shortenBoot(); err != nil {
 		t.Fatal(err)
 	}
-	// The paths in it are those of the image.
+	// Its paths are those of the image.
 	text := strings.NewReplacer("/etc/cloud", root+"/etc/cloud", "/usr/bin/cloud-init", root+"/usr/bin/cloud-init").Replace(string(cloudInitAnswer))
 	script := filepath.Join(root, "answer")
 	if err := errors.Join(os.WriteFile(script, []byte(text), 0o755), os.Chmod(filepath.Join(root, "usr/bin/cloud-init"), 0o755)); err != nil {
@@ -233,11 +233,11 @@ func TestSealKeepsCloudInit(t *testing.T) {
 // installedAt is where the prebuild's seed (package compile) puts the program.
 const installedAt = "/usr/lib/fleetingd/fleetingd"
 
-// TestUnit has systemd itself read the unit.
+// TestUnit checks the unit with systemd itself.
 func TestUnit(t *testing.T) {
 	need.Tools(t, "systemd-analyze")
 	p := filepath.Join(t.TempDir(), unitName)
-	// systemd-analyze wants the program to be there.
+	// systemd-analyze requires that the program exists.
 	text := bytes.ReplaceAll(unitText, []byte(installedAt), []byte("/bin/true"))
 	if err := os.WriteFile(p, text, 0o644); err != nil {
 		t.Fatal(err)
@@ -319,7 +319,7 @@ func TestModules(t *testing.T) {
 	}
 }
 
-// TestInitrd is unpacked by cpio itself.
+// TestInitrd unpacks the initrd with cpio.
 func TestInitrd(t *testing.T) {
 	need.Tools(t, "cpio")
 	need.Root(t) // for the device node

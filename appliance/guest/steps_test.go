@@ -48,7 +48,7 @@ func TestRunCommand(t *testing.T) {
 	}
 }
 
-// TestRunScript: what a step that fails anywhere in its text gives, and how it may name another language.
+// TestRunScript: how a step fails, wherever the failure is in its text, and how it can use another language.
 func TestRunScript(t *testing.T) {
 	need.Tools(t, "bash")
 	for script, want := range map[string]struct {
@@ -74,7 +74,7 @@ func TestRunScript(t *testing.T) {
 		"kill -15 $$":                                     {code: -1, err: "signal: terminated"},
 		"exit 3 # no newline":                             {code: 3},
 		"cat <<'EOF'\n$HOME\nEOF\n":                       {out: "$HOME"},
-		"#!/bin/sh\nfalse\necho after":                    {out: "after"}, // not ours to make strict
+		"#!/bin/sh\nfalse\necho after":                    {out: "after"}, // not made strict
 		"#!/bin/sh -e\nfalse\necho after":                 {code: 1},
 		"#! \t/bin/cat  \t\nit is data":                   {out: "it is data"},
 		"#!/usr/bin/env -S sed -n 2p\nthe second":         {out: "the second"},
@@ -97,7 +97,7 @@ func TestRunScript(t *testing.T) {
 	}
 }
 
-// TestNoBash: an image with nothing but a POSIX shell.
+// TestNoBash: an image with only a POSIX shell.
 func TestNoBash(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	pipefail := exec.Command("/bin/sh", "-e", "-o", "pipefail", "-c", ":").Run() == nil
@@ -111,7 +111,8 @@ func TestNoBash(t *testing.T) {
 	}
 }
 
-// TestBackground: a daemon that a step starts holds its output open, ends no step and is not ended by writing to it.
+// TestBackground: a daemon that a step starts keeps its output open; that must neither delay the step's end, nor kill the daemon when it
+// writes.
 func TestBackground(t *testing.T) {
 	dir := t.TempDir()
 	fifo := filepath.Join(dir, "fifo")
@@ -140,13 +141,13 @@ func TestBackground(t *testing.T) {
 	}
 }
 
-// TestAptInstall with programs that act as apt-get does.
+// TestAptInstall uses programs that act like apt-get.
 func TestAptInstall(t *testing.T) {
 	const failing = "echo 'Err:1 http://mirror.invalid stable InRelease'; echo '  Temporary failure resolving mirror.invalid'"
 	for _, c := range []struct {
 		name, update, install string
 		code                  int
-		log                   []string // what was asked of apt-get
+		log                   []string // the arguments of apt-get
 	}{
 		{"works", "echo 'Get:1 http://mirror.invalid stable InRelease'", "true", 0, []string{"update", "install jq -x"}},
 		{"offline", failing, "echo 'E: Unable to locate package jq'; exit 100", 100, []string{"update", "install --no-download jq -x"}},
@@ -167,7 +168,7 @@ func TestAptInstall(t *testing.T) {
 			if err := os.WriteFile(apt, []byte(text), 0o700); err != nil {
 				t.Fatal(err)
 			}
-			t.Parallel() // from here on: a program that is being written must not be inherited by another case's child (ETXTBSY)
+			t.Parallel() // only from here on: another case's child must not inherit a program that is being written (ETXTBSY)
 			var said []string
 			r := aptInstall(t.Context(), apt, 2*time.Second, []string{"jq", "-x"}, func(l string) { said = append(said, l) })
 			if strings.Contains(c.name, "resolver") && !strings.Contains(networkHint(said), "names do not resolve") {
@@ -181,7 +182,7 @@ func TestAptInstall(t *testing.T) {
 	}
 }
 
-// TestRunCommandEnds: with all that it started.
+// TestRunCommandEnds: a command ends with everything that it has started.
 func TestRunCommandEnds(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	pids := make(chan string, 1)
@@ -234,7 +235,7 @@ func TestFindPort(t *testing.T) {
 	}
 }
 
-// TestApplyNetwork on a real interface, in a namespace of the test's own.
+// TestApplyNetwork uses a real interface, in its own network namespace.
 func TestApplyNetwork(t *testing.T) {
 	need.Root(t)
 	runtime.LockOSThread() // and never unlocked: the thread ends with the namespace

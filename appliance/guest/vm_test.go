@@ -28,8 +28,8 @@ import (
 	"github.com/fleetingd/fleetingd/seed"
 )
 
-// The real thing: Debian is prebuilt, sealed, and booted twice as two workers. The test runs itself again in
-// a network namespace of its own, where the VMs' TAP is.
+// With real VMs: Debian is prebuilt, sealed, and booted as two workers. The test runs itself again in
+// its own network namespace, which has the VMs' TAP.
 const vmTestDir = "FLEETINGD_GUEST_TEST_DIR"
 
 const (
@@ -85,7 +85,7 @@ func debianBase(t *testing.T) *image.Base {
 	state := filepath.Join(cache, "guest")
 	p := &plan.Plan{
 		Version: plan.Version, Host: "test",
-		// What is built from packages is the same for all tests.
+		// The base built from packages is the same for all tests.
 		Paths: plan.Paths{State: filepath.Join(cache, "state"), Disks: state, Images: filepath.Join(state, "images"), Cache: filepath.Join(state, "cache"),
 			Clones: filepath.Join(state, "clones"), Run: filepath.Join(state, "run"), Workers: filepath.Join(state, "workers")},
 		Images: []plan.Image{{Name: "debian", User: "debian",
@@ -129,7 +129,7 @@ func realWorker(t *testing.T, dir string) {
 	}
 }
 
-// upLink is what the network unit does on a host, for one slot.
+// upLink does what the network unit does on a host, for one slot.
 func upLink(t *testing.T) {
 	t.Helper()
 	for _, c := range []string{
@@ -169,7 +169,7 @@ func (r rig) network() *seed.Network {
 	}
 }
 
-// start boots a VM; it is killed with the test, and then its console is shown if the test failed.
+// start boots a VM; it is killed at the end of the test, and then its console is logged if the test failed.
 func (r rig) start(ctx context.Context, name, kernel, initrd string, s seed.Seed, disks ...vm.Disk) vm.VM {
 	r.t.Helper()
 	iso := filepath.Join(r.dir, name+".iso")
@@ -230,7 +230,7 @@ func (r rig) prebuild() (kernel, initrd string) {
 	err = session.Prebuild(ctx, []guest.Step{
 		{Name: "file", File: &guest.File{Path: "/opt/made/by/prebuild", Content: strings.Repeat("prebuilt\n", 50000), Mode: "0640"}},
 		{Name: "big output", Command: "seq 1 20000; head -c 3000000 /dev/zero | tr '\\0' x; echo"},
-		// cloud-init has set up the network here, and systemd-networkd removes what others added, unless it is the kernel's.
+		// Here cloud-init has set up the network, and systemd-networkd removes routes of others unless their protocol is the kernel's.
 		{Name: "network", Command: fmt.Sprintf("systemctl restart systemd-networkd; networkctl reload; networkctl reconfigure $(ip -o route show default | sed 's/.* dev //; s/ .*//'); sleep 5\n"+
 			"ip rule; ip -6 rule; ip route\nip rule | grep -q 'not from %s to %s iif lo lookup local'\n"+
 			"ip -6 rule | grep -q 'not from %s to %s iif lo lookup local'\nip route | grep -q '^%s dev .* proto kernel'\n[ $(ip rule | grep -c 'lookup local') = 1 ]",
@@ -301,7 +301,7 @@ func (r rig) prebuild() (kernel, initrd string) {
 	return filepath.Join(to, guest.ExportKernel), filepath.Join(to, guest.ExportInitrd)
 }
 
-// worker boots a sealed disk and gives what the first SSH command says.
+// worker boots a sealed disk and returns the output of the first SSH command.
 func (r rig) worker(name, disk, kernel, initrd string, details bool) string {
 	t := r.t
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
@@ -386,7 +386,7 @@ func (r rig) worker(name, disk, kernel, initrd string, details bool) string {
 		}
 		t.Logf("%s: %v", command, time.Since(asked))
 	}
-	// The worst network that a job can make, in the middle of a session: its bridge has the gateway's own address.
+	// The worst network that a job can create, during a session: its bridge has the gateway's own address.
 	for _, g := range []string{gateway4.String() + "/16", gateway6.String() + "/64 nodad"} {
 		if got := run("debian", "sudo -n sh -ec 'ip link show docker0 >/dev/null 2>&1 || ip link add docker0 type bridge; ip link set docker0 up; "+
 			"ip addr add "+g+" dev docker0'; sleep 1; echo alive"); got != "alive\n" {

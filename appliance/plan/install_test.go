@@ -22,7 +22,7 @@ Signed-By: /etc/apt/keyrings/fleetingd-gitlab-runner.asc
 	}
 }
 
-// A plan.json may be anybody's: nothing in it gets into a line of apt's files that is not one word.
+// A plan.json may come from anybody: only single words from it may get into a line of apt's files.
 func TestCheckInstall(t *testing.T) {
 	fine := func() *Install {
 		return &Install{

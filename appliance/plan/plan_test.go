@@ -14,7 +14,7 @@ import (
 	"github.com/fleetingd/fleetingd/seed"
 )
 
-// small is a plan with one of everything: two workers and a build slot.
+// small returns a plan with one of everything: two workers and a build slot.
 func small() *Plan {
 	gw6, subnet6 := netip.MustParseAddr("fd00::1"), netip.MustParsePrefix("fd00::/64")
 	p := &Plan{
@@ -117,7 +117,7 @@ func TestDigestIsOfAllButTheOrigins(t *testing.T) {
 	}
 }
 
-// TestEditedByHand has one edit each that would make a reader index out of range, overwrite, or run something else.
+// TestEditedByHand has edits that would each make a reader index out of range, overwrite, or run something else.
 func TestEditedByHand(t *testing.T) {
 	same6 := netip.MustParseAddr("fd00::2")
 	for _, c := range []struct {
@@ -299,7 +299,7 @@ func TestFill(t *testing.T) {
 	}
 }
 
-// TestTextRead: functions of the spec work on what is read.
+// TestTextRead: functions of the spec are applied to the values that are read.
 func TestTextRead(t *testing.T) {
 	values := map[string]string{"file:/x": " a\"b\n", "env:U": "u"}
 	read := func(from string) (string, error) {
@@ -341,7 +341,7 @@ func FuzzParse(f *testing.F) {
 			}
 			return
 		}
-		// Whatever Parse lets through can be used without a panic, and comes back.
+		// Whatever Parse accepts can be used without a panic, and survives a round trip.
 		for i := range p.Pools {
 			for _, s := range p.PoolSlots(&p.Pools[i]) {
 				p.WorkerSeed(&p.Pools[i], s, "id", "key")

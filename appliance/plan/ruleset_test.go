@@ -10,7 +10,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// nft has no escapes in strings, so nothing that a user writes may end one.
+// nft strings have no escapes, so a user's text must not be able to end one.
 func TestComment(t *testing.T) {
 	for in, want := range map[string]string{
 		"egress artifact-store":     "egress artifact-store",

@@ -25,7 +25,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// fakeCHEnv makes this test binary a Cloud Hypervisor: its API as the OpenAPI has it, without a VM behind it, and with a
+// fakeCHEnv turns this test binary into a Cloud Hypervisor: its API according to OpenAPI, without a VM behind it, and with a
 // fault. Its value is "FAULT CALL VERSION LOGFILE".
 const fakeCHEnv = "FLEETINGD_FAKE_CH"
 
@@ -68,7 +68,7 @@ func (f *fakeCH) main(args []string) int {
 	}
 	socket, ok := strings.CutPrefix(args[1], "path=")
 	if !ok || args[0] != "--api-socket" || args[2] != "--event-monitor" || args[3] != "fd=3" {
-		fmt.Fprintf(os.Stderr, "fake: unknown options %q\n", args) // the real one is as strict
+		fmt.Fprintf(os.Stderr, "fake: unknown options %q\n", args) // as strict as the real one
 		return 1
 	}
 	f.events = os.NewFile(3, "events")
@@ -77,7 +77,7 @@ func (f *fakeCH) main(args []string) int {
 		fmt.Fprintln(os.Stderr, "fake:", err)
 		return 1
 	}
-	for { // one at a time, as the real one
+	for { // one at a time, like the real one
 		conn, err := l.Accept()
 		if err != nil {
 			return 1
@@ -87,7 +87,7 @@ func (f *fakeCH) main(args []string) int {
 	}
 }
 
-// fdReader keeps the descriptors that come with what is read.
+// fdReader keeps the descriptors that arrive with the data.
 type fdReader struct {
 	conn *net.UnixConn
 	fds  []int
@@ -137,7 +137,7 @@ func (f *fakeCH) serve(conn *net.UnixConn) {
 	}
 }
 
-// misbehave shows the fault, and reports whether there is no answer after it.
+// misbehave injects the fault, and reports whether there is no answer after it.
 func (f *fakeCH) misbehave(conn *net.UnixConn) bool {
 	switch f.fault {
 	case "die":
@@ -172,7 +172,7 @@ func (f *fakeCH) misbehave(conn *net.UnixConn) bool {
 	return true
 }
 
-// handle is the API's state machine, as far as the driver uses it.
+// handle is the part of the API's state machine that the driver uses.
 func (f *fakeCH) handle(method, call string, body []byte, fds []int) (int, []string) {
 	if (call == "vmm.ping") != (method == http.MethodGet) {
 		return http.StatusBadRequest, nil
@@ -248,7 +248,7 @@ func (f *fakeCH) event(source, name string) {
 		"  \"properties\": null\n}\n\n", source, name)
 }
 
-// flood writes what no reader should choke on.
+// flood writes events that must not disturb the reader.
 func (f *fakeCH) flood() {
 	for range 2000 {
 		f.event("vm", "resized")
@@ -265,7 +265,7 @@ func (f *fakeCH) note(format string, args ...any) {
 	fmt.Fprintf(log, format+"\n", args...)
 }
 
-// fakeBench is a driver whose binary is the fake.
+// fakeBench returns a driver whose binary is the fake.
 type fakeBench struct {
 	*cloudHypervisor
 	dir, log string
@@ -288,7 +288,7 @@ func newFakeBench(t *testing.T, fault, call, version string) *fakeBench {
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	b.cloudHypervisor = newCloudHypervisor(plan.Hypervisor{Binary: script, Sandbox: true}, log)
 	b.kvm = func() error { return nil }
-	b.jailer.on = false // the fake is a script, and writes its calls elsewhere; TestJail has a VMM that is confined
+	b.jailer.on = false // the fake is a script, and writes its calls elsewhere; TestJail tests a confined VMM
 	return b
 }
 
@@ -329,10 +329,10 @@ func TestFakeLife(t *testing.T) {
 		if err != nil || again.PID() != v.PID() {
 			t.Fatalf("Adopt: %v", err)
 		}
-		if fault == "flood" { // two readers would share the events between them
+		if fault == "flood" { // two readers would share the events
 			forgetEvents(again)
 		}
-		// What the guest would do: connect to the host's port.
+		// Like the guest: connect to the host's port.
 		conn, err := net.Dial("unix", filepath.Join(v.(*chVM).private, chGuestSocket))
 		if err != nil {
 			t.Fatal(err)
@@ -402,7 +402,7 @@ func TestFakeVersions(t *testing.T) {
 	}
 }
 
-// Where it is KVM that lacks, the answer still says which VMM is there.
+// If only KVM is missing, Info still names the VMM.
 func TestFakeProbeWithoutKVM(t *testing.T) {
 	b := newFakeBench(t, "none", "none", "v53.0.0")
 	b.kvm = func() error { return errors.New("no /dev/kvm") }
@@ -422,7 +422,7 @@ func TestFakeFaults(t *testing.T) {
 			if call == "start" {
 				want = map[string]string{"die": "cannot start at all", "hang": "connect to the VMM at"}[fault]
 			}
-			// Each call can die or hang; how an answer can be wrong does not depend on the call.
+			// Each call can fail by dying or hanging. Wrong answers are the same for all calls.
 			if fault != "die" && fault != "hang" && call != "vm.create" {
 				continue
 			}
@@ -455,7 +455,7 @@ func TestFakeFaults(t *testing.T) {
 	}
 }
 
-// A vCPU that breaks ends the VMM in order too: that is no power off.
+// A vCPU that breaks also ends the VMM with status 0: that is not a power-off.
 func TestFakeBrokenVCPU(t *testing.T) {
 	b := newFakeBench(t, "broken-vcpu", "vm.boot", "v53.0.0")
 	noLeaks(t, b.dir)
@@ -472,7 +472,7 @@ func TestFakeBrokenVCPU(t *testing.T) {
 	}
 }
 
-// A VMM that neither answers nor obeys SIGTERM.
+// A VMM that neither answers nor reacts to SIGTERM.
 func TestFakeDeaf(t *testing.T) {
 	need.Slow(t)
 	b := newFakeBench(t, "deaf", "vm.power-button", "v53.0.0")
@@ -494,7 +494,7 @@ func TestFakeDeaf(t *testing.T) {
 	onlyConsole(t, cfg)
 }
 
-// The TAP goes to the VMM as descriptors, and none of them stays when vm.add-net fails.
+// The TAP is passed to the VMM as descriptors, and none of them stays open if vm.add-net fails.
 func TestFakeNet(t *testing.T) {
 	requireTUN(t)
 	for fault, want := range map[string]string{"none": "", "error": "No space left", "die": "panicked", "hang": "no answer"} {
@@ -521,7 +521,7 @@ func TestFakeNet(t *testing.T) {
 			if err := v.Kill(); err != nil {
 				t.Error(err)
 			}
-			// Each pair has a limiter of its own: a limited VM gets one pair.
+			// Each pair has its own limiter, so a limited VM gets one pair.
 			v, err := b.Start(t.Context(), limited)
 			if err != nil {
 				t.Fatal(err)

@@ -18,7 +18,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/plan"
 )
 
-// realCH is the driver with the real binary on a machine whose KVM may not run guests: the probe is answered for it.
+// realCH returns the driver with the real binary on a machine whose KVM may not run guests; it skips the KVM probe.
 func realCH(t *testing.T, sandbox bool) *cloudHypervisor {
 	t.Helper()
 	binary := need.CloudHypervisor(t)
@@ -33,7 +33,7 @@ func realCH(t *testing.T, sandbox bool) *cloudHypervisor {
 	return c
 }
 
-// shortDir is a folder whose name leaves room for sockets.
+// shortDir returns a folder whose name leaves room for sockets.
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "vmt")
@@ -44,7 +44,7 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
-// Everything up to vm.boot, which needs a KVM that runs guests: the conformance test does that.
+// Everything up to vm.boot, which needs a KVM that runs guests and is covered by the conformance test.
 func TestCloudHypervisorRealAPI(t *testing.T) {
 	c := realCH(t, true)
 	info, err := c.Probe(t.Context())
@@ -110,7 +110,7 @@ func TestCloudHypervisorRealAPI(t *testing.T) {
 	if err := v.api.get(t.Context(), "vm.info", &info2); err != nil {
 		t.Fatal(err)
 	}
-	// A field that the VMM does not know would be ignored: what it gives back is what it understood.
+	// An unknown field would be ignored: what the VMM returns is what it has understood.
 	want, got := chVMConfig(cfg, v.private, abi >= landlockabi.Files), info2.Config
 	if got.CPUs != want.CPUs || got.Memory != want.Memory || got.Vsock != want.Vsock || got.Balloon != want.Balloon ||
 		got.Console != want.Console || got.Serial != want.Serial || got.Landlock != want.Landlock ||
@@ -126,7 +126,7 @@ func TestCloudHypervisorRealAPI(t *testing.T) {
 		t.Errorf("NoNewPrivs is not set: %v", err)
 	}
 
-	// A VM that was never booted has no power button: SIGTERM ends it.
+	// A VM that was never booted has no power button, so SIGTERM ends it.
 	if err := v.Stop(t.Context()); err != nil {
 		t.Error(err)
 	}

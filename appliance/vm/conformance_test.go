@@ -35,10 +35,10 @@ import (
 //	FLEETINGD_TEST=full FLEETINGD_VMTEST_KERNEL=… FLEETINGD_VMTEST_INITRD=… ./vm.test -test.run Conformance -test.v
 const conformanceDir = "FLEETINGD_VMTEST_DIR"
 
-// conformanceCgroup names the cgroup that was delegated to nobody; unset where this machine has no unified hierarchy.
+// conformanceCgroup names the cgroup that was delegated to nobody; unset if this machine has no unified hierarchy.
 const conformanceCgroup = "FLEETINGD_VMTEST_CGROUP"
 
-// The TAPs that the namespace has, each with two queue pairs.
+// The TAPs of the namespace, each with two queue pairs.
 const (
 	testTAP, testTAP2 = "vmtest0", "vmtest1"
 	testMAC           = "02:fe:00:00:00:02"
@@ -54,7 +54,7 @@ func TestConformanceQEMU(t *testing.T) {
 	conformance(t, plan.Hypervisor{Driver: "qemu", Accel: "auto", Sandbox: true})
 }
 
-// The real thing needs a KVM that runs guests. Where there is none, TestConformanceInLab runs this in a machine that has one.
+// Cloud Hypervisor needs a KVM that runs guests. TestConformanceInLab runs this test in a machine that has one.
 func TestConformanceCloudHypervisor(t *testing.T) {
 	binary := need.CloudHypervisor(t)
 	if os.Getenv(conformanceDir) == "" {
@@ -69,8 +69,8 @@ func TestConformanceCloudHypervisor(t *testing.T) {
 	conformance(t, plan.Hypervisor{Driver: "cloud-hypervisor", Binary: binary, Sandbox: true})
 }
 
-// asNobody reports whether this is the process that runs as nobody. If it is not it runs the test in one that is, and
-// fails when that does.
+// asNobody reports whether this process runs as nobody. If not, it runs the test in a process that does, and
+// fails if that fails.
 func asNobody(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv(conformanceDir) != "" {
@@ -134,7 +134,7 @@ func makeTAPs(t *testing.T, uid, gid int) {
 	for _, name := range []string{testTAP, testTAP2} {
 		tap := &netlink.Tuntap{
 			LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TAP, Queues: 2,
-			Owner: uint32(uid), Group: uint32(gid), // this library always sets a group, and both must be ours then
+			Owner: uint32(uid), Group: uint32(gid), // this library always sets a group, and then both must match
 			Flags: netlink.TUNTAP_MULTI_QUEUE_DEFAULTS | netlink.TUNTAP_VNET_HDR,
 		}
 		if err := netlink.LinkAdd(tap); err != nil {
@@ -149,8 +149,8 @@ func makeTAPs(t *testing.T, uid, gid int) {
 	}
 }
 
-// openTUN gives /dev/net/tun the mode that udev gives it, in this mount namespace alone. Where udev was there it does
-// nothing: dir may be on a file system that opens no devices.
+// openTUN gives /dev/net/tun the mode that udev sets, only in this mount namespace. If udev has done so, it does
+// nothing, since dir may be on a file system that does not allow devices.
 func openTUN(t *testing.T, dir string) {
 	t.Helper()
 	if st, err := os.Stat("/dev/net/tun"); err == nil && st.Mode().Perm() == 0o666 {
@@ -168,7 +168,7 @@ func openTUN(t *testing.T, dir string) {
 	}
 }
 
-// delegate does what systemd does for a unit with Delegate= and DelegateSubgroup=, and returns the subgroup; nil where
+// delegate does what systemd does for a unit with Delegate= and DelegateSubgroup=, and returns the subgroup, or nil if
 // the controllers are not all on cgroup v2.
 func delegate(t *testing.T, uid int) *os.File {
 	t.Helper()
@@ -208,7 +208,7 @@ func delegate(t *testing.T, uid int) *os.File {
 	return f
 }
 
-// kvmGroup is whoever /dev/kvm belongs to; none when that is root.
+// kvmGroup returns the group of /dev/kvm; none if that is root.
 func kvmGroup() []uint32 {
 	var st unix.Stat_t
 	if unix.Stat("/dev/kvm", &st) != nil || st.Gid == 0 {
@@ -266,7 +266,7 @@ func conformance(t *testing.T, h plan.Hypervisor) {
 	}
 }
 
-// disk makes a 1 MiB disk that begins with text.
+// disk creates a 1 MiB disk that begins with text.
 func (b *bench) disk(t *testing.T, name, text string) string {
 	t.Helper()
 	path := filepath.Join(b.dir, name+".raw")
@@ -276,7 +276,7 @@ func (b *bench) disk(t *testing.T, name, text string) string {
 	return path
 }
 
-// config is a VM of one CPU and no network; the test changes what it is about.
+// config returns a VM with one CPU and no network, for the test to change.
 func (b *bench) config(t *testing.T) Config {
 	t.Helper()
 	b.count++
@@ -323,7 +323,7 @@ func testDevices(t *testing.T, b *bench) {
 	other := b.config(t)
 	other.Disks = []Disk{{Path: b.shared, ReadOnly: true, Serial: "shared"}}
 	other.Net = &Net{TAP: testTAP2, MAC: testMAC, Queues: 1}
-	// The TAP has two queues: asking for one must be refused as the kernel's EINVAL, explained.
+	// The TAP has two queues: asking for one must fail with the kernel's EINVAL and an explanation.
 	if _, err := b.driver.Start(t.Context(), other); err == nil || !strings.Contains(err.Error(), "other flags") {
 		t.Errorf("a TAP with other flags: %v", err)
 	}
@@ -391,7 +391,7 @@ func testDevices(t *testing.T, b *bench) {
 	}
 }
 
-// limited checks the VMM's cgroup and returns it; "" where none was delegated.
+// limited checks and returns the VMM's cgroup; "" if none was delegated.
 func limited(t *testing.T, cfg Config, pid int) string {
 	t.Helper()
 	root := os.Getenv(conformanceCgroup)
@@ -436,7 +436,7 @@ func limited(t *testing.T, cfg Config, pid int) string {
 	return dir
 }
 
-// privileges checks that the VMM has none: what a guest that breaks out would have.
+// privileges checks that the VMM has none, because a guest that breaks out would have them.
 func privileges(t *testing.T, pid int) {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -467,7 +467,7 @@ func privileges(t *testing.T, pid int) {
 
 func testGuestPowersOff(t *testing.T, b *bench) {
 	cfg := b.config(t)
-	cfg.Console = "" // and it must boot all the same
+	cfg.Console = "" // and it must still boot
 	v := b.start(t, cfg)
 	if v.Exit() != nil {
 		t.Errorf("Exit of a running VM: %v", v.Exit())
@@ -523,8 +523,8 @@ func testAdopt(t *testing.T, b *bench) {
 	cfg.Cmdline += " vmtest.deaf"
 	first := b.start(t, cfg)
 	ask(t, first, "echo before")
-	// What a plugin that was killed leaves behind: the VMM goes on, and a new driver knows the folder only.
-	// The old VM's connections are as good as closed: QEMU serves one client at a time.
+	// A killed plugin leaves its VMM running, and a new driver knows only the folder.
+	// The old VM's connections are useless: QEMU serves one client at a time.
 	forget(first)
 	v, err := b.open().Adopt(t.Context(), cfg.Dir)
 	if err != nil {
@@ -613,7 +613,7 @@ func testRebootLoop(t *testing.T, b *bench) {
 	onlyConsole(t, cfg)
 }
 
-// A Start that is cancelled at any time either gives a VM or leaves nothing.
+// A Start that is cancelled at any time either returns a VM or leaves nothing behind.
 func testCancelledStart(t *testing.T, b *bench) {
 	for _, after := range []time.Duration{0, 5, 20, 50, 100, 200} {
 		cfg := b.config(t)
@@ -630,7 +630,7 @@ func testCancelledStart(t *testing.T, b *bench) {
 	}
 }
 
-// What cannot work says why, and leaves nothing.
+// What cannot work returns the reason and leaves nothing behind.
 func testImpossible(t *testing.T, b *bench) {
 	for name, c := range map[string]struct {
 		change func(*Config)
@@ -664,7 +664,7 @@ func testImpossible(t *testing.T, b *bench) {
 	}
 }
 
-// ask sends a question to the guest and returns its answer, connecting and asking again until it comes.
+// ask sends a question to the guest and returns its answer; it reconnects and asks again until there is one.
 func ask(t *testing.T, v VM, question string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
@@ -691,7 +691,7 @@ func askOnce(ctx context.Context, v VM, question string) (string, error) {
 		return "", err
 	}
 	defer conn.Close()
-	// A mark, because the guest may still have an answer to the last asker under way.
+	// A mark, because the guest's answer to an earlier question may still arrive.
 	mark := fmt.Sprint("mark-", time.Now().UnixNano())
 	conn.SetDeadline(time.Now().Add(10 * time.Second))
 	if _, err := fmt.Fprintf(conn, "echo %s\n%s\n", mark, question); err != nil {
@@ -710,7 +710,7 @@ func askOnce(ctx context.Context, v VM, question string) (string, error) {
 	return "", io.ErrUnexpectedEOF
 }
 
-// tell sends what has no answer.
+// tell sends a command without an answer.
 func tell(t *testing.T, v VM, command string) {
 	t.Helper()
 	conn, err := v.Channel(t.Context())
@@ -732,7 +732,7 @@ func wait(t *testing.T, v VM) {
 	}
 }
 
-// until waits for a condition, asked every few milliseconds.
+// until waits for a condition, checked every few milliseconds.
 func until(t *testing.T, what string, holds func() bool) {
 	t.Helper()
 	deadline := time.After(60 * time.Second)
@@ -747,7 +747,7 @@ func until(t *testing.T, what string, holds func() bool) {
 	}
 }
 
-// onlyConsole checks that nothing but the console log is left of a VM.
+// onlyConsole checks that only the console log is left of a VM.
 func onlyConsole(t *testing.T, cfg Config) {
 	t.Helper()
 	entries, err := os.ReadDir(cfg.Dir)
@@ -761,7 +761,7 @@ func onlyConsole(t *testing.T, cfg Config) {
 	}
 }
 
-// noLeaks checks at the end of the test that it has left no process and no descriptor.
+// noLeaks checks at the end of the test that no process and no descriptor is left.
 func noLeaks(t *testing.T, dir string) {
 	t.Helper()
 	before := descriptors(t)
@@ -784,7 +784,7 @@ func descriptors(t *testing.T) []string {
 	var all []string
 	for _, e := range entries {
 		target, err := os.Readlink("/proc/self/fd/" + e.Name())
-		// The poller's own come with its first use.
+		// The poller opens its own descriptors at its first use.
 		if err == nil && !strings.Contains(target, "anon_inode:[event") {
 			all = append(all, target)
 		}
@@ -792,7 +792,7 @@ func descriptors(t *testing.T) []string {
 	return all
 }
 
-// processes are those, besides this, whose command line names the folder.
+// processes returns the other processes whose command line names the folder.
 func processes(t *testing.T, dir string) []string {
 	t.Helper()
 	var all []string

@@ -24,14 +24,14 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
-// What a VMM that was taken over tries. The attacker is this test binary, started by the drivers' own start() in a VMM's place and
-// as the same user as everything that it attacks.
+// What a VMM that was taken over tries. The attacker is this test binary, started by the drivers' own start() instead of a VMM and
+// as the same user as all its targets.
 const (
 	jailEnv   = "FLEETINGD_TEST_JAIL"   // run TestJail again, as nobody
 	targetArg = "fleetingd-test-attack" // os.Args[1] of the attacker
 )
 
-// targets are what it goes for.
+// targets are what the attacker attacks.
 type targets struct {
 	Own, Private         string // its own disk, its folder
 	Config, Disk, Record string // files that its user may read and write
@@ -42,11 +42,11 @@ type targets struct {
 	Kernel               string
 }
 
-// attempts are what it does, by what one would call it; an error is what the kernel answered.
+// attempts are the attacks, by name; they return the kernel's error.
 var attempts = []struct {
 	name    string
-	allowed bool // it must work: otherwise the jail would keep a VMM from its work, and the others' denials prove nothing
-	abi     int  // of landlock, from which on it is denied; 0: by something else
+	allowed bool // must succeed: otherwise the jail would keep a VMM from its work, and the denials would prove nothing
+	abi     int  // the landlock ABI since which it is denied; 0: denied by something else
 	do      func(targets) error
 }{
 	{"read its own disk", true, 0, func(t targets) error { return readOne(t.Own) }},
@@ -72,8 +72,8 @@ var attempts = []struct {
 	{"move a file to its folder", false, 1, func(t targets) error { return os.Rename(t.Disk, filepath.Join(t.Private, "stolen")) }},
 	{"list the sockets of the host", false, 1, func(targets) error { return readOne("/proc/self/net/unix") }},
 	{"connect to an abstract socket", false, landlockabi.Scopes, func(t targets) error { return dial("unix", t.Abstract) }},
-	// Before ABI 9 nothing forbids this to one who knows the path. The folders of VMMs' and the plugin's sockets have random names, and
-	// nobody can list them: see privatePrefix.
+	// Before ABI 9 nothing forbids this to a process that knows the path. The folders of the sockets of VMMs and the plugin have random
+	// names, and cannot be listed: see privatePrefix.
 	{"connect to a socket whose path it knows", false, 9, func(t targets) error { return dial("unix", t.Socket) }},
 	{"connect by TCP", false, 0, func(t targets) error { return dial("tcp", t.TCP) }},
 	{"send by UDP", false, 0, func(t targets) error { return dial("udp", t.UDP) }},
@@ -177,7 +177,7 @@ func attack(spec string) {
 	os.Exit(0)
 }
 
-// TestJail: a VMM that was taken over reaches its own worker's files and nothing else.
+// TestJail: a VMM that was taken over can only reach its own worker's files.
 func TestJail(t *testing.T) {
 	if os.Getenv(jailEnv) == "" && os.Getuid() == 0 {
 		jailAsNobody(t)
@@ -281,7 +281,7 @@ func TestJail(t *testing.T) {
 	if err := unix.Kill(tg.Victim, 0); err != nil {
 		t.Errorf("the victim: %v", err)
 	}
-	// Without the jail most of it works: the test can fail.
+	// Without the jail most attempts succeed: the test can fail.
 	free := run(false)
 	works := 0
 	for _, a := range attempts {
@@ -294,7 +294,7 @@ func TestJail(t *testing.T) {
 	}
 }
 
-// listenAll listens where the attacker wants to connect.
+// listenAll listens on everything that the attacker connects to.
 func listenAll(t *testing.T, abstract, path string) (tcp, udp string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -329,7 +329,7 @@ func listenAll(t *testing.T, abstract, path string) (tcp, udp string) {
 	return l.Addr().String(), u.LocalAddr().String()
 }
 
-// jailAsNobody runs the test as an ordinary user, as VMMs run: root's capabilities would hide what the jail does.
+// jailAsNobody runs the test as an ordinary user, like VMMs: root's capabilities would hide the effects of the jail.
 func jailAsNobody(t *testing.T) {
 	self, err := os.Executable()
 	if err != nil {

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// Whatever the machine, the answer comes in time.
+// On any machine, the answer comes in time.
 func TestProbeKVM(t *testing.T) {
 	begin := time.Now()
 	err := ProbeKVM(t.Context())

@@ -12,7 +12,7 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/vm/vmtest"
 )
 
-// The conformance test, run in a throw-away host whose KVM runs guests and whose cgroups are all v2.
+// The conformance test, run in a throw-away host with a KVM that runs guests and with all cgroup controllers on v2.
 func TestConformanceInLab(t *testing.T) {
 	need.VM(t)
 	binary := need.CloudHypervisor(t)
@@ -33,7 +33,7 @@ func TestConformanceInLab(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// It skips where KVM runs no guests, and here it must not.
+	// It is skipped if KVM runs no guests, which must not happen here.
 	if !strings.Contains(out, "--- PASS: TestConformanceCloudHypervisor") {
 		t.Error("the conformance test did not run in the lab")
 	}

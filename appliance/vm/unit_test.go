@@ -92,7 +92,7 @@ func TestKernelCommandLine(t *testing.T) {
 	}
 }
 
-// No path can put an option of its own into QEMU's command line.
+// No path can add an option to QEMU's command line.
 func TestQEMUArgsEscape(t *testing.T) {
 	q, err := newQEMU(plan.Hypervisor{Accel: "tcg", Sandbox: true}, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -135,7 +135,7 @@ func TestReboots(t *testing.T) {
 			t.Errorf("reboot %d: %v, %v", i, counted, err)
 		}
 	}
-	// Slow enough, it may go on for ever, in bounded memory.
+	// Slow enough reboots may continue forever, in bounded memory.
 	for i := range 100 {
 		if _, err := at(time.Duration(i+5) * 5 * time.Minute); err != nil {
 			t.Fatalf("one reboot in five minutes: %v", err)
@@ -176,7 +176,7 @@ func TestLastWords(t *testing.T) {
 	}
 }
 
-// A log that grows is cut while it is written, whichever way.
+// A growing log is cut while it is written, in either way.
 func TestTrimFile(t *testing.T) {
 	for _, flag := range []int{os.O_APPEND, 0} {
 		path := filepath.Join(shortDir(t), "log")
@@ -220,7 +220,7 @@ func TestAcceptor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer a.close()
-	// A guest that connects without end: only the newest is kept.
+	// A guest that connects over and over: only the newest connection is kept.
 	before := len(descriptors(t))
 	var last net.Conn
 	for i := range 50 {
@@ -242,7 +242,7 @@ func TestAcceptor(t *testing.T) {
 		_, err = io.ReadFull(conn, said)
 		return err == nil && string(said) == "49"
 	})
-	// The 50 ends of our own, and none of theirs.
+	// The test's own 50 ends, and none of the other ends.
 	until(t, "end of the older connections", func() bool { return len(descriptors(t)) <= before+50 })
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
@@ -330,7 +330,7 @@ func TestQMP(t *testing.T) {
 	}
 }
 
-// A record of another process must never be taken for the VMM: that would end a stranger.
+// A record of another process must never be taken for the VMM's: that would kill the wrong process.
 func TestAdoptStranger(t *testing.T) {
 	bootID, err := readBootID()
 	if err != nil {
@@ -364,7 +364,7 @@ func TestAdoptStranger(t *testing.T) {
 			t.Errorf("%s: %v is left", what, entries)
 		}
 	}
-	// What cannot be understood is not removed.
+	// What cannot be parsed is not removed.
 	for what, text := range map[string]string{
 		"garbage": "{", "a later version": `{"version":2,"pid":99}`, "pid 1": `{"version":1,"pid":1}`,
 		"another driver": fmt.Sprintf(`{"version":1,"driver":"cloud-hypervisor","pid":%d}`, os.Getpid()),
@@ -382,7 +382,7 @@ func TestAdoptStranger(t *testing.T) {
 	}
 }
 
-// TestAdoptUnrecorded has a VMM whose starter was killed before it wrote the record: it is ended, and nothing else is.
+// TestAdoptUnrecorded has a VMM whose starter was killed before it wrote the record: that VMM is killed, and nothing else is.
 func TestAdoptUnrecorded(t *testing.T) {
 	dir, other := shortDir(t), shortDir(t)
 	begin := func(dir string) *exec.Cmd {
@@ -468,7 +468,7 @@ func FuzzParseStartTime(f *testing.F) {
 	f.Fuzz(func(t *testing.T, stat []byte) { parseStartTime(stat) })
 }
 
-// Whatever the VMM's pipe brings, in whatever pieces, a whole event after a blank line is seen.
+// Whatever the VMM's pipe delivers, in whatever pieces, a complete event after a blank line is seen.
 func FuzzReadEvents(f *testing.F) {
 	f.Add([]byte("{\n \"source\": \"vm\",\n \"event\": \"booted\"\n}\n\n"), uint64(1))
 	f.Add([]byte("{\"half\": \n\n\x00\xff"), uint64(2))
