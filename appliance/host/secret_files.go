@@ -46,12 +46,13 @@ const (
 	OtherText    = "(differs)"
 )
 
-// SecretFiles returns the door to those of the files that hold secrets; read gives the value of a secret by its place. owned are the states
+// SecretFiles returns the door to those of the files that hold secrets; read gives the value of a secret by its place. Without read, files can
+// be looked at and restored, not written. owned are the states
 // that the current generation wrote, by path. notes is the path in the tree of a file of the door's own.
 func (t *Tree) SecretFiles(files []plan.File, owned map[string]State, read func(from string) (string, error), notes string) *SecretFiles {
 	d := &SecretFiles{tree: t, files: map[string]*plan.File{}, owned: owned, read: read, notes: notes}
 	for i := range files {
-		if len(files[i].Secrets) > 0 {
+		if len(files[i].Secrets) > 0 && read != nil {
 			d.files[files[i].Path] = &files[i]
 		}
 	}

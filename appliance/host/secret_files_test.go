@@ -152,8 +152,8 @@ func TestSecretFile(t *testing.T) {
 		if SameButSecrets(have, c.owned[config]) || have["content"] == f.Content {
 			t.Errorf("%q → %q is no drift:\n%s", change[0], change[1], have["content"])
 		}
-		// Without the plan and its secrets, as destroy and status read it.
-		bare := NewTree(c.root, "/notes.json").SecretFiles(nil, c.owned, nil, "/secrets.json")
+		// Without its secrets, as destroy and status read it.
+		bare := NewTree(c.root, "/notes.json").SecretFiles([]plan.File{f}, c.owned, nil, "/secrets.json")
 		if SameButSecrets(c.read(bare), c.owned[config]) {
 			t.Errorf("%q → %q is no drift without the secrets", change[0], change[1])
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -203,5 +204,20 @@ func TestUnitsRestart(t *testing.T) {
 	b = &faultyBus{result: "failed"}
 	if err := testUnits(b, "active").Restart(t.Context(), "x.service"); err == nil || !strings.Contains(err.Error(), "restart: failed") {
 		t.Error(err)
+	}
+}
+
+func TestUnitsWithoutSystemd(t *testing.T) {
+	if _, err := os.Stat("/run/systemd/private"); err == nil {
+		t.Skip("skipped: systemd runs here; TestDoorsInLab uses it")
+	}
+	u, err := OpenUnits(t.Context())
+	if err == nil {
+		u.Close()
+	}
+	for _, want := range []string{"cannot reach systemd over D-Bus", "booted with systemd", "--root DIR"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v; want %q", err, want)
+		}
 	}
 }
