@@ -30,6 +30,19 @@ host "ci-01" {
       ports  = ["tcp/443"]
     }
   }
+
+  # What Debian and Ubuntu do not have. The rest (qemu-utils, xfsprogs …) comes from the host's own sources.
+  install {
+    package "gitlab-runner" {
+      apt     = "https://packages.gitlab.com/runner/gitlab-runner/debian trixie main" # on Ubuntu: …/ubuntu noble main
+      key     = "F640 3F65 44A3 8863 DAA0 B6E0 3F01 618A 5131 2F3F"
+      key_url = "https://packages.gitlab.com/runner/gitlab-runner/gpgkey"
+    }
+    # package "cloud-hypervisor" {
+    #   file   = "https://github.com/cloud-hypervisor/cloud-hypervisor/releases/download/v53.0/cloud-hypervisor-static"
+    #   sha256 = "…" # of that file, as you have checked it
+    # }
+  }
 }
 
 image "ubuntu" {
