@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"github.com/hashicorp/hcl/v2"
+
+	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // errorf adds an error. The summary names the problem, the detail gives the
@@ -22,6 +24,27 @@ func (l *loader) errorf(at *hcl.Range, summary, detail string, args ...any) {
 func (l *loader) warnf(at *hcl.Range, summary, detail string, args ...any) {
 	l.errorf(at, summary, detail, args...)
 	l.diags[len(l.diags)-1].Severity = hcl.DiagWarning
+}
+
+// maxCompared is how many names one load compares to find suggestions. Without a limit, a spec of 1 MiB in which every name is
+// wrong would take minutes.
+const maxCompared = 20_000
+
+// nearest returns the known name that a typo of given most likely stands for, or "".
+func (l *loader) nearest(given string, known []string) string {
+	if l.compared > maxCompared {
+		return ""
+	}
+	l.compared += len(known)
+	return suggest.Nearest(given, known)
+}
+
+// didYouMean is nearest as a part of a message.
+func (l *loader) didYouMean(given string, known []string) string {
+	if s := l.nearest(given, known); s != "" {
+		return fmt.Sprintf(" (did you mean %q?)", s)
+	}
+	return ""
 }
 
 // quotedList is `"a", "b" and "c"`, cut where it gets long.

@@ -3,9 +3,7 @@ package hostspec
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"regexp"
-	"slices"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
@@ -106,16 +104,16 @@ func (l *loader) checkReferences(expr hcl.Expression) bool {
 		at := t.SourceRange()
 		if name, is := member(t, "var"); is && l.scope.vars[name] == nil {
 			l.errorf(&at, "Unknown variable", "There is no variable %q%s. %s",
-				name, suggest.DidYouMean(name, l.variableNames()), l.declaredVariables())
+				name, l.didYouMean(name, l.scope.varNames), l.declaredVariables())
 			ok = false
 		}
 		if name, is := member(t, "local"); is && l.scope.locals[name] == nil {
-			known := slices.Sorted(maps.Keys(l.scope.locals))
+			known := l.scope.localNames
 			detail := "There are no locals."
 			if len(known) > 0 {
 				detail = "The locals are " + quotedList(known) + "."
 			}
-			l.errorf(&at, "Unknown local", "There is no local.%s%s. %s", name, suggest.DidYouMean(name, known), detail)
+			l.errorf(&at, "Unknown local", "There is no local.%s%s. %s", name, l.didYouMean(name, known), detail)
 			ok = false
 		}
 		if _, is := member(t, "local"); !is && t.RootName() == "local" {

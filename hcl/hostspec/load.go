@@ -9,8 +9,6 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/hashicorp/hcl/v2/json"
-
-	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // maxSource is the largest spec or variable file that is read. A spec for
@@ -92,8 +90,9 @@ type loader struct {
 	attrs  map[attrKey]attrInfo
 	masks  []hcl.Range // literal secrets
 	// opened, if not nil, is told what each block may hold: tests learn the language from it.
-	opened func(b *hcl.Block, attrs []attrSpec, blocks []hcl.BlockHeaderSchema)
-	work   float64 // of all expressions so far
+	opened   func(b *hcl.Block, attrs []attrSpec, blocks []hcl.BlockHeaderSchema)
+	work     float64 // of all expressions so far
+	compared int     // names, for suggestions
 }
 
 func (l *loader) load() (*Host, []string) {
@@ -181,7 +180,7 @@ func (l *loader) pick(s *spec) *Host {
 		return s.hosts[0]
 	case l.opts.Host != "":
 		l.errorf(nil, "No such host", "%s has no host block %q%s. It has %s.",
-			l.opts.Path, want, suggest.DidYouMean(want, names), quotedList(names))
+			l.opts.Path, want, l.didYouMean(want, names), quotedList(names))
 	case want == "":
 		l.errorf(nil, "Which host?", "%s has %d host blocks. Choose one with --host: %s.",
 			l.opts.Path, len(names), quotedList(names))

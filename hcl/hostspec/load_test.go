@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -469,5 +470,36 @@ func TestUnreadable(t *testing.T) {
 		if !diags.HasErrors() || !strings.Contains(diags.Error(), want) || !strings.Contains(diags.Error(), path) {
 			t.Errorf("%s: want %q in: %v", path, want, diags)
 		}
+	}
+}
+
+// TestManyWrongNames: where every name is wrong, the first ones get a suggestion, and the rest do not take minutes.
+func TestManyWrongNames(t *testing.T) {
+	const many = 5000
+	lines := func(format string) string {
+		var b strings.Builder
+		for i := range many {
+			fmt.Fprintf(&b, format, i)
+		}
+		return b.String()
+	}
+	for what, src := range map[string]string{
+		"settings":  strings.Replace(withRunner(`env("KEY")`), "token = env", "settings = {\nlimitt = 1\n"+lines("x%d_y = 1\n")+"}\n token = env", 1),
+		"locals":    "locals {\nlimit = 1\na = local.limitt\n" + lines("x%d_y = local.nope\n") + "}\n" + minimal,
+		"variables": "variable \"limit\" { default = 1 }\nlocals {\na = var.limitt\n" + lines("x%d_y = var.nope\n") + "}\n" + minimal,
+		"starts":    "variable \"limit\" { default = 1 }\nlocals {\na = var.limitt\n}\n" + minimal + lines("pool \"x%d\" { start = \"wram\" }\n"),
+	} {
+		start := time.Now()
+		l := newLoader(Options{Path: "host.hcl", Source: []byte(src)})
+		l.load()
+		if most := maxCompared + many + 2; l.compared > most {
+			t.Errorf("%s: %d names were compared, %d at most", what, l.compared, most)
+		}
+		if !slices.ContainsFunc(l.diags, func(d *hcl.Diagnostic) bool {
+			return strings.Contains(d.Detail, `(did you mean "limit"?)`) || strings.Contains(d.Detail, `; did you mean "limit"?`)
+		}) {
+			t.Errorf("%s: the first finding has no suggestion", what)
+		}
+		t.Logf("%s: %d findings in %v", what, len(l.diags), time.Since(start))
 	}
 }

@@ -12,8 +12,6 @@ import (
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/zclconf/go-cty/cty"
 	"github.com/zclconf/go-cty/cty/convert"
-
-	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 const envVarPrefix = "FLEETINGD_VAR_"
@@ -24,6 +22,8 @@ type scope struct {
 	locals map[string]*local
 	ctx    *hcl.EvalContext // var, local and functions
 	hidden cty.Value        // var with all variables as if they were sensitive
+
+	varNames, localNames []string // in order, for messages
 }
 
 type variable struct {
@@ -51,11 +51,13 @@ func (l *loader) defineScope(blocks hcl.Blocks) {
 	for _, b := range blocks.OfType("variable") {
 		l.declareVariable(b)
 	}
+	l.scope.varNames = slices.Sorted(maps.Keys(l.scope.vars))
 	l.assignVariables()
 	for _, b := range blocks.OfType("locals") {
 		l.declareLocals(b)
 	}
-	for _, name := range slices.Sorted(maps.Keys(l.scope.locals)) {
+	l.scope.localNames = slices.Sorted(maps.Keys(l.scope.locals))
+	for _, name := range l.scope.localNames {
 		l.evalLocal(name, nil)
 	}
 	l.publishLocals(nil)
@@ -140,7 +142,7 @@ func (l *loader) assignVariables() {
 		l.readVarFlag(s, values)
 	}
 	object, hidden := map[string]cty.Value{}, map[string]cty.Value{}
-	for _, name := range slices.Sorted(maps.Keys(l.scope.vars)) {
+	for _, name := range l.scope.varNames {
 		v := l.scope.vars[name]
 		g, ok := values[name]
 		v.byDefault, v.setAt = !ok, g.rng
@@ -168,7 +170,7 @@ func (l *loader) readVarFlag(s string, values map[string]given) {
 	v, ok := l.scope.vars[name]
 	if !ok {
 		l.errorf(nil, "Unknown variable", "--var sets %s, but %s declares no such variable%s. %s",
-			quote(name), l.opts.Path, suggest.DidYouMean(name, l.variableNames()), l.declaredVariables())
+			quote(name), l.opts.Path, l.didYouMean(name, l.scope.varNames), l.declaredVariables())
 		return
 	}
 	if v.sensitive {
@@ -195,7 +197,7 @@ func (l *loader) readVarFile(path string, values map[string]given) {
 		if !ok {
 			l.masks = append(l.masks, a.Expr.Range()) // a misspelled name may be a secret's
 			l.warnf(&a.NameRange, "Unknown variable", "%s declares no variable %q%s. %s", l.opts.Path, a.Name,
-				suggest.DidYouMean(a.Name, l.variableNames()), l.declaredVariables())
+				l.didYouMean(a.Name, l.scope.varNames), l.declaredVariables())
 			continue
 		}
 		if v.sensitive {
@@ -394,13 +396,11 @@ func member(t hcl.Traversal, root string) (string, bool) {
 	return "", false
 }
 
-func (l *loader) variableNames() []string { return slices.Sorted(maps.Keys(l.scope.vars)) }
-
 func (l *loader) declaredVariables() string {
 	if len(l.scope.vars) == 0 {
 		return "It declares none."
 	}
-	return "It declares " + quotedList(l.variableNames()) + "."
+	return "It declares " + quotedList(l.scope.varNames) + "."
 }
 
 func sortedAttrs(attrs hcl.Attributes) []*hcl.Attribute {

@@ -8,12 +8,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
-
-	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // settingsCheck compares settings with what GitLab Runner reads. GitLab Runner silently ignores unknown keys, and refuses to
@@ -201,7 +200,7 @@ func (c *settingsCheck) unknown(p settingPath, key string, value any, known sett
 		return
 	}
 	suggestion := "."
-	if near := suggest.Nearest(key, slices.Collect(maps.Keys(known))); near != "" {
+	if near := c.l.nearest(key, slices.Collect(maps.Keys(known))); near != "" {
 		suggestion = fmt.Sprintf("; did you mean %q?", p.to(near).String())
 	}
 	c.warnf(at, "%s is not a setting of GitLab Runner %s%s GitLab Runner ignores unknown settings.", quote(at.String()), runnerVersion, suggestion)
@@ -214,6 +213,9 @@ func (c *settingsCheck) elsewhere(p settingPath, key string, value any) string {
 	}
 	if len(p) == 0 && c.attr == "settings" && (key == "runners" || key == "settings") {
 		return fmt.Sprintf("settings is the [[runners]] section itself. Write its settings without %s = { … } around them.", key)
+	}
+	if !settingNames()[key] {
+		return ""
 	}
 	is := fmt.Sprintf("%s is not a setting of %s.", quote(p.to(key).String()), c.tableName(p))
 	if places := placesOf(c.root, nil, key); len(places) > 0 {
@@ -240,6 +242,21 @@ func (c *settingsCheck) elsewhere(p settingPath, key string, value any) string {
 	}
 	return ""
 }
+
+// settingNames are the names of all settings, in whatever table they are.
+var settingNames = sync.OnceValue(func() map[string]bool {
+	names := map[string]bool{}
+	var add func(known settings)
+	add = func(known settings) {
+		for name, s := range known {
+			names[name] = true
+			add(s.keys)
+		}
+	}
+	add(runnerSettings)
+	add(globalSettings)
+	return names
+})
 
 // replacement is what to write instead of a setting that the spec has its own words for, wherever it was written.
 func replacement(known settings, key string) string {
@@ -387,7 +404,7 @@ func (c *settingsCheck) text(p settingPath, value any, s setting) {
 	case string:
 		switch {
 		case s.values != nil && !slices.Contains(s.values, v):
-			c.errorf(p, "%s must be one of %s; got %s%s.", quote(p.String()), quotedList(nonEmpty(s.values)), quote(v), suggest.DidYouMean(v, s.values))
+			c.errorf(p, "%s must be one of %s; got %s%s.", quote(p.String()), quotedList(nonEmpty(s.values)), quote(v), c.l.didYouMean(v, s.values))
 		case s.kind == kindAddress:
 			address := v
 			if s.portless && !strings.Contains(strings.Trim(v, "[]"), ":") && v != "" {
@@ -543,7 +560,7 @@ func (c *settingsCheck) freeMap(p settingPath, value any, s setting) {
 		at := p.to(key)
 		c.value(at, table[key], *s.elem)
 		if p.String() == "feature_flags" && !slices.Contains(featureFlags, key) {
-			c.warnf(at, "%s is not a feature flag of GitLab Runner %s%s. GitLab Runner ignores unknown ones.", quote(key), runnerVersion, suggest.DidYouMean(key, featureFlags))
+			c.warnf(at, "%s is not a feature flag of GitLab Runner %s%s. GitLab Runner ignores unknown ones.", quote(key), runnerVersion, c.l.didYouMean(key, featureFlags))
 		}
 	}
 }

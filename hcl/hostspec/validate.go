@@ -12,7 +12,6 @@ import (
 	"github.com/hashicorp/hcl/v2"
 
 	"github.com/fleetingd/fleetingd/appliance/netrange"
-	"github.com/fleetingd/fleetingd/appliance/suggest"
 )
 
 // validate finds what is wrong with values that are well-formed. It changes nothing,
@@ -144,7 +143,7 @@ func (l *loader) oneOf(owner any, name, value string, values ...string) bool {
 	if len(values) == 2 {
 		choice = fmt.Sprintf("%q or %q", values[0], values[1])
 	}
-	l.errorf(l.at(owner, name), "Invalid "+name, "%s must be %s; got %s%s.", name, choice, quote(value), suggest.DidYouMean(value, values))
+	l.errorf(l.at(owner, name), "Invalid "+name, "%s must be %s; got %s%s.", name, choice, quote(value), l.didYouMean(value, values))
 	return false
 }
 
@@ -264,7 +263,7 @@ func (l *loader) validateHypervisor(h *Host) {
 	drivers := []string{"cloud-hypervisor", "qemu"}
 	if !slices.Contains(drivers, v.Driver) {
 		l.errorf(l.at(v, "label"), "Unknown hypervisor", "%s is not a hypervisor%s. Write hypervisor %q or hypervisor %q.",
-			quote(v.Driver), suggest.DidYouMean(v.Driver, drivers), drivers[0], drivers[1])
+			quote(v.Driver), l.didYouMean(v.Driver, drivers), drivers[0], drivers[1])
 	}
 	if l.ok(v, "binary") {
 		switch b := v.Binary; {
@@ -524,7 +523,7 @@ func (l *loader) unknownReference(at *hcl.Range, kind, name string, known []stri
 	if len(known) > 1 {
 		cure = "There are " + quotedList(known)
 	}
-	if s := suggest.Nearest(name, known); s != "" {
+	if s := l.nearest(name, known); s != "" {
 		cure = fmt.Sprintf("Did you mean %s.%s?", kind, s)
 	}
 	l.errorf(at, "Unknown "+kind, "There is no %s %q. %s", kind, name, strings.TrimSuffix(cure, ".")+endOf(cure))
