@@ -100,7 +100,7 @@ func (e *Engine) look(ctx context.Context, c *Change) error {
 	if c.Have, err = e.read(ctx, objects); err != nil {
 		return err
 	}
-	c.Steps = Diff(c.Have, c.want, owned)
+	c.Steps = slices.DeleteFunc(Diff(c.Have, c.want, owned), func(s Step) bool { return e.Doors[s.Kind] == nil }) // actions on a live system
 	c.Unchanged = map[host.Kind]int{}
 	for _, w := range c.want {
 		if satisfied(w.Kind, c.Have[w.Object], w.State) {
@@ -524,8 +524,12 @@ func (e *Engine) undoStep(ctx context.Context, kind host.Kind, name string, befo
 		return u.Undo(ctx, name, before)
 	}
 	err := door.Write(ctx, name, before)
-	if errors.Is(err, host.ErrCannotShrink) {
-		return nil // a larger one serves as well (see satisfied)
+	if err == nil || errors.Is(err, host.ErrCannotShrink) {
+		return nil // a larger image serves as well (see satisfied)
+	}
+	// What kept the step from being done may keep it from being undone. Then nothing has to be.
+	if now, readErr := door.Read(ctx, []string{name}); readErr == nil && same(now[name], before) {
+		return nil
 	}
 	return err
 }

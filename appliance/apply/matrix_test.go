@@ -249,3 +249,17 @@ func (d growing) Write(ctx context.Context, name string, want host.State) error 
 	}
 	return d.Door.Write(ctx, name, want)
 }
+
+// The unit that runs at boot looks for the journal where apply writes it.
+func TestRecoverUnit(t *testing.T) {
+	p := compiled(t, testSpec)
+	for _, f := range p.Files {
+		if f.Path == unitDir+recoverUnit {
+			if !strings.Contains(f.Content, "ConditionPathExists="+StateDir+"/journal\n") {
+				t.Errorf("%s", f.Content)
+			}
+			return
+		}
+	}
+	t.Error("the plan has no " + recoverUnit)
+}

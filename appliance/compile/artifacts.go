@@ -70,6 +70,7 @@ func (c *compiler) artifacts() {
 	c.file(c.host.Network.Range, "/etc/systemd/network/10-fleetingd.link", "tap.link", v)
 	c.file(c.host.Network.Range, "/etc/systemd/network/10-fleetingd.network", "tap.network", v)
 
+	c.unit(host, "fleetingd-recover.service", "recover.service", v, plan.Unit{Enable: true})
 	c.unit(c.host.Network.Range, "fleetingd-network.service", "network.service", v, plan.Unit{Enable: true, Start: true})
 	c.disks(v)
 	c.refresh(v)

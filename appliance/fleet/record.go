@@ -7,6 +7,8 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/fleetingd/fleetingd/appliance/image"
@@ -113,4 +115,32 @@ func (g *Group) slotOf(r record) plan.Slot {
 		held.Index = s.Index
 	}
 	return held
+}
+
+// Count returns how many workers of a pool accept jobs, and how many are being made, as their records say.
+func Count(p *plan.Plan, pool string) (running, starting int, err error) {
+	entries, err := os.ReadDir(filepath.Join(p.Paths.Workers, pool))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, 0, nil // it never had one
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	for _, e := range entries {
+		// The folder belongs to the plan's user, so what is in it may lead anywhere.
+		if !strings.HasSuffix(e.Name(), ".json") || !e.Type().IsRegular() {
+			continue
+		}
+		r, err := readRecord(filepath.Join(p.Paths.Workers, pool, e.Name()))
+		switch {
+		case errors.Is(err, os.ErrNotExist): // it ended meanwhile
+		case err != nil:
+			return 0, 0, err
+		case r.Ready:
+			running++
+		default:
+			starting++
+		}
+	}
+	return running, starting, nil
 }

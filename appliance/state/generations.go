@@ -53,6 +53,9 @@ const maxGeneration = 1 << 30
 
 // OpenDir makes the folder if it does not exist.
 func OpenDir(path string) (*Dir, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(filepath.Join(path, "generations"), 0o700); err != nil {
 		return nil, err
 	}

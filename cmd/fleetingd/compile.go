@@ -55,7 +55,7 @@ func compileTree(c *cli.Context) error {
 	}
 	var read func(from string) (string, error)
 	if c.Bool("with-secrets") {
-		if read, err = readSecrets(c, host, p); err != nil {
+		if read, err = readSecrets(c, host, p, " Without --with-secrets it is not needed."); err != nil {
 			return err
 		}
 	}
@@ -91,7 +91,7 @@ func compileSpec(c *cli.Context, o compile.Options) (*hostspec.Result, *plan.Pla
 
 // readSecrets reads all secrets in config.toml, so that it can report all that cannot be read at once, and returns their values
 // by place.
-func readSecrets(c *cli.Context, res *hostspec.Result, p *plan.Plan) (func(from string) (string, error), error) {
+func readSecrets(c *cli.Context, res *hostspec.Result, p *plan.Plan, hint string) (func(from string) (string, error), error) {
 	values := map[string]string{}
 	read := func(from string) (string, error) {
 		value, ok := values[from]
@@ -104,7 +104,7 @@ func readSecrets(c *cli.Context, res *hostspec.Result, p *plan.Plan) (func(from 
 	cannot := func(at hcl.Range, what string, err error) {
 		diags = append(diags, &hcl.Diagnostic{
 			Severity: hcl.DiagError, Summary: "Cannot read secret", Subject: &at,
-			Detail: fmt.Sprintf("%s: %s. Without --with-secrets it is not needed.", what, err),
+			Detail: fmt.Sprintf("%s: %s.%s", what, err, hint),
 		})
 	}
 	for what, s := range res.Host.GitLabRunnerSecrets() {
