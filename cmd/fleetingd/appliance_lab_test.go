@@ -14,8 +14,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
-// applianceSpec is a host with Cloud Hypervisor, all limits and both families of addresses. The base image is
-// built outside of the lab: emulated, its packages would take long to unpack.
+// applianceSpec is a host with Cloud Hypervisor, all limits and both address families. The base image is
+// built outside of the lab, where unpacking its packages under emulation would take long.
 const applianceSpec = `
 host "hostlab" {
   egress_interface = "eth0"
@@ -61,7 +61,7 @@ runner "small" {
 }
 `
 
-// packagedRunner is gitlab-runner.service as GitLab's package has it, as far as it matters to a drop-in. No package registry
+// packagedRunner is the part of gitlab-runner.service in GitLab's package that matters to a drop-in. No package registry
 // that the tests can reach has the runner itself; the test takes its place (runnerInLab).
 const packagedRunner = `[Unit]
 Description=GitLab Runner
@@ -72,7 +72,7 @@ ExecStart=/usr/bin/gitlab-runner "run" "--config" "/etc/gitlab-runner/config.tom
 Restart=always
 `
 
-// runnerInLab has the test run upstream's suite in the runner's unit, hardened and delegated as the compiler wrote it.
+// runnerInLab makes the test run upstream's suite in the runner's unit, hardened and delegated as the compiler wrote it.
 const runnerInLab = `[Service]
 Type=oneshot
 Restart=no
@@ -83,13 +83,13 @@ Environment='FLEETINGD_TEST_PROVISIONING={"plan":"/etc/fleetingd/plan.json","poo
 Environment=FLEETINGD_TEST_PLUGIN=/usr/bin/fleeting-plugin-fleetingd
 `
 
-// labCPUs is what a lab of whole guests has, and what each guest has. With two in the lab, guests of one CPU reset
-// themselves (Cloud Hypervisor: "Guest likely triple-faulted") in one of some ten boots, and each second time the lab's kernel ended there with
-// "corrupted stack end detected inside scheduler". Under QEMU 10.0 and 11.1, whose emulation of SVM is the likely cause. With one CPU
-// in the lab it is a third slower, and was not seen in 26 boots.
+// labCPUs is the number of CPUs of a lab with whole guests, and of each guest. With two in the lab, guests with one CPU reset
+// themselves (Cloud Hypervisor: "Guest likely triple-faulted") in about one of ten boots, and in half of these the lab's kernel ended with
+// "corrupted stack end detected inside scheduler". The likely cause is QEMU's emulation of SVM, in 10.0 and 11.1. With one CPU
+// the lab is a third slower, and this did not happen in 26 boots.
 const labCPUs = 1
 
-// labMemory is room for three workers, the images' page cache and the host.
+// labMemory has room for three workers, the images' page cache and the host.
 const labMemory = 6 << 30
 
 // baseFiles copies the Debian base image of the lab's spec into a folder of the test: disk.raw, kernel and initrd.
@@ -116,7 +116,7 @@ func (l *lab) baseFiles() string {
 	return dir
 }
 
-// labHost is a throw-away host with all programs, a base image in /srv/base and further files.
+// labHost returns a throw-away host with all programs, a base image in /srv/base and further files.
 func (l *lab) labHost(cloudHypervisor, base string, files map[string]string) *hostlab.Lab {
 	l.t.Helper()
 	all := map[string]string{
@@ -133,9 +133,9 @@ func (l *lab) labHost(cloudHypervisor, base string, files map[string]string) *ho
 	return host
 }
 
-// TestApplianceInLab is what the product is for, on a host of its own with systemd and a KVM that runs guests: the
-// compiled tree is put in place as README says, and in the runner's unit upstream's suite drives the plugin, which
-// prebuilds an image and clones Cloud Hypervisor VMs from it, with no privilege.
+// TestApplianceInLab tests the product's purpose on its own host with systemd and a KVM that runs guests: the
+// compiled tree is installed as README says, and in the runner's unit upstream's suite drives the plugin, which
+// prebuilds an image and clones Cloud Hypervisor VMs from it, without privileges.
 func TestApplianceInLab(t *testing.T) {
 	if provisioning(t) {
 		return
@@ -173,7 +173,7 @@ func TestApplianceInLab(t *testing.T) {
 	t.Logf("the unit's own units:\n%s", sh("systemctl --no-pager --no-legend list-units 'fleetingd*' '*fleetingd*.mount'"))
 
 	if t.Failed() {
-		t.FailNow() // what follows would only fail of it
+		t.FailNow() // everything that follows would fail
 	}
 
 	_, err := host.Sh(t.Context(), "systemctl start gitlab-runner.service")

@@ -12,8 +12,8 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/need"
 )
 
-// bootSpec has one base image twice: booted as it is, with its own initrd, and cloud-init applying the seed; and prebuilt.
-// All else is the same.
+// bootSpec has one base image twice: booted unchanged, with its own initrd and with cloud-init applying the seed; and prebuilt.
+// Everything else is the same.
 const bootSpec = `
 host "bench" {
   egress_interface = "eth0"
@@ -60,14 +60,14 @@ pool "prebuilt" {
 }
 `
 
-// BenchmarkBoot compares what the prebuild makes of a base image with the image itself: from the request for a worker
-// until its first SSH command has ended, through the plugin, in turns. Metrics are medians of the rounds
-// (-benchtime 5x is five). Cloud Hypervisor runs in a host of its own, whose KVM is emulated.
+// BenchmarkBoot compares a prebuilt image with its base image: it measures from the request for a worker until the end of its first
+// SSH command, through the plugin, alternating. Metrics are medians of the rounds (-benchtime 5x means five). Cloud Hypervisor
+// runs in a lab, whose KVM is emulated.
 func BenchmarkBoot(b *testing.B) {
 	l := newLab(b)
 	base := l.baseFiles()
 	b.Run("qemu", func(b *testing.B) {
-		// The state is kept: the image is not built again for each length of the benchmark.
+		// The state is kept, so that the image is not built again for each length of the benchmark.
 		spec := writeSpec(b, l.dir, fmt.Sprintf(bootSpec, filepath.Join(l.dir, "state"), "\"qemu\" {\n    accel = \"tcg\"\n  }", base, 2))
 		bootRounds(b, func(pool string) string {
 			res := l.run("--pool", pool, spec, "--", "true")
@@ -101,7 +101,7 @@ func writeSpec(b *testing.B, dir, text string) string {
 	return path
 }
 
-// bootRounds boots a worker of each pool in turns; run gives the standard error of `fleetingd run --timings`.
+// bootRounds boots a worker of each pool in turns; run returns the standard error of `fleetingd run --timings`.
 func bootRounds(b *testing.B, run func(pool string) string) {
 	pools := []string{"plain", "prebuilt"}
 	for _, pool := range pools {
@@ -121,10 +121,10 @@ func bootRounds(b *testing.B, run func(pool string) string) {
 	b.ReportMetric(median("plain"), "s/plain")
 	b.ReportMetric(median("prebuilt"), "s/prebuilt")
 	b.ReportMetric(median("prebuilt")/median("plain"), "ratio")
-	b.ReportMetric(0, "ns/op") // of a round, which says nothing
+	b.ReportMetric(0, "ns/op") // of a round, which are meaningless
 }
 
-// firstCommand is from the request to the command's end, in seconds.
+// firstCommand returns the time from the request to the command's end, in seconds.
 func firstCommand(b *testing.B, stderr string) float64 {
 	b.Helper()
 	for line := range strings.Lines(stderr) {

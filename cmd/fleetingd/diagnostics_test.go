@@ -12,8 +12,8 @@ import (
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
-// FuzzPrint prints the findings of any bytes at all, for people and as JSON: short
-// lines, valid UTF-8, and nothing that a terminal would obey.
+// FuzzPrint prints the findings of arbitrary bytes, for people and as JSON: short
+// lines of valid UTF-8, without anything that a terminal would obey.
 func FuzzPrint(f *testing.F) {
 	for _, s := range []string{
 		"", "}", "host", "host \"x\" {", "locals {\n\tx = \"\u00e9\u200b\x1b[2J${nope}\"\n}\n", "a = <<EOT\nx", "x = 1\r\ny = \xff",

@@ -39,8 +39,8 @@ pool "small" {
 }
 `
 
-// TestDoctorCures: on a real host that lacks much, doctor finds all of it, and its cures, typed as they are, leave
-// nothing that fails.
+// TestDoctorCures: on a real host that lacks much, doctor finds all of it, and after running its cures
+// unchanged nothing fails.
 func TestDoctorCures(t *testing.T) {
 	lab := specLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
@@ -66,7 +66,7 @@ func TestDoctorCures(t *testing.T) {
 			failed = append(failed, f.Check)
 		}
 	}
-	// The user's right to /dev/kvm is seen only once there is one.
+	// The user's right to /dev/kvm is only checked once the device exists.
 	want := []string{"kvm", "hypervisor", "arp-ignore", "state-dir", "disks", "qemu-img"}
 	if !slices.Equal(failed, want) {
 		t.Errorf("what fails is %q, want %q", failed, want)

@@ -20,8 +20,8 @@ import (
 
 const module = "github.com/fleetingd/fleetingd/"
 
-// mayImport is which of the project's own packages each package may import. It only ever names packages that
-// stand above it here: there are no cycles of thought either. A new package is written in first.
+// mayImport lists which of the project's own packages each package may import. It only names packages
+// above it in this table. New packages must be added here.
 var mayImport = []struct {
 	pkg  string
 	own  []string
@@ -37,7 +37,7 @@ var mayImport = []struct {
 	{pkg: "appliance/plan", own: []string{"seed"}, pure: true},
 	{pkg: "appliance/compile", own: []string{"appliance/netrange", "hcl/hostspec", "templates", "seed", "appliance/plan"}, pure: true},
 	{pkg: "hcl/convert", own: []string{"appliance/netrange", "appliance/visible", "hcl/hostspec"}, pure: true},
-	// state writes files whole and locks them. Whoever keeps something stands below it.
+	// state writes files atomically and locks them. Packages that keep something come after it.
 	{pkg: "appliance/state", own: []string{"appliance/plan"}},
 	{pkg: "appliance/need", own: []string{"appliance/state"}},
 	{pkg: "appliance/host", own: []string{"appliance/visible", "appliance/landlockabi", "appliance/netrange", "appliance/plan", "appliance/state"}},
@@ -49,16 +49,16 @@ var mayImport = []struct {
 		"appliance/suggest", "appliance/visible", "appliance/plan", "appliance/state", "seed", "appliance/vm", "appliance/guest",
 		"appliance/image"}},
 	{pkg: "appliance/hostlab"},
-	// What only tests use: helpers of one package's tests, in a folder of their own to be shared.
+	// Only used by tests: helpers that several packages' tests share.
 	{pkg: "appliance/vm/vmtest", own: []string{"appliance/need", "appliance/vm"}},
 }
 
-// forbidden is what a pure package must not reach, not even through a library: it runs nothing, asks nobody and looks
-// at no machine. The same spec could otherwise give another plan elsewhere.
+// forbidden lists what a pure package must not reach, not even through a library: it executes no programs, uses no network and
+// does not look at the machine. Otherwise the same spec could give another plan elsewhere.
 var forbidden = []string{"os/exec", "net/http", "github.com/vishvananda/netlink", "github.com/mdlayher/netlink",
 	"github.com/google/nftables", "golang.org/x/crypto/ssh"}
 
-// vague are names that say nothing of what belongs in a package, so that everything does.
+// vague are names that do not say what belongs in a package, so that everything ends up there.
 var vague = []string{"util", "utils", "types", "common", "models", "helpers", "misc"}
 
 type goPackage struct {
@@ -122,7 +122,7 @@ func TestImports(t *testing.T) {
 	}
 }
 
-// rules are those of a package, or of the closest one above it that has rules, which it may then import too.
+// rules returns those of a package, or of the closest parent that has rules, which the package may then import too.
 func rules(name string) (allowed []string, pure, ok bool) {
 	var parents []string
 	for at := name; at != "."; at = path.Dir(at) {
@@ -136,7 +136,7 @@ func rules(name string) (allowed []string, pure, ok bool) {
 	return nil, false, false
 }
 
-// TestImportTable keeps the table itself in order: a package imports only from above it.
+// TestImportTable checks the table itself: a package imports only from above it.
 func TestImportTable(t *testing.T) {
 	var above []string
 	for _, r := range mayImport {
@@ -152,7 +152,7 @@ func TestImportTable(t *testing.T) {
 	}
 }
 
-// TestArchitecture compares the table in the documentation with the one that is enforced, and with the packages that there are.
+// TestArchitecture compares the table in the documentation with the enforced one, and with the existing packages.
 func TestArchitecture(t *testing.T) {
 	text, err := os.ReadFile("../../packaging/docs/architecture.md")
 	if err != nil {
@@ -184,7 +184,7 @@ func TestArchitecture(t *testing.T) {
 	var enforced []string
 	for _, r := range mayImport {
 		if !there[r.pkg] {
-			continue // its time will come
+			continue // not written yet
 		}
 		enforced = append(enforced, fmt.Sprint(r.pkg, " pure: ", r.pure, " imports: ", r.own))
 	}

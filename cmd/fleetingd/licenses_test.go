@@ -23,7 +23,7 @@ import (
 
 var update = flag.Bool("update", false, "write the generated files anew")
 
-// architectures are those that `make cross` builds for. Each may link modules that the others do not.
+// architectures are those that `make cross` builds for. Each may link different modules.
 var architectures = []string{"amd64", "arm64", "riscv64"}
 
 // linkedModule is a module as `go list -json` shows it.
@@ -48,7 +48,7 @@ func TestLicenses(t *testing.T) {
 	}
 }
 
-// licenseText is our own licence, and then each distinct text below the modules that it belongs to.
+// licenseText returns fleetingd's own licence, followed by each distinct text below the modules that it belongs to.
 func licenseText(t *testing.T) string {
 	t.Helper()
 	owners := map[string][]string{} // by text
@@ -86,7 +86,7 @@ func licenseText(t *testing.T) string {
 	return b.String()
 }
 
-// linkedModules are the modules that the binaries link on any architecture, by path.
+// linkedModules returns the modules that the binaries link on any architecture, by path.
 func linkedModules(t *testing.T) map[string]linkedModule {
 	t.Helper()
 	modules := map[string]linkedModule{}

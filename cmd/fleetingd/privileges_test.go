@@ -13,8 +13,8 @@ import (
 // Names of the programs that run without privileges.
 var vmmNames = []string{"cloud-hypervisor", "qemu-system-x86_64"}
 
-// noPrivileges fails the test unless the plugin and a VMM of this user are there and none of them has a privilege, and
-// prints what they have. A VMM's threads have to be under seccomp, but for the main thread of Cloud Hypervisor, which
+// noPrivileges fails the test unless the plugin and a VMM of this user are running without privileges, and prints what
+// they have. A VMM's threads have to be under seccomp, except the main thread of Cloud Hypervisor, which
 // filters each of the others.
 func noPrivileges(t *testing.T) {
 	t.Helper()
@@ -46,7 +46,7 @@ func noPrivileges(t *testing.T) {
 	}
 }
 
-// process is one of /proc, with what proc_pid_status(5) says of it.
+// process is a process in /proc, with its proc_pid_status(5).
 type process struct {
 	pid    int
 	name   string
@@ -111,8 +111,8 @@ func (p process) unprivileged(t *testing.T) {
 	}
 }
 
-// confined prints and checks the seccomp mode of each thread. Where a unit's SystemCallFilter= is on all of them, a
-// thread's own filters are what it has more than the main thread.
+// confined prints and checks the seccomp mode of each thread. If a unit's SystemCallFilter= applies to all of them, a
+// thread's own filters are those that it has in addition to the main thread's.
 func (p process) confined(t *testing.T) {
 	t.Helper()
 	tasks, err := filepath.Glob(filepath.Join(p.dir, "task/*"))
@@ -143,7 +143,7 @@ func (p process) confined(t *testing.T) {
 	}
 }
 
-// limited prints what the kernel holds a VMM to, where it has a cgroup of its own.
+// limited prints the kernel's limits of a VMM, if it has its own cgroup.
 func (p process) limited(t *testing.T) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(p.dir, "cgroup"))
@@ -153,7 +153,7 @@ func (p process) limited(t *testing.T) {
 	_, path, found := strings.Cut(string(text), "0::")
 	path = filepath.Join("/sys/fs/cgroup", strings.TrimSpace(path))
 	if !found || !strings.HasPrefix(filepath.Base(path), "vm-") {
-		return // nothing is delegated to the plugin here
+		return // nothing is delegated to the plugin
 	}
 	for _, name := range []string{"cpu.max", "memory.max", "io.max", "pids.max"} {
 		limit, err := os.ReadFile(filepath.Join(path, name))

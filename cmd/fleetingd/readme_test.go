@@ -24,7 +24,7 @@ func readme(t *testing.T) string {
 	return string(text)
 }
 
-// readmeBlocks are README's code blocks in a language.
+// readmeBlocks returns README's code blocks in a language.
 func readmeBlocks(t *testing.T, lang string) []string {
 	t.Helper()
 	var blocks []string
@@ -37,7 +37,7 @@ func readmeBlocks(t *testing.T, lang string) []string {
 	return blocks
 }
 
-// readmeBlock is the shell block that begins so.
+// readmeBlock returns the shell block with that beginning.
 func readmeBlock(t *testing.T, begin string) string {
 	t.Helper()
 	for _, b := range readmeBlocks(t, "sh") {
@@ -49,8 +49,8 @@ func readmeBlock(t *testing.T, begin string) string {
 	return ""
 }
 
-// TestReadme: what a newcomer copies out of README works. Its shell block is run by TestApplianceInLab, its
-// make targets are CI's and the demo's.
+// TestReadme: examples that a newcomer copies from README work. TestApplianceInLab runs its shell block; CI and the demo
+// run its make targets.
 func TestReadme(t *testing.T) {
 	for i, spec := range readmeBlocks(t, "hcl") {
 		path := filepath.Join(t.TempDir(), fmt.Sprintf("%d.hcl", i))

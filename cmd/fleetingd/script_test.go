@@ -52,8 +52,8 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// exits is exec with an exact exit code: 1 is a failure, 2 is wrong usage, and which of
-// them it is matters to scripts.
+// exits is exec with an exact exit code: scripts distinguish 1, a failure, from 2, wrong
+// usage.
 func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: exits CODE program args…")

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// TestUdev: the network is as the plan says also when udev has done with the new links what it does. It gives a TAP a MAC
-// address, having looked before we set ours, and then the kernel forgets who is at the link's other end.
+// TestUdev: the network matches the plan even after udev has handled the new links. It sets a TAP's MAC address if it
+// looked before "network up" set it, and then the kernel forgets the neighbour at the other end.
 func TestUdev(t *testing.T) {
 	lab := specLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
