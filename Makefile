@@ -16,27 +16,27 @@ STATICCHECK := v0.8.2
 # What "make soak" runs, and how often.
 COUNT    ?= 50
 PACKAGES ?= ./...
-# The interface of the default route, where the demo's workers reach the world.
+# The interface of the default route, through which the demo's workers reach the internet.
 EGRESS   ?= $(shell ip -o route show default 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -1)
-# A Debian mirror, where apt on this machine has none.
+# A Debian mirror, if apt on this machine has none.
 MIRROR   ?=
 JOB      ?= 'echo "hello from $$(hostname), up $$(cut -d" " -f1 /proc/uptime) s"; uname -srm'
 
 .PHONY: build demo test check soak lint cross bench hostlab deps clean
 
-build: ## the static binaries
+build: ## builds the static binaries
 	$(GOBUILD) -o bin/ ./cmd/...
 
-demo: deps build ## a job in a VM that did not exist a minute ago
+demo: deps build ## runs a job in a fresh VM
 	$(BIN) run --var egress_interface=$(EGRESS) $(if $(MIRROR),--var mirror=$(MIRROR)) packaging/examples/quickstart/host.hcl -- $(JOB)
 
-test: deps lint ## every test, VMs included; nothing that can run here is skipped
+test: deps lint ## runs all tests, including those with VMs; nothing that can run here is skipped
 	FLEETINGD_TEST=full go test -race -timeout 80m ./...
 
-check: ## what needs neither root nor VMs: under a minute, anywhere
+check: ## runs the tests that need neither root nor VMs: under a minute, anywhere
 	go test ./...
 
-soak: ## finds what fails by chance: the quick tests, COUNT times each, while something else keeps every core busy; takes hours
+soak: ## finds tests that fail by chance: runs the quick tests COUNT times on busy cores; takes hours
 	trap 'kill $$(jobs -p)' EXIT; \
 	for _ in $$(seq "$$(nproc)"); do sh -c 'while :; do :; done' & done; \
 	go test -race -count=$(COUNT) -timeout 6h $(PACKAGES)
@@ -55,17 +55,17 @@ $(TOOLS)/staticcheck-$(STATICCHECK):
 	GOBIN=$(TOOLS) go install honnef.co/go/tools/cmd/staticcheck@$(STATICCHECK)
 	mv $(TOOLS)/staticcheck $@
 
-cross: ## the other architectures build, too
+cross: ## builds for all architectures
 	for arch in amd64 arm64 riscv64; do GOARCH=$$arch $(GOBUILD) -o bin/$$arch/ ./cmd/...; done
 
-bench: deps ## README's figures and more; the boots, of real VMs, take half an hour
+bench: deps ## measures README's figures and more; booting real VMs takes half an hour
 	FLEETINGD_TEST=full go test -p 1 -run '^$$' -bench . -skip '^BenchmarkBoot$$' ./...
 	FLEETINGD_TEST=full go test -run '^$$' -bench '^BenchmarkBoot$$' -benchtime 3x -timeout 2h ./cmd/fleetingd
 
-hostlab: deps build ## a shell in a throw-away Debian host with systemd, KVM and the binary inside
+hostlab: deps build ## opens a shell in a throw-away Debian host with systemd, KVM and the binary inside
 	go run ./appliance/hostlab/shell $(BIN)
 
-deps: ## Debian packages; does nothing where they are installed
+deps: ## installs the required Debian packages; does nothing if they are installed
 	packaging/deps.sh
 
 clean:

@@ -1,5 +1,5 @@
-# A site without internet: Debian guests from the site's own package mirror, or a
-# disk that was built elsewhere. The token comes from the environment of who applies it.
+# A site without internet access: Debian guests from the site's own package mirror, or a
+# disk that was built elsewhere. The token comes from the environment of the command.
 #
 #   FLEETINGD_VAR_gitlab_token=glrt-… fleetingd validate host.hcl
 
@@ -16,10 +16,10 @@ variable "mirror" {
 
 host "lab" {
   egress_interface = "enp1s0"
-  refresh          = "0s" # never: images change when the spec does
+  refresh          = "0s" # never: images only change with the spec
 
   disks {
-    backing = "tmpfs" # nothing that a job wrote is on a disk
+    backing = "tmpfs" # what jobs write is never on a disk
     size    = "64GiB"
   }
 
@@ -45,7 +45,7 @@ host "lab" {
 image "debian" {
   debian {
     suite    = "trixie"
-    mirror   = var.mirror # its security updates lie beside it, in debian-security; security_mirror names another place
+    mirror   = var.mirror # security updates come from this URL with "-security" appended, unless security_mirror names another
     packages = ["git", "make", "gcc"]
   }
 }
@@ -56,7 +56,7 @@ image "golden" {
     kernel  = "https://images.intranet.example.com/golden/vmlinuz"
     initrd  = "https://images.intranet.example.com/golden/initrd.img"
     cmdline = "root=/dev/vda1 ro console=ttyS0"
-    # The digests are in SHA256SUMS beside the disk.
+    # The digests are in SHA256SUMS next to the disk.
   }
 }
 

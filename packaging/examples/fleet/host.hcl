@@ -1,10 +1,10 @@
-# Several hosts with one spec. GitLab is the scheduler: runners with one token share a
+# Several hosts with one spec. GitLab is the scheduler: runners with the same token share a
 # queue, so another host is another host block.
 #
 #   fleetingd validate host.hcl
 #   fleetingd compile host.hcl --host metal-02 -o out
 #
-# On a host called metal-01 or metal-02, --host may be left out.
+# On a host called metal-01 or metal-02, --host can be omitted.
 
 variable "gitlab_url" {
   type    = string
@@ -13,7 +13,7 @@ variable "gitlab_url" {
 
 locals {
   workers = 40
-  site    = "10.64.0.0/16" # routed between the hosts, so each has a subnet of its own
+  site    = "10.64.0.0/16" # routed between the hosts, so each has its own subnet
 }
 
 host "metal-01" {
@@ -36,7 +36,7 @@ host "metal-02" {
   refresh          = "168h" # once a week
 
   disks {
-    backing = "directory" # /srv/fleetingd is on XFS already
+    backing = "directory" # /srv/fleetingd is already on XFS
   }
   state_dir = "/srv/fleetingd"
 

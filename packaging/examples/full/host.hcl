@@ -1,5 +1,5 @@
-# The full language, by example. A host needs little of it: every value marked
-# (default) may be left out, and so may every block marked (optional).
+# The full language, by example. A host needs little of it: values marked
+# (default) and blocks marked (optional) can be omitted.
 
 variable "gitlab_url" {
   type    = string
@@ -11,7 +11,7 @@ locals {
 }
 
 host "metal-01" {                         # label: the host's name
-  egress_interface = "eno1"               # where worker traffic leaves; must exist on the host
+  egress_interface = "eno1"               # where worker traffic leaves the host; must exist
   state_dir        = "/var/lib/fleetingd" # (default)
 
   disks {              # (optional) where clones live
@@ -20,14 +20,14 @@ host "metal-01" {                         # label: the host's name
   }
 
   network {                          # (optional)
-    subnet  = "172.16.120.0/22"      # one address a worker: /22 holds 1,022 workers
-    subnet6 = "fd7e:1ee7::/64"       # (optional) absent: workers have no IPv6 at all
+    subnet  = "172.16.120.0/22"      # one address per worker: /22 holds 1,022 workers
+    subnet6 = "fd7e:1ee7::/64"       # (optional) without it, workers have no IPv6
     dns     = ["1.1.1.3", "1.0.0.3"] # (default)
     mtu     = 1500                   # (default)
 
-    # What workers may reach. The first match wins; the default lets them out to
-    # the internet and to nothing private: no LAN, no link-local, no cloud
-    # metadata, no other worker, nothing on the host itself.
+    # What workers can reach. The first match wins. By default that is the internet,
+    # but nothing private: no LAN, no link-local addresses, no cloud
+    # metadata, no other workers, nothing on the host itself.
     egress "artifact-store" {
       action = "allow"
       to     = ["10.20.0.15/32"]
@@ -39,7 +39,7 @@ host "metal-01" {                         # label: the host's name
     }
   }
 
-  hypervisor "cloud-hypervisor" { # (default) "qemu" runs anywhere, without KVM too
+  hypervisor "cloud-hypervisor" { # (default) "qemu" runs anywhere, even without KVM
     binary  = "cloud-hypervisor"  # (default) found on PATH
     sandbox = true                # (default) seccomp and landlock
   }
@@ -47,13 +47,13 @@ host "metal-01" {                         # label: the host's name
   refresh = "24h" # (default) rebuild images in the background
 
   gitlab_runner {         # (optional) config.toml's global settings, by their own names
-    concurrent       = 40 # (default) what the runner blocks add up to
+    concurrent       = 40 # (default) the sum of the runner blocks
     shutdown_timeout = 3600
     listen_address   = "127.0.0.1:9252"
     session_server   = { listen_address = "[::]:8093", advertise_address = "ci.example.com:8093" }
   }
 
-  install { # (optional) packages from elsewhere; Debian's and Ubuntu's own need no word. install = false: nothing is installed
+  install { # (optional) packages from elsewhere; the distribution's own are installed anyway, unless install = false
     package "gitlab-runner" {
       apt     = "https://packages.example.com/runner trixie main"
       key     = "F640 3F65 44A3 8863 DAA0 B6E0 3F01 618A 5131 2F3F" # the fingerprint of the key that signs the repository
@@ -76,7 +76,7 @@ image "ubuntu" {
 
   prebuild { # (optional) what every worker starts with
     packages = ["git", "build-essential", "podman"]
-    run = [ # scripts, each under bash -e -o pipefail, or by the program that its "#!" line names
+    run = [ # scripts, run by bash -e -o pipefail, or by the program on their "#!" line
       "curl -fsSL https://get.docker.com | sh",
       "usermod -aG docker ubuntu",
     ]
@@ -84,7 +84,7 @@ image "ubuntu" {
       content = jsonencode({ features = { buildkit = true, containerd-snapshotter = true } })
       mode    = "0644"
     }
-    file "/root/.netrc" { # a secret goes to the guest when the image is built; every job can read it there
+    file "/root/.netrc" { # secrets are sent to the guest when the image is built; every job can read them there
       content = "machine git.example.com login ci password ${file("/run/secrets/git-password")}"
       mode    = "0600"
     }
@@ -113,7 +113,7 @@ pool "small" {
 runner "small" { # one [[runners]] section of config.toml
   pool     = pool.small
   url      = var.gitlab_url
-  token    = file("/run/secrets/gitlab-token") # read when applied; never in a plan, a state or a log
+  token    = file("/run/secrets/gitlab-token") # read when it is written; never in a plan, a state or a log
   executor = "instance"                        # (default) or "docker-autoscaler"
 
   capacity_per_instance = 1 # (default)
@@ -129,7 +129,7 @@ runner "small" { # one [[runners]] section of config.toml
     idle_time  = "20m"
   }
 
-  # Any other gitlab-runner setting, by its own name and place. Secrets are references here too: file(), env() and
+  # Any other gitlab-runner setting, by its own name and in its own place. Secrets are references here, too: file(), env() and
   # sensitive variables, alone or within a text.
   settings = {
     id               = 42 # GitLab's number for this runner, which resuming suspended environments needs

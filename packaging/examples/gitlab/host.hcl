@@ -4,8 +4,8 @@
 #   fleetingd validate host.hcl
 #   fleetingd compile host.hcl -o out
 #
-# Put the runner's authentication token (glrt-…) where `token` says, on the host, readable by root
-# alone. It is read when the spec is applied.
+# Put the runner's authentication token (glrt-…) where `token` says, on the host, readable only by
+# root. It is read when config.toml is written.
 
 variable "gitlab_url" {
   type    = string
@@ -16,14 +16,14 @@ host "ci-01" {
   egress_interface = "eno1" # ip route show default
 
   disks {
-    backing = "xfs-image" # a file system that can clone, in a file: any disk will do
+    backing = "xfs-image" # a file system that can clone, in a file on any disk
     size    = "400GiB"
   }
 
   network {
     subnet = "172.16.120.0/24" # room for 254 workers
 
-    # Workers reach the internet and nothing private. This is the exception.
+    # Workers can only reach the internet, and no private addresses. This is the exception.
     egress "registry" {
       action = "allow"
       to     = ["10.20.0.15/32"]
@@ -75,7 +75,7 @@ pool "large" {
   max_instances = 2
 
   limits {
-    cpu_quota = "1200%" # leaves room for the small ones
+    cpu_quota = "1200%" # leaves CPUs for the small ones
   }
 }
 

@@ -1,5 +1,5 @@
 # The smallest host that runs anywhere: Debian guests built from this machine's
-# own package mirror, in QEMU, with KVM where it works and emulation elsewhere.
+# own package mirror, in QEMU, with KVM if it works and emulation otherwise.
 #
 #   fleetingd run packaging/examples/quickstart/host.hcl -- uname -a
 
@@ -42,6 +42,6 @@ pool "small" {
   cpus          = 1
   memory        = "1GiB"
   disk          = "10GiB"
-  start         = "cold" # a warm start, restored from memory, comes later
+  start         = "cold" # warm starts, restored from memory, will come later
   max_instances = 4
 }
