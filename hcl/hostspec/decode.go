@@ -392,10 +392,26 @@ func (s *section) mode(name string, to *string) {
 	switch {
 	case v == nil:
 	case v.Type() == cty.Number:
-		s.fail(a, nil, "%s must be octal digits in quotes; got a number, which HCL takes for decimal. Write, for example: %s", name, s.example(name))
+		s.fail(a, nil, "%s must be octal digits in quotes; got a number, which HCL takes for decimal. Write %s = %q", name, name, octalMode(s.l.writtenNumber(a.Expr)))
 	default:
 		parsed(s, name, parseMode, to)
 	}
+}
+
+// decimalModes are usual permissions as decimal numbers, which is what JSON and YAML have for them.
+var decimalModes = map[string]string{
+	"256": "0400", "292": "0444", "384": "0600", "416": "0640", "420": "0644", "438": "0666", "448": "0700", "488": "0750", "493": "0755", "511": "0777",
+}
+
+// octalMode is what a number was most likely meant to be as permissions.
+func octalMode(number string) string {
+	if mode, ok := decimalModes[number]; ok {
+		return mode
+	}
+	if mode, err := parseMode(number); err == nil {
+		return mode
+	}
+	return "0644"
 }
 
 // parseMode reads permissions as four octal digits.

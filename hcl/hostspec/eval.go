@@ -18,7 +18,7 @@ import (
 func (l *loader) eval(expr hcl.Expression) (cty.Value, bool) { return l.evalIn(expr, l.scope.ctx) }
 
 func (l *loader) evalIn(expr hcl.Expression, ctx *hcl.EvalContext) (cty.Value, bool) {
-	if !l.guardExpr(expr) || !l.checkReferences(expr) || l.decides(expr) {
+	if !l.guardExpr(expr) || !l.checkReferences(expr) || l.decides(expr) || !l.checkNumbers(expr) {
 		return cty.DynamicVal, false
 	}
 	val, diags := l.value(expr, ctx)

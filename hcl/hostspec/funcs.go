@@ -12,13 +12,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"unicode/utf8"
 
 	"github.com/hashicorp/hcl/v2/ext/tryfunc"
 	"github.com/zclconf/go-cty/cty"
 	"github.com/zclconf/go-cty/cty/function"
 	"github.com/zclconf/go-cty/cty/function/stdlib"
-	"golang.org/x/text/unicode/norm"
 )
 
 const (
@@ -291,11 +289,8 @@ func (l *loader) fileFunc() function.Function {
 			if err != nil {
 				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "cannot read %s: %w", path, err)
 			}
-			if !utf8.Valid(b) {
-				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s is not text in UTF-8", path)
-			}
-			if !norm.NFC.IsNormal(b) {
-				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s: %w", path, errDecomposed)
+			if err := checkText(string(b)); err != nil {
+				return cty.UnknownVal(cty.String), function.NewArgErrorf(0, "%s: %w", path, err)
 			}
 			return cty.StringVal(string(b)).Mark(fileMark(name)), nil
 		},

@@ -134,7 +134,7 @@ func (l *loader) parse(path string, src []byte) hcl.Body {
 		l.diags = append(l.diags, d)
 		return nil
 	}
-	if d := checkComposed(src, path, isJSON); d != nil {
+	if d := checkSource(src, path, isJSON); d != nil {
 		l.diags = append(l.diags, d)
 	}
 	if isJSON {

@@ -282,6 +282,9 @@ func (l *loader) variableValue(v *variable, g given, isGiven bool) cty.Value {
 // parseGiven reads a value from the command line or the environment: as it stands
 // for a plain type, as an expression for a list, map or object.
 func (l *loader) parseGiven(v *variable, raw string) (cty.Value, error) {
+	if err := checkText(raw); err != nil {
+		return cty.DynamicVal, err
+	}
 	if v.typ.IsPrimitiveType() || v.typ == cty.DynamicPseudoType {
 		return cty.StringVal(raw), nil
 	}

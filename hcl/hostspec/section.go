@@ -1,6 +1,7 @@
 package hostspec
 
 import (
+	"errors"
 	"fmt"
 	"math/big"
 	"slices"
@@ -236,6 +237,12 @@ func (s *section) scalar(name string, want cty.Type) (*hcl.Attribute, *cty.Value
 		return nil, nil
 	}
 	conv, err := convert.Convert(*val, want)
+	if want == cty.String {
+		conv, err = s.asText(a, a.Expr, *val)
+	}
+	if errors.Is(err, errFound) {
+		return nil, nil
+	}
 	if err != nil || conv.IsNull() {
 		s.fail(a, nil, "%s must be a %s; got a %s. Write, for example: %s",
 			name, kindName(want), kindName(val.Type()), s.example(name))
@@ -262,7 +269,10 @@ func (s *section) textOrSecret(name string, to *string, secret *Text) {
 		return
 	}
 	bare, _ := v.UnmarkDeep()
-	conv, err := convert.Convert(bare, cty.String)
+	conv, err := s.asText(a, a.Expr, bare)
+	if errors.Is(err, errFound) {
+		return
+	}
 	if err != nil || conv.IsNull() {
 		s.fail(a, nil, "%s must be a string; got a %s. Write, for example: %s", name, kindName(bare.Type()), s.example(name))
 		return
@@ -336,10 +346,16 @@ func parsedList[T any](s *section, name string, parse func(string) (T, error), t
 		s.fail(a, nil, "%s must be a list; got a %s. Write, for example: %s", name, kindName(t), s.example(name))
 		return
 	}
-	values, ranges := v.AsValueSlice(), elementRanges(a.Expr, v.LengthInt())
+	values, exprs := v.AsValueSlice(), elements(a.Expr, v.LengthInt())
+	ranges := make([]hcl.Range, len(exprs))
 	list, ok := make([]T, 0, len(values)), true
 	for i, e := range values {
-		text, err := convert.Convert(e, cty.String)
+		ranges[i] = exprs[i].Range()
+		text, err := s.asText(a, exprs[i], e)
+		if errors.Is(err, errFound) {
+			ok = false
+			continue
+		}
 		if err != nil || text.IsNull() {
 			s.fail(a, &ranges[i], "element %d of the list is %s. Write, for example: %s", i, typeOrNull(e), s.example(name))
 			ok = false
@@ -370,18 +386,12 @@ func (s *section) texts(name string, to *[]string) {
 	parsedList(s, name, func(t string) (string, error) { return t, nil }, to)
 }
 
-// elementRanges are the places of n elements: each one's own where the list is
-// written out, else the whole expression's.
-func elementRanges(expr hcl.Expression, n int) []hcl.Range {
-	ranges := make([]hcl.Range, n)
-	exprs, diags := hcl.ExprList(expr)
-	for i := range ranges {
-		ranges[i] = expr.Range()
-		if !diags.HasErrors() && len(exprs) == n {
-			ranges[i] = exprs[i].Range()
-		}
+// elements are the expressions of n elements: each one's own if the list is written out, else the whole expression.
+func elements(expr hcl.Expression, n int) []hcl.Expression {
+	if exprs, diags := hcl.ExprList(expr); !diags.HasErrors() && len(exprs) == n {
+		return exprs
 	}
-	return ranges
+	return slices.Repeat([]hcl.Expression{expr}, n)
 }
 
 // reference is an attribute such as image.ubuntu: the name after the dot.

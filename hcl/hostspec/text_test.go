@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -242,9 +243,9 @@ func TestTextIsRefused(t *testing.T) {
 		{"an interpreter with CR", step(`"#!/bin/sh\r\nb"`), `Command 1 starts with "#!/bin/sh\r", which ends in a carriage return`},
 		{"a file of Windows", step(`file("testdata/crlf.sh")`), "Command 1 starts with"},
 		{"a file's interpreter", strings.Replace(textSpec, "content = <<EOT\n#!/bin/sh\na\nEOT\n", `content = "#!/bin/sh\r\na"`+"\n", 1), "The content of /etc/x starts with"},
-		{"decomposed", step("\"echo u\u0308ber\""), "Text in decomposed form: It has letters and their accents as characters of their own"},
-		{"decomposed by an escape", step(`"echo u\u0308ber"`), "Text in decomposed form"},
-		{"decomposed in a heredoc", strings.Replace(textSpec, "set -e", "echo u\u0308ber", 1), "Text in decomposed form"},
+		{"decomposed", step("\"echo u\u0308ber\""), "Text would change: It has letters and their accents as characters of their own"},
+		{"decomposed by an escape", step(`"echo u\u0308ber"`), "Text would change"},
+		{"decomposed in a heredoc", strings.Replace(textSpec, "set -e", "echo u\u0308ber", 1), "Text would change"},
 		{"decomposed in a file", step(`file("testdata/decomposed.txt")`), "decomposed, NFD"},
 		{"a mode that is a number", strings.Replace(textSpec, "content = <<EOT\n#!/bin/sh", "mode = 420\n      content = <<EOT\n#!/bin/sh", 1), "mode must be octal digits in quotes; got a number"},
 		{"a file by its URL", strings.Replace(textSpec, `ubuntu { release = "${"noble"}" }`, "url {\n disk = \"file:///srv/x.raw\"\n kernel = \"https://x.example.com/k\"\n}", 1),
@@ -262,5 +263,134 @@ func TestTextIsRefused(t *testing.T) {
 	// A comment may have any form.
 	if _, diags := hostspec.Load(hostspec.Options{Path: "host.hcl", Source: []byte("# u\u0308ber\n" + textSpec)}); diags.HasErrors() {
 		t.Errorf("a decomposed comment: %v", diags)
+	}
+}
+
+// TestTextWouldChange: what HCL or JSON would write in another way is refused, in both syntaxes.
+func TestTextWouldChange(t *testing.T) {
+	const native = `
+variable "x" { default = "a" }
+host "h" { egress_interface = "eno1" }
+image "i" {
+  debian {
+    suite    = "trixie"
+    packages = ["git"]
+  }
+  prebuild {
+    file "/etc/x" {
+      content = CONTENT
+    }
+  }
+}
+pool "p" {
+  image         = image.i
+  cpus          = 1
+  memory        = "1GiB"
+  disk          = "4GiB"
+  start         = "cold"
+  max_instances = 1
+}
+`
+	const js = `{"variable": {"x": {"default": "a"}}, "host": {"h": {"egress_interface": "eno1"}}, "image": {"i": {"debian": {"suite": "trixie", "packages": ["git"]},
+"prebuild": {"file": {"/etc/x": {"content": CONTENT}}}}}, "pool":
+{"p": {"image": "image.i", "cpus": 1, "memory": "1GiB", "disk": "4GiB", "start": "cold", "max_instances": 1}}}
+`
+	for _, c := range []struct{ file, content, env, want, arrives string }{
+		{"host.hcl", `1.10`, "", `As text, 1.10 would become "1.1". Write content = "1.10"`, ""},
+		{"host.hcl", `(0644)`, "", `Write content = "0644"`, ""},
+		{"host.hcl", `-1.50`, "", `Write content = "-1.50"`, ""},
+		{"host.hcl", `"${1.10}"`, "", `Write content = "1.10"`, ""},
+		{"host.hcl", `"v${1.10}"`, "", `the number 1.10 would become "1.1"`, ""},
+		{"host.hcl", `join("", ["v${007}"])`, "", `the number 007 would become "7"`, ""},
+		{"host.hcl", `"v${1.1}"`, "", "", "v1.1"},
+		{"host.hcl", `17`, "", "", "17"},
+		{"host.hcl", `"${"x"}"`, "", "", "x"},
+		{"host.hcl", `"e${"\u0301"}"`, "", "begins with a combining character", ""},
+		{"host.hcl", "\"e${\"\u0301\"}\"", "", "begins with a combining character", ""},
+		{"host.hcl", `"\ud83d\ude80"`, "", "Cannot encode character U+d83d in UTF-8", ""},
+		{"host.hcl", "\"a\xffb\"", "", "All input files must be UTF-8", ""},
+		{"host.hcl", `var.x`, "e\u0301", "decomposed, NFD", ""},
+		{"host.hcl", `"e${var.x}"`, "\u0301", "begins with a combining character", ""},
+		{"host.hcl", `var.x`, "a\xffb", "not text in UTF-8", ""},
+		{"host.hcl", `var.x`, "a\r\nb", "", "a\r\nb"},
+		{"host.hcl.json", `1.10`, "", `Write content = "1.10"`, ""},
+		{"host.hcl.json", `1e2`, "", `Write content = "1e2"`, ""},
+		{"host.hcl.json", `"${1.10}"`, "", `Write content = "1.10"`, ""},
+		{"host.hcl.json", `"v${1.10}"`, "", `the number 1.10 would become "1.1"`, ""},
+		{"host.hcl.json", `17`, "", "", "17"},
+		{"host.hcl.json", `"${\"x\"}"`, "", "", "x"},
+		{"host.hcl.json", `"e${\"\\u0301\"}"`, "", "begins with a combining character", ""},
+		{"host.hcl.json", `"e\u0301"`, "", "decomposed, NFD", ""},
+		{"host.hcl.json", `"\ud83d\ude80"`, "", "", "🚀"},
+		{"host.hcl.json", `"\\ud83d"`, "", "", `\ud83d`},
+		{"host.hcl.json", `"\ud83d"`, "", "half of a surrogate pair", ""},
+		{"host.hcl.json", `"\ude80\ud83d"`, "", "half of a surrogate pair", ""},
+		{"host.hcl.json", "\"a\xffb\"", "", "not text in UTF-8", ""},
+	} {
+		src := native
+		if strings.HasSuffix(c.file, ".json") {
+			src = js
+		}
+		opts := hostspec.Options{Path: c.file, Source: []byte(strings.Replace(src, "CONTENT", c.content, 1))}
+		if c.env != "" {
+			opts.Environ = []string{"FLEETINGD_VAR_x=" + c.env}
+		}
+		res, diags := hostspec.Load(opts)
+		var all strings.Builder
+		for _, d := range diags {
+			fmt.Fprintf(&all, "%s: %s\n", d.Summary, d.Detail)
+			if d.Subject == nil || d.Subject.Start.Line < 1 {
+				t.Errorf("%s %q: a finding without a place: %s", c.file, c.content, d.Detail)
+			}
+		}
+		switch {
+		case c.want != "":
+			if res.Host != nil || !strings.Contains(all.String(), c.want) {
+				t.Errorf("%s %q: want %q in:\n%s", c.file, c.content, c.want, &all)
+			}
+		case res.Host == nil:
+			t.Errorf("%s %q: refused:\n%s", c.file, c.content, &all)
+		case res.Host.Images[0].Prebuild.Files[0].Content != c.arrives:
+			t.Errorf("%s %q: got %q", c.file, c.content, res.Host.Images[0].Prebuild.Files[0].Content)
+		}
+	}
+	// In a list, the finding is at the element.
+	_, diags := hostspec.Load(hostspec.Options{Path: "host.hcl", Source: []byte(strings.Replace(strings.Replace(native, `["git"]`, `["git", 1.10]`, 1), "CONTENT", `"a"`, 1))})
+	if len(diags) != 1 || !strings.Contains(diags[0].Detail, `write "1.10"`) || diags[0].Subject.Start.Line != 7 {
+		t.Errorf("a number in a list: %v", diags)
+	}
+	// A mode that is a number has the cure that was meant.
+	for number, want := range map[string]string{"420": "0644", "493": "0755", "0600": "0600", "755": "0755", "9": "0644"} {
+		_, diags := hostspec.Load(hostspec.Options{Path: "host.hcl", Source: []byte(strings.Replace(native, "CONTENT", "\"a\"\n mode = "+number, 1))})
+		if len(diags) != 1 || !strings.HasSuffix(diags[0].Detail, fmt.Sprintf("Write mode = %q", want)) {
+			t.Errorf("mode = %s: %v", number, diags)
+		}
+	}
+}
+
+// TestSecretsArrive: a secret is a file's bytes but for one final newline. Nothing but text is a secret.
+func TestSecretsArrive(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "secret")
+	src := strings.Replace(textSpec, "content = <<EOT\n#!/bin/sh\na\nEOT\n", fmt.Sprintf("content = \"<${file(%q)}>\"\n", path), 1)
+	for written, want := range map[string]string{
+		"s3cret\n": "s3cret", "s3cret\r\n": "s3cret", "s3cret": "s3cret", "a\n\n": "a\n", " a \n": " a ",
+		"-----BEGIN\r\nx\r\n-----END\r\n": "-----BEGIN\r\nx\r\n-----END", "u\u0308ber\n": "u\u0308ber", "\ufeffa\n": "\ufeffa",
+		"${x} %{y}\n": "${x} %{y}", "a\xffb\n": "", "a\x00b\n": "", "\n": "",
+	} {
+		if err := os.WriteFile(path, []byte(written), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		res, diags := hostspec.Load(hostspec.Options{Path: "host.hcl", Source: []byte(src)})
+		if diags.HasErrors() {
+			t.Fatal(diags)
+		}
+		p, diags := compile.Compile(res.Host, compile.Options{})
+		if diags.HasErrors() {
+			t.Fatal(diags)
+		}
+		got, err := p.Images[0].Prebuild.Steps[0].File.Secret.Read(func(from string) (string, error) { return hostspec.ReadSecret(from, nil) })
+		if (err != nil) != (want == "") || err == nil && got != "<"+want+">" {
+			t.Errorf("%q: got %q, %v", written, got, err)
+		}
 	}
 }
