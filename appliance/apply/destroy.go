@@ -3,6 +3,7 @@ package apply
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path"
 	"slices"
 	"strings"
@@ -59,8 +60,7 @@ func (e *Engine) LookDestroy(ctx context.Context, o DestroyOptions) (*Change, er
 			add(doNow(KindEmpty, s.Name))
 			add(s)
 		case s.Kind == host.KindFolder && s.After == nil && configFolders[s.Name]:
-			add(doNow(KindEmpty, s.Name+"/.runner_system_id"))
-			add(s)
+			c.last = append(c.last, s)
 		default:
 			add(s)
 		}
@@ -79,6 +79,18 @@ func isData(name string, p *plan.Plan) bool {
 func (e *Engine) Destroy(ctx context.Context, c *Change, a Allow) error {
 	if _, err := e.Apply(ctx, c, Options{Allow: a}); err != nil {
 		return err
+	}
+	ctx = context.WithoutCancel(ctx)
+	for _, s := range c.last {
+		// The runner's own id of this system, which no other file of its has a use for.
+		if door := e.Doors[KindEmpty]; door != nil {
+			if err := door.Write(ctx, s.Name+"/.runner_system_id", host.State{"do": "yes"}); err != nil {
+				return err
+			}
+		}
+		if err := e.Doors[s.Kind].Write(ctx, s.Name, s.After); err != nil {
+			return fmt.Errorf("all but one folder is as it was before the first apply: %w", err)
+		}
 	}
 	return e.Dir.RemoveAll()
 }

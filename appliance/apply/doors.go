@@ -125,11 +125,8 @@ func arm(ctx context.Context, after time.Duration) error {
 	if err != nil {
 		return err
 	}
-	const unit = "fleetingd-unconfirmed"
-	// An earlier one, of the same apply: the time runs from its last step.
-	if err := command(ctx, "systemctl", "stop", unit+".timer"); err != nil && !strings.Contains(err.Error(), "not loaded") {
-		return err
-	}
+	// A name of its own each time: an earlier one may be running, and does nothing while this apply has the lock, or may still be confirmed.
+	unit := fmt.Sprintf("fleetingd-unconfirmed-%d", time.Now().UnixNano())
 	return command(ctx, "systemd-run", "--quiet", "--collect", "--unit="+unit, "--on-active="+fmt.Sprintf("%.3fs", after.Seconds()),
 		"--timer-property=AccuracySec=100ms", self, "rollback", "--unconfirmed")
 }
@@ -158,7 +155,7 @@ func endUnit(ctx context.Context, name string) error {
 	for {
 		events, err := os.ReadFile(group + "/cgroup.events")
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || err == nil && strings.Contains(string(events), "populated 0") {
-			return nil
+			return stopped(ctx, name)
 		}
 		if err != nil {
 			return err
@@ -280,6 +277,17 @@ func empty(_ context.Context, name string) error {
 		if err := root.RemoveAll(n); err != nil {
 			return fmt.Errorf("empty %s: %w", name, err)
 		}
+	}
+	return nil
+}
+
+// stopped waits until systemd has seen that a unit's processes are gone, and has it forget how they went.
+func stopped(ctx context.Context, name string) error {
+	if err := command(ctx, "systemctl", "stop", name); err != nil {
+		return err
+	}
+	if err := command(ctx, "systemctl", "reset-failed", name); err != nil && !strings.Contains(err.Error(), "not loaded") {
+		return err
 	}
 	return nil
 }

@@ -51,6 +51,8 @@ type Change struct {
 
 	want     []Item
 	packages bool // packages that are no longer wanted are removed
+	// last are steps that can only be done once the change is final: until then, files that it needs for its undo lie in these folders.
+	last []Step
 }
 
 // Empty reports whether there is nothing to do: the host is what the plan says, and the current generation says so.

@@ -52,7 +52,7 @@ func (c *Change) WriteJSON(w io.Writer) error {
 	for _, kind := range slices.Sorted(maps.Keys(c.Unchanged)) {
 		r.Unchanged[string(kind)] = c.Unchanged[kind]
 	}
-	for _, s := range c.Steps {
+	for _, s := range slices.Concat(c.Steps, c.last) {
 		if isAction(s.Kind) && s.After["do"] != "yes" {
 			continue // it is done on the way back alone
 		}

@@ -13,13 +13,13 @@ import (
 type Recovery int
 
 const (
-	// Clean: the last apply ended.
+	// Clean means that the last apply ended.
 	Clean Recovery = iota
-	// Undone: an apply was cut off, or not confirmed in time. It was taken back.
+	// Undone means that an apply was cut off, or not confirmed in time, and was taken back.
 	Undone
-	// Finished: an apply was cut off after its last step. What was left to do was done.
+	// Finished means that an apply was cut off after its last step, and that what was left to do was done.
 	Finished
-	// Pending: a generation waits for its confirmation. Nothing was done.
+	// Pending means that a generation waits for its confirmation. Nothing was done.
 	Pending
 )
 

@@ -31,7 +31,7 @@ func (c *Change) Render(w io.Writer, v View) error {
 	for _, word := range c.Words() {
 		r.line(sign(word.Action), strings.TrimSpace(word.Kind+" "+word.Name), word.Origin, word.Text)
 	}
-	for _, s := range c.Steps {
+	for _, s := range slices.Concat(c.Steps, c.last) {
 		r.step(s)
 	}
 	r.unchanged(c)
@@ -215,7 +215,7 @@ func unitText(s Step) string {
 	if s.Before["enablement"] != s.After["enablement"] {
 		text = append(text, map[string]string{"enabled": "enable", "disabled": "disable"}[s.After["enablement"]])
 	}
-	if s.Before["active"] != s.After["active"] {
+	if s.Before["active"] != s.After["active"] && (s.Before != nil || s.After["active"] == "active") {
 		text = append(text, map[string]string{"active": "start", "inactive": "stop"}[s.After["active"]])
 	}
 	return strings.Join(slices.DeleteFunc(text, func(t string) bool { return t == "" }), " and ")

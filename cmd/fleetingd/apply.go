@@ -246,7 +246,7 @@ func openEngine(ctx context.Context, c *cli.Context, h apply.Host, write bool) (
 		}
 		return nil, nil, err
 	}
-	release := func() { lock.Unlock() } //nolint:errcheck // the process's end releases it, too
+	release := func() { lock.Unlock() }
 	e, closeHost, err := apply.Open(ctx, h)
 	if err != nil {
 		release()
