@@ -82,10 +82,12 @@ func (e *Engine) Destroy(ctx context.Context, c *Change, a Allow) error {
 	}
 	ctx = context.WithoutCancel(ctx)
 	for _, s := range c.last {
-		// The runner's own id of this system, which no other file of its has a use for.
-		if door := e.Doors[KindEmpty]; door != nil {
-			if err := door.Write(ctx, s.Name+"/.runner_system_id", host.State{"do": "yes"}); err != nil {
-				return err
+		// The runner's own id of this system, and a file that its package brought: both are of no use to anybody else.
+		for _, name := range []string{".runner_system_id", ".config.toml.fleetingd-original"} {
+			if door := e.Doors[KindEmpty]; door != nil {
+				if err := door.Write(ctx, s.Name+"/"+name, host.State{"do": "yes"}); err != nil {
+					return err
+				}
 			}
 		}
 		if err := e.Doors[s.Kind].Write(ctx, s.Name, s.After); err != nil {

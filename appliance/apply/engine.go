@@ -169,7 +169,32 @@ func (a Allow) refusal(steps []Step) error {
 }
 
 // Refusal returns what keeps an apply from being done, or nil.
-func (c *Change) Refusal(a Allow) error { return a.refusal(c.Steps) }
+func (c *Change) Refusal(a Allow) error {
+	if err := a.refusal(c.Steps); err != nil {
+		return err
+	}
+	return c.missingUnits()
+}
+
+// missingUnits refuses to start what nothing brings: neither a file of the plan nor, as far as that can be known, a package.
+func (c *Change) missingUnits() error {
+	var brought []string
+	for _, w := range c.want {
+		if w.Kind == host.KindFile {
+			brought = append(brought, strings.TrimPrefix(w.Name, unitDir))
+		}
+	}
+	for _, s := range c.Steps {
+		if s.Kind == host.KindPackage {
+			return nil
+		}
+		if s.Kind == host.KindUnit && s.Before == nil && s.After != nil && !slices.Contains(brought, s.Name) {
+			return fmt.Errorf("this host has no unit %s; nothing was changed: install its package (%s), or name a source for it in the spec's install block",
+				s.Name, strings.TrimSuffix(s.Name, ".service"))
+		}
+	}
+	return nil
+}
 
 // Options of an apply.
 type Options struct {
@@ -190,7 +215,7 @@ type Result struct {
 // Apply does the steps of a change. The caller holds the lock, and Recover has returned. If it fails, or ctx ends, the host is as it was; if
 // even that cannot be done, the error says so, and the journal stays for the next Recover.
 func (e *Engine) Apply(ctx context.Context, c *Change, o Options) (Result, error) {
-	if err := o.refusal(c.Steps); err != nil {
+	if err := c.Refusal(o.Allow); err != nil {
 		return Result{}, err
 	}
 	if err := e.unmoved(ctx, c); err != nil {
@@ -204,7 +229,7 @@ func (e *Engine) Apply(ctx context.Context, c *Change, o Options) (Result, error
 			return Result{}, err
 		}
 	}
-	r := &run{Engine: e, change: c, original: map[host.Object]host.State{}}
+	r := &run{Engine: e, change: c}
 	if err := r.begin(o); err != nil {
 		return Result{}, err
 	}
@@ -266,7 +291,6 @@ type run struct {
 	change     *Change
 	generation *state.Generation // nil for destroy
 	journal    *state.Journal
-	original   map[host.Object]host.State // what was there just before a step
 }
 
 func (r *run) begin(o Options) error {
@@ -329,7 +353,6 @@ func (r *run) step(ctx context.Context, s Step) error {
 		if isForeign(s.Kind, before) && !same(before, s.Before) {
 			return errors.New("it changed while the plan was being applied")
 		}
-		r.original[s.Object] = before
 	}
 	i, err := r.journal.Step(state.JournalStep{Kind: string(s.Kind), Name: s.Name, Before: before, After: s.After})
 	if err != nil {
@@ -337,6 +360,12 @@ func (r *run) step(ctx context.Context, s Step) error {
 	}
 	if err := r.Doors[s.Kind].Write(ctx, s.Name, s.After); err != nil {
 		return err
+	}
+	if s.Kind == host.KindUnit && s.Before["active"] != "active" && before["active"] == "active" && s.After["active"] == "active" {
+		// Its package started it before its files were there.
+		if err := r.Doors[KindRestart].Write(ctx, s.Name, host.State{"do": "yes"}); err != nil {
+			return err
+		}
 	}
 	return r.journal.Done(i)
 }
@@ -402,10 +431,8 @@ func (r *run) owned() []state.Owned {
 	wanted := map[host.Object]bool{}
 	for _, w := range r.change.want {
 		wanted[w.Object] = true
-		original, changed := r.original[w.Object]
-		if !changed {
-			original = r.change.Have[w.Object]
-		}
+		// Not as it was just before its step: what a package brought a moment ago was not found here.
+		original := r.change.Have[w.Object]
 		if o, ok := known[w.Object]; ok {
 			original = o.Original
 		}

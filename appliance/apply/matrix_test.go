@@ -3,6 +3,7 @@ package apply
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -262,4 +263,38 @@ func TestRecoverUnit(t *testing.T) {
 		}
 	}
 	t.Error("the plan has no " + recoverUnit)
+}
+
+// A package starts its service as it brings it. The service is restarted once the plan's files for it are there, and destroy knows that it
+// was not there before.
+func TestPackageStartsUnit(t *testing.T) {
+	h, dir := bareHost(), stateFolder(t)
+	unit := host.Object{Kind: host.KindUnit, Name: runnerUnit}
+	delete(h.objects, unit)
+	e := h.engine(t, dir)
+	e.Doors[host.KindPackage] = starting{e.Doors[host.KindPackage], h, unit}
+	mustApply(t, e, compiled(t, testSpec), Options{})
+	if !slices.Contains(h.log, "restart gitlab-runner.service yes") {
+		t.Errorf("it was not restarted: %v", h.log)
+	}
+	g, err := e.Dir.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range g.Objects {
+		if objectOf(o) == unit && o.Original != nil {
+			t.Errorf("it is said to have been there: %v", o.Original)
+		}
+	}
+}
+
+type starting struct {
+	host.Door
+	host *fakeHost
+	unit host.Object
+}
+
+func (d starting) Write(ctx context.Context, name string, want host.State) error {
+	d.host.objects[d.unit] = host.State{"enablement": "enabled", "active": "active"}
+	return d.Door.Write(ctx, name, want)
 }

@@ -234,3 +234,19 @@ func TestStatusAndGenerations(t *testing.T) {
 		t.Errorf("the former generation is %d, %v", n, err)
 	}
 }
+
+// A unit that nothing brings is missed before anything changes.
+func TestMissingUnit(t *testing.T) {
+	spec := strings.Replace(testSpec, `egress_interface = "eth0"`, "egress_interface = \"eth0\"\n  install = false", 1)
+	h, dir := bareHost(), stateFolder(t)
+	delete(h.objects, host.Object{Kind: host.KindUnit, Name: runnerUnit})
+	before := h.snapshot()
+	e := h.engine(t, dir)
+	_, err := e.Apply(t.Context(), mustLook(t, e, compiled(t, spec)), Options{})
+	if err == nil || !strings.Contains(err.Error(), "this host has no unit gitlab-runner.service; nothing was changed") {
+		t.Error(err)
+	}
+	if diff := cmp.Diff(before, h.snapshot()); diff != "" {
+		t.Errorf("something was changed\n%s", diff)
+	}
+}
