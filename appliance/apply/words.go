@@ -137,8 +137,12 @@ func (w *words) slots(from, to *plan.Plan) {
 		text = append(text, count(-n, "slot")+" fewer")
 	}
 	moved := 0
-	for i := range min(len(from.Slots), len(to.Slots)) {
-		if !reflect.DeepEqual(from.Slots[i], to.Slots[i]) {
+	had := make(map[string]plan.Slot, len(from.Slots))
+	for _, s := range from.Slots {
+		had[s.TAP] = s
+	}
+	for _, s := range to.Slots {
+		if f, ok := had[s.TAP]; ok && !reflect.DeepEqual(f, s) {
 			moved++
 		}
 	}

@@ -35,6 +35,9 @@ type Options struct {
 	// BinDir is where fleetingd and fleeting-plugin-fleetingd are installed on the
 	// host; /usr/bin if empty.
 	BinDir string
+	// Former is the plan that the host has now, if any. Pools and images that it has, too, keep their slots, so that a change of the spec
+	// does not move workers that run. It must be of the same host.
+	Former *plan.Plan
 }
 
 func (o Options) bin(name string) string {

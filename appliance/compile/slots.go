@@ -1,7 +1,7 @@
 package compile
 
 import (
-	"math/big"
+	"math"
 	"net/netip"
 	"strconv"
 
@@ -34,22 +34,17 @@ func (c *compiler) slots() {
 	if !c.fits(workers, total) {
 		return
 	}
-	var addr6 netip.Addr
 	if h.Network.Subnet6.IsValid() {
 		gw6 := h.Network.Subnet6.Addr().Next()
 		p.Network.Subnet6, p.Network.Gateway6 = &h.Network.Subnet6, &gw6
-		addr6 = gw6
 	}
-	// A slot's two addresses have the same host number, so that one can be told from the other in a log.
-	addr := p.Network.Gateway
+	indexes := c.indexes(total)
 	p.Slots = make([]plan.Slot, 0, total)
 	add := func(queues, connections int) {
-		i := len(p.Slots)
-		addr = addr.Next()
-		s := plan.Slot{Index: i, TAP: "fleet" + strconv.Itoa(i), Address: addr, Queues: queues, Connections: connections}
-		if addr6.IsValid() {
-			addr6 = addr6.Next()
-			a := addr6
+		i := indexes[len(p.Slots)]
+		s := plan.Slot{Index: i, TAP: "fleet" + strconv.Itoa(i), Address: after(p.Network.Gateway, i), Queues: queues, Connections: connections}
+		if p.Network.Gateway6 != nil {
+			a := after(*p.Network.Gateway6, i)
 			s.Address6 = &a
 		}
 		p.Slots = append(p.Slots, s)
@@ -66,24 +61,116 @@ func (c *compiler) slots() {
 	}
 }
 
-// fits reports whether the subnets hold the gateway and all slots. Each address is a host route of its own, so the last
-// one can be used: there is no broadcast. Only the network's own address is lost.
-func (c *compiler) fits(workers, total int) bool {
-	for _, subnet := range []netip.Prefix{c.host.Network.Subnet, c.host.Network.Subnet6} {
-		if !subnet.IsValid() {
+// after returns the address of the slot with an index: the gateway's is the one before that of slot 0. A slot's two addresses have the same
+// host number, so that one can be told from the other in a log.
+func after(gateway netip.Addr, index int) netip.Addr {
+	b := gateway.AsSlice()
+	for carry, i := uint(index)+1, len(b)-1; carry > 0 && i >= 0; i-- {
+		carry += uint(b[i])
+		b[i], carry = byte(carry), carry>>8
+	}
+	a, _ := netip.AddrFromSlice(b) // it has the length of an address
+	return a
+}
+
+// indexes returns the indexes of all slots, in the order of Plan.Slots. What the former plan has, too, keeps its indexes, the first ones if it
+// needs fewer. What is new gets indexes that the former plan does not use, as long as there are any: a worker may still run on those that
+// became free.
+func (c *compiler) indexes(total int) []int {
+	room := c.room()
+	kept := make([]int, 0, total) // -1: a new slot
+	used := map[int]bool{}
+	keep := func(former []plan.Slot, n int) {
+		for i := range n {
+			if i < len(former) && former[i].Index < room {
+				kept = append(kept, former[i].Index)
+				used[former[i].Index] = true
+			} else {
+				kept = append(kept, -1)
+			}
+		}
+	}
+	former := c.opts.Former
+	if former == nil {
+		former = &plan.Plan{}
+	}
+	for _, spec := range c.host.Pools {
+		var had []plan.Slot
+		if pool, err := former.Pool(spec.Name); err == nil {
+			had = former.PoolSlots(pool)
+		}
+		keep(had, spec.MaxInstances)
+	}
+	for _, spec := range c.host.Images {
+		var had []plan.Slot
+		if image, err := former.Image(spec.Name); err == nil {
+			had = []plan.Slot{former.BuildSlot(image)}
+		}
+		keep(had, 1)
+	}
+	freed := map[int]bool{}
+	for _, s := range former.Slots {
+		freed[s.Index] = !used[s.Index]
+	}
+	next := 0
+	for i := range kept {
+		if kept[i] >= 0 {
 			continue
 		}
-		room := new(big.Int).Lsh(big.NewInt(1), uint(subnet.Addr().BitLen()-subnet.Bits()))
-		room.Sub(room, big.NewInt(2)) // the network's own address and the gateway
-		if room.Cmp(big.NewInt(int64(total))) < 0 {
+		for next < room && (used[next] || freed[next]) {
+			next++
+		}
+		if next == room { // none is left that nobody used
+			clear(freed)
+			next = 0
+			for used[next] {
+				next++
+			}
+		}
+		kept[i] = next
+		used[next] = true
+	}
+	return kept
+}
+
+// fits reports whether the subnets hold the gateway and all slots.
+func (c *compiler) fits(workers, total int) bool {
+	for _, subnet := range c.subnets() {
+		if room := slotsIn(subnet); total > room {
 			c.fail(c.host.Network.Range, "Subnet too small",
-				"%s has %s addresses for workers, but %d are needed: %d for the pools' max_instances and one for the "+
+				"%s has %d addresses for workers, but %d are needed: %d for the pools' max_instances and one for the "+
 					"prebuild of each of %d images. Use a larger subnet, or fewer instances.",
 				subnet, room, total, workers, len(c.host.Images))
 			return false
 		}
 	}
 	return true
+}
+
+func (c *compiler) subnets() []netip.Prefix {
+	if !c.host.Network.Subnet6.IsValid() {
+		return []netip.Prefix{c.host.Network.Subnet}
+	}
+	return []netip.Prefix{c.host.Network.Subnet, c.host.Network.Subnet6}
+}
+
+// room returns how many slots the subnets hold.
+func (c *compiler) room() int {
+	room := math.MaxInt
+	for _, subnet := range c.subnets() {
+		room = min(room, slotsIn(subnet))
+	}
+	return room
+}
+
+// slotsIn returns how many slots a subnet holds beside the gateway. Each address is a host route of its own, so the last one can be used:
+// there is no broadcast. Only the network's own address is lost.
+func slotsIn(subnet netip.Prefix) int {
+	bits := subnet.Addr().BitLen() - subnet.Bits()
+	if bits > 32 {
+		return math.MaxInt
+	}
+	return max(0, 1<<bits-2)
 }
 
 func pool(s *hostspec.Pool, first int) plan.Pool {

@@ -479,7 +479,10 @@ func (g *Group) giveSlotLocked(slot plan.Slot) {
 	}
 	if g.busy[slot.Index]--; g.busy[slot.Index] == 0 {
 		delete(g.busy, slot.Index)
-		g.free = append(g.free, g.plan.Slots[slot.Index]) // as it is now: an adopted worker had an earlier one
+		slots := g.plan.PoolSlots(g.pool)
+		if i := slices.IndexFunc(slots, func(s plan.Slot) bool { return s.Index == slot.Index }); i >= 0 {
+			g.free = append(g.free, slots[i]) // as it is now: an adopted worker had an earlier one
+		}
 	}
 }
 

@@ -614,7 +614,16 @@ func TestPlanChangesUnderWorkers(t *testing.T) {
 		"another TAP":     {func(p *plan.Plan) { p.Slots[0].TAP = "other0" }, 1, 2},
 		"another address": {func(p *plan.Plan) { p.Slots[0].Address = netip.MustParseAddr("127.77.0.200") }, 1, 2},
 		"slots exchanged": {func(p *plan.Plan) { p.Slots[0].TAP, p.Slots[1].TAP = p.Slots[1].TAP, p.Slots[0].TAP }, 1, 2},
-		"another user":    {func(p *plan.Plan) { p.Images[0].User = "ci" }, 1, 2},
+		"a new pool before": {func(p *plan.Plan) {
+			first := plan.Slot{Index: 50, TAP: "new0", Address: netip.MustParseAddr("127.77.0.200"), Queues: 1}
+			p.Slots = append([]plan.Slot{first}, p.Slots...)
+			p.Images[0].BuildSlot++
+			p.Pools[0].FirstSlot++
+			added := p.Pools[0]
+			added.Name, added.FirstSlot, added.MaxInstances = "new", 0, 1
+			p.Pools = append(p.Pools, added)
+		}, 1, 2},
+		"another user": {func(p *plan.Plan) { p.Images[0].User = "ci" }, 1, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHost(t, 2)

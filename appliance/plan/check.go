@@ -161,8 +161,10 @@ func (p *Plan) checkSlots(f *findings) {
 	if p.Network.Gateway6 != nil {
 		addrs[*p.Network.Gateway6] = true
 	}
+	indexes := make(map[int]bool, len(p.Slots))
 	for i, s := range p.Slots {
-		f.unless(s.Index == i, "slots[%d]: its index is %d", i, s.Index)
+		f.unless(s.Index >= 0 && !indexes[s.Index], "slots[%d]: the index %d is used twice, or negative", i, s.Index)
+		indexes[s.Index] = true
 		f.unless(ifName.MatchString(s.TAP), "slots[%d]: %q is not the name of an interface", i, s.TAP)
 		f.unless(!taps[s.TAP] && s.TAP != p.EgressInterface, "slots[%d]: the interface %q is used twice", i, s.TAP)
 		taps[s.TAP] = true

@@ -128,7 +128,7 @@ type PortRange struct {
 
 // Slot is a worker's place on the host. It exists before the worker and outlives it.
 type Slot struct {
-	Index    int         `json:"index"` // 0-based, unique on the host
+	Index    int         `json:"index"` // unique on the host; not the slot's place in Plan.Slots, where there are no gaps
 	TAP      string      `json:"tap"`   // interface name, at most 15 bytes (IFNAMSIZ)
 	Address  netip.Addr  `json:"address"`
 	Address6 *netip.Addr `json:"address6,omitempty"`
@@ -145,7 +145,7 @@ type Image struct {
 	Source   Source    `json:"source"`
 	Prebuild *Prebuild `json:"prebuild,omitempty"` // nil: the source is used unchanged, and is ready once SSH answers
 	User     string    `json:"user"`               // the account that jobs run as
-	// BuildSlot is the index of the slot that prebuilds of this image use, so that
+	// BuildSlot is the place in Plan.Slots of the slot that prebuilds of this image use, so that
 	// a refresh does not take a worker's slot.
 	BuildSlot int `json:"build_slot"`
 }
@@ -225,7 +225,7 @@ type StepFile struct {
 	Mode    string `json:"mode"` // octal, "0644"
 }
 
-// Pool is a number of identical workers. Its slots are FirstSlot to FirstSlot+MaxInstances-1.
+// Pool is a number of identical workers. Its slots are Plan.Slots from FirstSlot to FirstSlot+MaxInstances-1.
 type Pool struct {
 	Name         string   `json:"name"`
 	Image        string   `json:"image"`

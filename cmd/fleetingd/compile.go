@@ -10,6 +10,7 @@ import (
 
 	"github.com/fleetingd/fleetingd/appliance/compile"
 	"github.com/fleetingd/fleetingd/appliance/plan"
+	"github.com/fleetingd/fleetingd/appliance/state"
 	"github.com/fleetingd/fleetingd/hcl/hostspec"
 )
 
@@ -20,11 +21,12 @@ func compileCommand() *cli.Command {
 		ArgsUsage: "HOST",
 		Description: "Compiles HOST and writes its files below DIR: etc/fleetingd/plan.json, the firewall as text, systemd units, sysctl.d,\n" +
 			"etc/gitlab-runner/config.toml, and the seeds that VMs boot with. It needs no root and changes nothing but DIR.\n" +
-			"The same spec always gives the same bytes. An existing DIR is replaced, but only if it was written by compile.\n" +
+			"The same spec (and --former) always gives the same bytes. An existing DIR is replaced, but only if it was written by compile.\n" +
 			"-o - prints only plan.json.",
 		Flags: append(specFlags(),
 			&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Usage: "write the tree to `DIR`, or plan.json to standard output with -"},
 			&cli.BoolFlag{Name: "with-secrets", Usage: "read the secrets and put them into the files, which then have mode 0600"},
+			&cli.StringFlag{Name: "former", Usage: "the plan.json of the host as it is, `FILE`: what it has, too, keeps its slots"},
 			&cli.StringFlag{Name: "bin-dir", Usage: "`DIR` where fleetingd is installed on the host (default: /usr/bin)"},
 		),
 		Action: compileTree,
@@ -41,7 +43,14 @@ func compileTree(c *cli.Context) error {
 	case out == "-" && c.Bool("with-secrets"):
 		return usageError{errors.New("compile: --with-secrets has no effect with -o -: a plan never holds a secret")}
 	}
-	host, p, err := compileSpec(c, compile.Options{BinDir: c.String("bin-dir")})
+	options := compile.Options{BinDir: c.String("bin-dir")}
+	if former := c.String("former"); former != "" {
+		var err error
+		if options.Former, err = state.ReadPlan(former); err != nil {
+			return fmt.Errorf("--former: %w", err)
+		}
+	}
+	host, p, err := compileSpec(c, options)
 	if err != nil {
 		return err
 	}
