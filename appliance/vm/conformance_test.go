@@ -640,7 +640,7 @@ func testImpossible(t *testing.T, b *bench) {
 		"no such disk":     {func(c *Config) { c.Disks = []Disk{{Path: "/no/such/disk"}} }, "/no/such/disk"},
 		"no such TAP":      {func(c *Config) { c.Net = &Net{TAP: "nosuch0", MAC: testMAC, Queues: 1} }, "network up"},
 		"a relative path":  {func(c *Config) { c.Initrd = "initrd" }, "not absolute"},
-		"no CPU":           {func(c *Config) { c.CPUs = 0 }, "0 CPUs"},
+		"no CPU":           {func(c *Config) { c.CPUs = 0 }, "at least 1 CPU; got 0"},
 		"a long folder":    {func(c *Config) { c.Dir += strings.Repeat("/x", 50) }, "80 bytes"},
 		"a long serial":    {func(c *Config) { c.Disks = []Disk{{Path: b.shared, Serial: strings.Repeat("x", 21)}} }, "20 bytes"},
 		"no such cgroup":   {func(c *Config) { c.Cgroup = "/sys/fs/cgroup/no/such" }, "/sys/fs/cgroup/no/such"},
