@@ -28,7 +28,8 @@ func (t *Tree) Users() Door { return users{t} }
 // Groups returns the door to system groups. A group's State has its "type": "system" for a number below 1000, else "ordinary".
 func (t *Tree) Groups() Door { return groups{t} }
 
-// Members returns the door to memberships of users in groups. Its objects are named "USER/GROUP", and their State is {"member": "yes"}.
+// Members returns the door to memberships of users in groups. Its objects are named "USER/GROUP", and their State is {"member": "yes"}. A missing
+// group is made (a bare host has no kvm before some package brings it), and goes with its last member.
 func (t *Tree) Members() Door { return members{t} }
 
 // eachName reads objects one by one. Its errors name the object.
@@ -318,11 +319,63 @@ func (d members) write(ctx context.Context, name string, want State) error {
 	have, err := d.read(user, group)
 	of, err1 := d.groupsOf(user)
 	switch err := errors.Join(err, err1); {
-	case err != nil || maps.Equal(have, want) && (have == nil) == (want == nil):
+	case err != nil || maps.Equal(have, want) && want != nil:
 		return err
 	case want != nil:
+		if err := d.makeGroup(ctx, group); err != nil {
+			return err
+		}
 		return d.tool(ctx, "usermod", "--append", "--groups", group, user)
+	case have == nil:
+		return d.dropGroup(ctx, group)
 	}
 	rest := slices.DeleteFunc(of, func(g string) bool { return g == group })
-	return d.tool(ctx, "usermod", "--groups", strings.Join(rest, ","), user)
+	if err := d.tool(ctx, "usermod", "--groups", strings.Join(rest, ","), user); err != nil {
+		return err
+	}
+	return d.dropGroup(ctx, group)
+}
+
+func (d members) makeGroup(ctx context.Context, group string) error {
+	line, err := d.groupLine(group)
+	_, inGshadow, err1 := d.shadowLine("/etc/gshadow", group)
+	n, err2 := d.readNotes()
+	if err := errors.Join(err, err1, err2); err != nil {
+		return err
+	}
+	ours := slices.Contains(n.Groups, group)
+	switch {
+	case line != nil && (inGshadow || !ours):
+		return nil
+	case line != nil: // a killed groupadd left half of it
+		if err := d.tool(ctx, "groupdel", group); err != nil {
+			return err
+		}
+	}
+	if !ours {
+		n.Groups = append(n.Groups, group)
+		if err := d.writeNotes(n); err != nil {
+			return err
+		}
+	}
+	return d.tool(ctx, "groupadd", "--system", group)
+}
+
+// dropGroup removes a group that makeGroup made, when nobody is in it.
+func (d members) dropGroup(ctx context.Context, group string) error {
+	n, err := d.readNotes()
+	if err != nil || !slices.Contains(n.Groups, group) {
+		return err
+	}
+	line, err := d.groupLine(group)
+	if err != nil || line != nil && line[3] != "" {
+		return err
+	}
+	if line != nil {
+		if err := d.tool(ctx, "groupdel", group); err != nil {
+			return err
+		}
+	}
+	n.Groups = slices.DeleteFunc(n.Groups, func(g string) bool { return g == group })
+	return d.writeNotes(n)
 }

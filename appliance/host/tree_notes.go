@@ -14,10 +14,12 @@ import (
 	"github.com/fleetingd/fleetingd/appliance/state"
 )
 
-// treeNotes are what a Tree must remember: which folders to remove with the last file in them, and who is to own what once it can be set.
+// treeNotes are what a Tree must remember: which folders to remove with the last file in them, which groups with the last member, and who
+// is to own what once that can be set.
 type treeNotes struct {
 	Made   []string          `json:"made,omitempty"`   // folders, in the order they were made
 	Owners map[string]string `json:"owners,omitempty"` // "owner:group" by path
+	Groups []string          `json:"groups,omitempty"` // made for a member
 }
 
 func (t *Tree) readNotes() (*treeNotes, error) {
@@ -26,7 +28,7 @@ func (t *Tree) readNotes() (*treeNotes, error) {
 }
 
 func (t *Tree) writeNotes(n *treeNotes) error {
-	return writeJSON(t.onHost(t.notes), n, len(n.Made) == 0 && len(n.Owners) == 0)
+	return writeJSON(t.onHost(t.notes), n, len(n.Made) == 0 && len(n.Owners) == 0 && len(n.Groups) == 0)
 }
 
 // readJSON reads the notes of a door. Where there are none, it leaves v as it is.
