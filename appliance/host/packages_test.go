@@ -30,6 +30,7 @@ type repository struct {
 	dir, root string
 	key       *openpgp.Entity
 	server    *httptest.Server
+	published int
 }
 
 func newRepository(t *testing.T) *repository {
@@ -110,6 +111,14 @@ func (r *repository) publish(by *openpgp.Entity) {
 		r.Fatal(err)
 	}
 	r.put(filepath.Join(r.dir, "InRelease"), signed.Bytes())
+	// HTTP's time of the last change is in seconds: apt would take two within one second for the same.
+	r.published++
+	newer := time.Now().Add(time.Duration(r.published) * time.Minute)
+	for _, name := range []string{"InRelease", "Packages"} {
+		if err := os.Chtimes(filepath.Join(r.dir, name), newer, newer); err != nil {
+			r.Fatal(err)
+		}
+	}
 	var public bytes.Buffer
 	a, err := armor.Encode(&public, openpgp.PublicKeyType, nil)
 	if err == nil {
