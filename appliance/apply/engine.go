@@ -522,19 +522,20 @@ func (r *run) takeBack(ctx context.Context, why error) error {
 
 // undo takes back all steps of a journal and ends it.
 func (e *Engine) undo(ctx context.Context, j *state.Journal) error {
-	var errs []error
+	var errs, unrecorded []error
 	for _, i := range j.Open() {
 		s := j.Steps[i]
 		if err := e.undoStep(ctx, host.Kind(s.Kind), s.Name, s.Before); err != nil {
 			errs = append(errs, fmt.Errorf("undo: %w", err))
 			continue
 		}
+		// The record only saves work: without it, on a full disk for one, another undo takes this step back once more. The rest must not wait.
 		if err := j.Undone(i); err != nil {
-			return errors.Join(append(errs, err)...)
+			unrecorded = append(unrecorded, err)
 		}
 	}
 	if len(errs) > 0 {
-		return errors.Join(errs...)
+		return errors.Join(append(errs, unrecorded...)...)
 	}
 	if j.Head.Fresh {
 		if err := e.Dir.Remove(j.Head.Generation); err != nil {

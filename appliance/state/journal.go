@@ -26,6 +26,7 @@ type Journal struct {
 	Committed bool
 
 	file *os.File
+	size int64 // of the records that are on disk, in bytes
 }
 
 // JournalHead says what an apply is about.
@@ -87,7 +88,7 @@ func (d *Dir) Begin(head JournalHead) (*Journal, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Journal{Head: head, file: f}, nil
+	return &Journal{Head: head, file: f, size: int64(len(line)) + 1}, nil
 }
 
 // Journal reads the journal of an apply that has not ended, and returns nil if there is none. It changes nothing.
@@ -105,8 +106,9 @@ func (d *Dir) Resume() (*Journal, error) {
 	if j.file, err = os.OpenFile(d.Path("journal"), os.O_WRONLY|os.O_APPEND|unix.O_CLOEXEC, 0); err != nil {
 		return nil, err
 	}
+	j.size = int64(whole)
 	// A record must not be appended to half of another.
-	if err := j.file.Truncate(int64(whole)); err != nil {
+	if err := j.file.Truncate(j.size); err != nil {
 		return nil, errors.Join(err, j.file.Close())
 	}
 	return j, nil
@@ -182,7 +184,8 @@ func (j *Journal) add(r journalRecord) error {
 	return nil
 }
 
-// append puts a record on disk before it returns.
+// append puts a record on disk before it returns. If it fails, on a full disk for one, the journal is what it was: a later record is not
+// appended to half of this one.
 func (j *Journal) append(r journalRecord) error {
 	line, err := json.Marshal(r)
 	if err != nil {
@@ -191,12 +194,14 @@ func (j *Journal) append(r journalRecord) error {
 	if j.file == nil {
 		return errors.New("the journal was opened for reading")
 	}
-	if _, err := j.file.Write(append(line, '\n')); err != nil {
-		return fmt.Errorf("write the journal: %w", err)
+	line = append(line, '\n')
+	if _, err = j.file.Write(line); err == nil {
+		err = j.file.Sync()
 	}
-	if err := j.file.Sync(); err != nil {
-		return fmt.Errorf("flush the journal: %w", err)
+	if err != nil {
+		return errors.Join(fmt.Errorf("write the journal: %w", err), j.file.Truncate(j.size))
 	}
+	j.size += int64(len(line))
 	return j.add(r)
 }
 

@@ -3,12 +3,14 @@ package state
 import (
 	"errors"
 	"os"
+	"os/signal"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/sys/unix"
 )
 
 var sameJournal = cmpopts.IgnoreUnexported(Journal{})
@@ -112,6 +114,51 @@ func TestJournalCutOff(t *testing.T) {
 			t.Fatalf("%d of %d bytes, and a record more: %v, %v", n, len(whole), j, err)
 		}
 	}
+}
+
+// On a full disk, a part of a record is written. When there is space again, the next record is a line of its own.
+func TestJournalDiskFull(t *testing.T) {
+	signal.Ignore(unix.SIGXFSZ) // a write fails with EFBIG instead
+	defer signal.Reset(unix.SIGXFSZ)
+	d := openDir(t)
+	j := writeJournal(t, d)
+	for room := range uint64(40) {
+		if err := stepWithRoom(t, j, room); !errors.Is(err, unix.EFBIG) {
+			t.Fatalf("%d bytes free: %v", room, err)
+		}
+		if err := j.Undone(1); err != nil {
+			t.Fatal(err)
+		}
+		back, err := d.Journal()
+		if err != nil {
+			t.Fatalf("%d bytes free: %v", room, err)
+		}
+		if diff := cmp.Diff(j, back, sameJournal); diff != "" {
+			t.Fatalf("%d bytes free (-written +read)\n%s", room, diff)
+		}
+	}
+}
+
+// stepWithRoom announces a step while the journal can grow by room bytes.
+func stepWithRoom(t *testing.T, j *Journal, room uint64) error {
+	t.Helper()
+	fi, err := j.file.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var former unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_FSIZE, &former); err != nil {
+		t.Fatal(err)
+	}
+	limit := unix.Rlimit{Cur: uint64(fi.Size()) + room, Max: former.Max} //nolint:gosec // a size is positive
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	_, stepErr := j.Step(JournalStep{Kind: "file", Name: "/etc/y"})
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &former); err != nil {
+		t.Fatal(err)
+	}
+	return stepErr
 }
 
 func FuzzJournal(f *testing.F) {
