@@ -187,13 +187,21 @@ func isThisHost(p *plan.Plan, root string) error {
 	return nil
 }
 
-// compileHere compiles the spec for this very host: programs are where this one is, and what the spec leaves to the host's disks is decided.
+// compileHere compiles the spec for this very host: programs are where this one is, what the spec leaves to the host's disks is decided, and
+// what the current generation has, too, keeps its slots.
 func compileHere(c *cli.Context, root string) (*hostspec.Result, *plan.Plan, error) {
 	res, err := loadSpec(c)
 	if err != nil {
 		return nil, nil, err
 	}
+	current, err := state.ReadDir(filepath.Join("/", root, apply.StateDir)).Current()
+	if err != nil {
+		return nil, nil, err
+	}
 	var o compile.Options
+	if current != nil {
+		o.Former = current.Plan
+	}
 	if root == "" {
 		self, err := os.Executable()
 		if err != nil {
