@@ -51,7 +51,7 @@ runner "small" {
 }
 `
 
-func compiled(t *testing.T, spec string) *plan.Plan {
+func compiled(t testing.TB, spec string) *plan.Plan {
 	t.Helper()
 	res, diags := hostspec.Load(hostspec.Options{Path: filepath.Join(t.TempDir(), "host.hcl"), Source: []byte(spec)})
 	if diags.HasErrors() {
@@ -143,7 +143,7 @@ var allKinds = []host.Kind{
 }
 
 // engine opens the host anew, as the next process does.
-func (h *fakeHost) engine(t *testing.T, dir string) *Engine {
+func (h *fakeHost) engine(t testing.TB, dir string) *Engine {
 	t.Helper()
 	d, err := state.OpenDir(dir)
 	if err != nil {
@@ -157,7 +157,7 @@ func (h *fakeHost) engine(t *testing.T, dir string) *Engine {
 }
 
 // stateFolder is a folder for one host's state: in memory if that can be, since thousands of applies flush each step.
-func stateFolder(t *testing.T) string {
+func stateFolder(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "fleetingd-apply-")
 	if err != nil {
@@ -217,7 +217,7 @@ func stepName(s Step) string {
 	return fmt.Sprintf("%-10s %s", what, describe(s.Object))
 }
 
-func mustLook(t *testing.T, e *Engine, p *plan.Plan) *Change {
+func mustLook(t testing.TB, e *Engine, p *plan.Plan) *Change {
 	t.Helper()
 	c, err := e.Look(t.Context(), p)
 	if err != nil {
@@ -226,7 +226,7 @@ func mustLook(t *testing.T, e *Engine, p *plan.Plan) *Change {
 	return c
 }
 
-func mustApply(t *testing.T, e *Engine, p *plan.Plan, o Options) Result {
+func mustApply(t testing.TB, e *Engine, p *plan.Plan, o Options) Result {
 	t.Helper()
 	res, err := e.Apply(t.Context(), mustLook(t, e, p), o)
 	if err != nil {

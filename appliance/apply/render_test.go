@@ -250,3 +250,26 @@ func TestMissingUnit(t *testing.T) {
 		t.Errorf("something was changed\n%s", diff)
 	}
 }
+
+func FuzzSaved(f *testing.F) {
+	f.Add([]byte(`{"fleetingd_saved_plan":1,"spec":"x","have":"","plan":{"version":2}}`))
+	f.Add([]byte(`host "x" {}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if s, err := parseSaved(b); (s == nil) == (err == nil) {
+			t.Errorf("got %v, %v", s, err)
+		}
+	})
+}
+
+// BenchmarkNothingToDo is an apply of a host with 1,000 slots that is as planned, but for the time that the host's own doors take.
+func BenchmarkNothingToDo(b *testing.B) {
+	spec := strings.NewReplacer("max_instances = 2", "max_instances = 1000", "172.16.70.0/28", "172.16.64.0/20").Replace(testSpec)
+	p := compiled(b, spec)
+	h, dir := bareHost(), stateFolder(b)
+	mustApply(b, h.engine(b, dir), p, Options{})
+	for b.Loop() {
+		if c := mustLook(b, h.engine(b, dir), p); !c.Empty() {
+			b.Fatal(c.Steps)
+		}
+	}
+}

@@ -79,7 +79,7 @@ func applyLab(t *testing.T) *hostlab.Lab {
 		"/root/host.hcl":                                applySpec,
 		"/root/changed.hcl":                             strings.NewReplacer("max_instances = 3", "max_instances = 5", `"1GiB"`, `"2GiB"`).Replace(applySpec),
 		"/usr/bin/gitlab-runner":                        "#!/bin/sh\ntrap 'exit 0' QUIT\nwhile :; do sleep 1 & wait; done\n",
-		"/usr/lib/systemd/system/gitlab-runner.service": packagedRunner,
+		"/usr/lib/systemd/system/gitlab-runner.service": packagedRunner + "\n[Install]\nWantedBy=multi-user.target\n",
 	} {
 		files[name] = filepath.Join(dir, strings.ReplaceAll(name, "/", "_"))
 		if err := os.WriteFile(files[name], []byte(text), 0o755); err != nil {
