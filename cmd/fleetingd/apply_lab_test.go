@@ -59,7 +59,7 @@ nft list ruleset
 ip -j -p addr | grep -v lft; ip route show table all; ip rule; ip -br link
 systemctl list-unit-files --no-pager
 systemctl list-units --no-pager --plain --no-legend --type=service,timer,mount --state=active | awk '{print $1}'
-sysctl -a 2>/dev/null | grep -E '^(net\.ipv[46]\.(conf|ip_)|vm\.)' | grep -v stable_secret
+sysctl -a 2>/dev/null | grep -E '^net\.ipv[46]\.(conf|ip_)' | grep -v stable_secret
 `
 
 // applyLab is a bare Debian with sshd, and the runner's package by the look of it: its unit and a program.
@@ -110,7 +110,7 @@ func TestApplyInLab(t *testing.T) {
 		// With -e, a command after ! never fails.
 		out, err := lab.Sh(ctx, "absent() { if \"$@\" >&2; then echo \"not expected: $*\" >&2; return 1; fi; }\n"+script)
 		if err != nil {
-			t.Fatal(err)
+			t.Error(err)
 		}
 		return out
 	}
@@ -143,13 +143,13 @@ func TestApplyInLab(t *testing.T) {
 		"test $(stat -c %U /var/lib/fleetingd/disks/images) = fleetingd")
 
 	// A second apply does nothing at all.
-	before := sh(inventory + "; systemctl show gitlab-runner fleetingd-network -p ExecMainStartTimestampMonotonic")
+	before := sh(inventory + "systemctl show gitlab-runner fleetingd-network -p ExecMainStartTimestampMonotonic")
 	if out := sh("cd /root; s=$(date +%s%N); fleetingd apply --auto-approve host.hcl; echo in $(( ($(date +%s%N)-s)/1000000 )) ms"); !strings.Contains(out, "nothing to do") {
 		t.Error(out)
 	} else {
 		t.Log(out)
 	}
-	if diff := cmp.Diff(before, sh(inventory+"; systemctl show gitlab-runner fleetingd-network -p ExecMainStartTimestampMonotonic")); diff != "" {
+	if diff := cmp.Diff(before, sh(inventory+"systemctl show gitlab-runner fleetingd-network -p ExecMainStartTimestampMonotonic")); diff != "" {
 		t.Errorf("the second apply changed something\n%s", diff)
 	}
 
