@@ -173,7 +173,7 @@ func TestApplyInLab(t *testing.T) {
 
 	// Nobody confirms; somebody does; the power goes while it waits.
 	sh("fleetingd apply --auto-approve --confirm 3s /root/changed.hcl; ip link show fleet4; i=0; " +
-		"while ip link show fleet4 2>/dev/null; do i=$((i+1)); test $i -lt 300; sleep 0.2; done; fleetingd plan --detailed-exitcode /root/host.hcl")
+		"while test -e /var/lib/fleetingd-apply/journal; do i=$((i+1)); test $i -lt 300; sleep 0.2; done; fleetingd plan --detailed-exitcode /root/host.hcl")
 	sh("fleetingd apply --auto-approve --confirm 10m /root/changed.hcl")
 	fails("fleetingd apply --auto-approve /root/host.hcl", "waits for its confirmation")
 	sh("fleetingd confirm; fleetingd apply --auto-approve /root/host.hcl")
