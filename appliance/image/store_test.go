@@ -70,7 +70,7 @@ func labIn(t *testing.T, dir string) *lab {
 			Source: plan.Source{File: &plan.FileSource{Disk: at("disk"), Kernel: at("kernel"), Initrd: at("initrd")}},
 			Prebuild: &plan.Prebuild{
 				Steps:   []plan.Step{{Name: "run[0]: one", Command: "one"}, {Name: "run[1]: two", Command: "two"}},
-				Timeout: plan.Duration(10 * time.Second),
+				Timeout: plan.Duration(5 * time.Minute), // of work for milliseconds: the machine may be busy
 				Seed:    seed.Seed{InstanceID: "prebuild", Hostname: "prebuild"},
 			},
 		}},
@@ -210,7 +210,7 @@ func TestPrebuildFails(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			l.driver = &fakeDriver{t: t}
 			c.set(l.driver)
-			l.img.Prebuild.Timeout = plan.Duration(10 * time.Second)
+			l.img.Prebuild.Timeout = plan.Duration(5 * time.Minute)
 			if l.driver.silent || l.driver.noOff {
 				l.img.Prebuild.Timeout = plan.Duration(300 * time.Millisecond)
 			}
@@ -227,7 +227,7 @@ func TestPrebuildFails(t *testing.T) {
 		})
 	}
 	l.driver = &fakeDriver{t: t, noExport: true}
-	l.img.Prebuild.Timeout = plan.Duration(10 * time.Second) // the last case's is too short for a busy machine
+	l.img.Prebuild.Timeout = plan.Duration(5 * time.Minute) // the last case's is too short for a busy machine
 	img, err := l.open(l.plan).Ensure(t.Context(), l.img)
 	if err != nil {
 		t.Fatal(err)
