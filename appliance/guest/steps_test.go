@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -304,4 +305,32 @@ func hasAddr(addrs []netlink.Addr, want string) bool {
 		}
 	}
 	return false
+}
+
+// TestTextCrosses: a step's text comes over the channel and onto the guest's disk as the host has it: files, scripts, and what an
+// interpreter reads.
+func TestTextCrosses(t *testing.T) {
+	dir := t.TempDir()
+	s, _, _ := pair(t, modePrebuild, func(ctx context.Context, c command, say func(string)) result { return runStep(ctx, *c.step, say) })
+	for i, text := range []string{
+		"", "\n", "a", "a\r\nb\r\n", "  blanks \t\n\n", "a\x00b\x01\x1b[31m\x7f", "\ufeffa\u200b\u2028\u2029b\ufffd", "u\u0308ber Ångström 日本語 🚀",
+		`"'\n<>&$(id) ${x} %{y} \u0041`, "{\"type\":\"bye\"}\n{}", strings.Repeat("ü\n", 200<<10),
+	} {
+		file, script := filepath.Join(dir, fmt.Sprint("file", i)), filepath.Join(dir, fmt.Sprint("script", i))
+		if err := os.Mkdir(script, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		command := "#!/bin/cp --target-directory=" + script + "\n" + text
+		if err := s.Prebuild(t.Context(), []Step{
+			{Name: "file", File: &File{Path: file, Content: text, Mode: "0640"}}, {Name: "run", Command: command},
+		}, io.Discard); err != nil {
+			t.Errorf("%.40q: %v", text, err)
+			continue
+		}
+		for path, want := range map[string]string{file: text, filepath.Join(script, "step"): command} {
+			if got, err := os.ReadFile(path); err != nil || string(got) != want {
+				t.Errorf("%.40q arrived as %.80q, %v", want, got, err)
+			}
+		}
+	}
 }
