@@ -50,7 +50,7 @@ runner "small" {
 `
 
 // inventory is a host as it was found: all files with their digests but for what a running system writes by itself, the kernel's network,
-// its settings, and systemd's units.
+// its settings, and systemd's units. Whether a boot waited for the network is not a question of what is on the host by now.
 const inventory = `
 find / -xdev \( -path /var/log -o -path /var/lib/systemd -o -path /var/cache -o -path /var/tmp -o -path /tmp -o -path /root/inventory \
 	-o -path /etc/.pwd.lock -o -name '*-' -path '/etc/*' \) -prune -o -printf '%M %u %g %p %l\n' | sort
@@ -58,7 +58,7 @@ find /etc /usr/local /root /srv -xdev -type f ! -name '*-' ! -path /root/invento
 nft list ruleset
 ip -j -p addr | grep -v lft; ip route show table all; ip rule; ip -br link
 systemctl list-unit-files --no-pager
-systemctl list-units --no-pager --plain --no-legend --type=service,timer,mount --state=active | awk '{print $1}'
+systemctl list-units --no-pager --plain --no-legend --type=service,timer,mount --state=active | awk '{print $1}' | grep -v wait-online
 sysctl -a 2>/dev/null | grep -E '^net\.ipv[46]\.(conf|ip_)' | grep -v stable_secret
 `
 
