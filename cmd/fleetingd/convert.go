@@ -190,5 +190,5 @@ func reportConverted(c *cli.Context, out string, o convert.Options, res *convert
 	case len(res.Secrets) > 0:
 		say("Put %s into %s; the spec names a file for each.", count(len(res.Secrets), "secret"), convert.DefaultSecretsDir)
 	}
-	say("Read the comments, and check the pools' sizes. Then: fleetingd apply %s", o.SpecName)
+	say("Read the comments, and check the pools' sizes. Then: fleetingd doctor %[1]s, and fleetingd apply %[1]s", o.SpecName)
 }

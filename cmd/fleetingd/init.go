@@ -100,7 +100,7 @@ func writeInit(c *cli.Context, out string, text []byte, a initAnswers) error {
 	if _, err := os.Stat(a.tokenFile); errors.Is(err, fs.ErrNotExist) {
 		fmt.Fprintf(c.App.Writer, "Put the runner's token into %s (mode 0600).\n", a.tokenFile)
 	}
-	fmt.Fprintf(c.App.Writer, "Read the spec. Then: fleetingd apply %s\n", out)
+	fmt.Fprintf(c.App.Writer, "Read the spec. Then: fleetingd doctor %[1]s, and fleetingd apply %[1]s\n", out)
 	return nil
 }
 
